@@ -1,0 +1,101 @@
+"""The command line: Hydra in, exit code out. A known error is one printed line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ace_cli.config import CONFIGURATION_ERRORS, config_folder, explain, parse, store_schemas
+from ace_cli.errors import AceError
+from ace_cli.report.sweep import Sweep
+
+if TYPE_CHECKING:
+    from ace_cli.report.facts import Report
+    from ace_cli.run import DenseCache
+
+DONE, FAILED, MEND = 0, 1, 2
+
+
+def main() -> None:
+    """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
+    sys.argv[1:] = _with_custom_model(sys.argv[1:])
+    store_schemas()
+    sweep = Sweep()
+    dense_cache: DenseCache = {}
+    job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
+        lambda config: _job(config, sweep, dense_cache)
+    )
+    try:
+        job()
+    except AceError as fault:
+        sys.exit(_mend(fault))
+    except CONFIGURATION_ERRORS as fault:
+        sys.exit(_mend(explain(fault)))
+    except KeyboardInterrupt:
+        sys.exit(_mend(AceError("Interrupted.")))
+    if sweep.jobs:
+        print("\n" + "\n\n".join(sweep.write()))
+        print(f"\nSweep: {sweep.folder}")
+        sys.exit(FAILED if sweep.failed else DONE)
+
+
+def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache) -> None:
+    """One job: the whole run, or one of a sweep, where a failure is recorded and the next job goes on."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is not RunMode.MULTIRUN:
+        _run(config, Path(config.output_dir), dense_cache)
+        return
+    sweep.folder = Path(hydra_config.sweep.dir).absolute()
+    overrides = list(hydra_config.overrides.task)
+    try:
+        report = _run(config, Path(hydra_config.runtime.output_dir), dense_cache)
+        if report is not None:
+            sweep.add(overrides, report)
+    except AceError as fault:
+        _mend(fault)
+        sweep.add(overrides, str(fault))
+
+
+def _run(config: DictConfig, output_dir: Path, dense_cache: DenseCache) -> Report | None:
+    checked = parse(config, output_dir.absolute())
+    # torch and transformers take seconds to import; help and configuration errors must not wait for them
+    from ace_cli.report.terminal import Terminal
+    from ace_cli.run import run
+
+    command = shlex.join(["ace-prune", *_config_folders(), *HydraConfig.get().overrides.task])
+    return run(checked, command, Terminal(), dense_cache)
+
+
+def _with_custom_model(arguments: list[str]) -> list[str]:
+    """``model.path=...`` alone means no card: the default card's choices are for its own model."""
+    names = {argument.partition("=")[0] for argument in arguments}
+    return [*arguments, "model=custom"] if "model.path" in names and "model" not in names else arguments
+
+
+def _config_folders() -> list[str]:
+    """The user's --config-dir, as given: part of the command that repeats a run."""
+    arguments = sys.argv[1:]
+    for index, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd"):
+            return arguments[index : index + 2]
+        if argument.startswith("--config-dir="):
+            return [argument]
+    return []
+
+
+def _mend(fault: AceError) -> int:
+    print(f"ace-prune: {fault}", file=sys.stderr)
+    return MEND
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How much each slot must lose, one file per rule."""

@@ -1,0 +1,1 @@
+"""Where calibration windows come from, one file per source."""

@@ -1,0 +1,26 @@
+"""C4, the calibration set of the literature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.calibration.base import Calibration
+from ace_cli.registry import register
+from ace_cli.texts import c4_documents, load_tokenizer, random_windows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+
+@register("calib", "c4")
+@dataclass
+class C4(Calibration):
+    """Random windows of the first training shard of ``allenai/c4`` (English)."""
+
+    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        return random_windows(
+            c4_documents("train"), load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed
+        )

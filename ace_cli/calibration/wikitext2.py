@@ -1,0 +1,25 @@
+"""WikiText-2, for studies that calibrate on the text they evaluate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.calibration.base import Calibration
+from ace_cli.registry import register
+from ace_cli.texts import load_tokenizer, random_windows, wikitext2_documents
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+
+@register("calib", "wikitext2")
+@dataclass
+class WikiText2(Calibration):
+    """Random windows of the training split, its lines joined into one document (as SparseGPT's loader does)."""
+
+    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        document = " ".join(wikitext2_documents("train"))
+        return random_windows([document], load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)

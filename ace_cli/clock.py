@@ -1,0 +1,47 @@
+"""Where the time and the memory went."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class Clock:
+    """Adds up seconds by phase name; ``synchronise`` waits for the device, so that work counts where it began."""
+
+    def __init__(self, synchronise: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.synchronise = synchronise
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self.synchronise()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.synchronise()
+            self.seconds[phase] += time.perf_counter() - start
+
+
+def reset_peak_memory() -> None:
+    """Start a new peak for ``peak_memory`` (Linux; elsewhere the peak is the whole process's)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Peak resident bytes since the last reset."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,157 @@
+"""Hydra's configuration -> plain objects, every range checked before a model is touched. The only user of OmegaConf."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ace_cli import registry
+from ace_cli.allocation.base import Allocation
+from ace_cli.calibration.base import Calibration
+from ace_cli.errors import AceError, did_you_mean
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.none import NoEvaluation
+from ace_cli.metrics.base import Metric
+from ace_cli.model.source import ModelConfig
+from ace_cli.patterns import NofM, Pattern, Scope, parse_sparsity
+from ace_cli.propagate import Propagate
+from ace_cli.repair.base import Repair
+
+
+class Dtype(Enum):
+    """The dtype of computation. auto: float32 on a CPU, the stored dtype elsewhere."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class Schema:
+    """What a configuration may say; groups (metric, calib, ...) bring their own schemas."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    metric: Any = MISSING
+    allocation: Any = MISSING
+    repair: Any = MISSING
+    calib: Any = MISSING
+    eval: Any = MISSING
+    sparsity: Any = "0.5"
+    scope: Scope = Scope.row
+    propagate: Propagate = Propagate.block
+    device: str = "auto"
+    dtype: Dtype = Dtype.auto
+    dry_run: bool = False
+    output_dir: str = MISSING
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, checked. ``text`` is the configuration as YAML, for the report."""
+
+    model: ModelConfig
+    metric: Metric
+    allocation: Allocation
+    repair: Repair
+    calib: Calibration
+    eval: Evaluation | NoEvaluation
+    pattern: Pattern
+    propagate: Propagate
+    device: str
+    dtype: Dtype
+    dry_run: bool
+    output_dir: Path
+    text: str
+
+
+def store_schemas() -> None:
+    """Make every registered choice, and the schema of the whole, known to Hydra."""
+    store = ConfigStore.instance()
+    store.store(group="schema", name="prune", node=Schema, package="_global_")
+    for group in registry.PACKAGES:
+        for name, cls in registry.choices(group).items():
+            store.store(group=group, name=name, node=cls)
+
+
+def config_folder() -> Path:
+    """The ``configs`` tree: inside the package when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def parse(config: DictConfig, output_dir: Path) -> RunConfig:
+    """Plain objects from a composed configuration. Raises AceError that names every fault at once."""
+    faults: list[str] = []
+    if OmegaConf.is_missing(config.model, "path"):
+        faults.append("no model: give model=NAME (a card) or model.path=FOLDER, HUB_ID or FILE.gguf")
+    parts: Any = OmegaConf.to_object(config) if not faults else None
+    pattern: Pattern | None = None
+    try:
+        pattern = parse_sparsity(config.sparsity, config.scope)
+    except AceError as fault:
+        faults.append(str(fault))
+    for group in ("metric", "allocation", "repair", "calib", "eval"):
+        faults += OmegaConf.to_object(config[group]).faults()  # type: ignore[union-attr]
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
+        faults.append(f"device={config.device}: must be auto, cpu, cuda or cuda:N")
+    if isinstance(pattern, NofM) and config.scope is Scope.layer:
+        faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
+    if faults or pattern is None:
+        raise AceError("; ".join(faults) + ".", "")
+    return RunConfig(
+        model=parts.model, metric=parts.metric, allocation=parts.allocation, repair=parts.repair, calib=parts.calib,
+        eval=parts.eval, pattern=pattern, propagate=parts.propagate, device=parts.device, dtype=parts.dtype,
+        dry_run=parts.dry_run, output_dir=output_dir, text=OmegaConf.to_yaml(config),
+    )  # fmt: skip
+
+
+def explain(fault: Exception) -> AceError:
+    """A composition error of Hydra or OmegaConf as one line with a suggestion."""
+    text = str(fault)
+    if match := re.search(r"Could not find '([\w./]+?)/([^'/]+)'", text):
+        group, name = match[1], match[2]
+        return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, _offered(group)))
+    cause: BaseException = fault
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", str(cause)):
+        key = re.search(r"full_key: (\S+)", str(cause))
+        where = key[1] if key else match[1]
+        return AceError(f"{where}: there is no such option.", _known_keys(where, match[2]))
+    if match := re.search(r"Could not override '([^']+)'", text):
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        reason = next((line for line in lines if not line.startswith(("full_key", "object_type", "reference"))), "")
+        if cause is fault or "Could not override" in reason:
+            return AceError(f"{match[1]}: there is no such option.", _known_keys(match[1]))
+        return AceError(f"{match[1]}: {reason}.", "See ace-prune --help.")
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type"))]
+    key = re.search(r"full_key: (\S+)", str(cause))
+    return AceError(f"{key[1] + ': ' if key else ''}{' '.join(keep)}", "See ace-prune --help.")
+
+
+CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+
+
+def _offered(group: str) -> list[str]:
+    names = set(registry.choices(group)) if group in registry.PACKAGES else set()
+    return sorted(names | {file.stem for file in (config_folder() / group).glob("*.yaml")})
+
+
+def _known_keys(where: str, class_name: str = "") -> str:
+    """The options beside the unknown option ``where``, which was looked for in a class of this name."""
+    group, _, name = where.rpartition(".")
+    if not group:
+        return did_you_mean(name, Schema.__dataclass_fields__)
+    classes: list[Any] = [ModelConfig] if group == "model" else [*registry.choices(group).values()]
+    known = {key for cls in classes if cls.__name__ == class_name for key in cls.__dataclass_fields__}
+    return did_you_mean(name, known) if known else f"This {group} has no options."

@@ -1,0 +1,26 @@
+"""The one error a user can cause."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class AceError(Exception):
+    """A fault the user can mend: shown as one line, ends the program with exit code 2.
+
+    ``problem`` says what is wrong and what was found; ``hint`` says what to do.
+    """
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(f"{problem} {hint}".strip())
+        self.problem = problem
+        self.hint = hint
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A suggestion for a misspelt ``name``: "Did you mean 'x'? Available: ..."."""
+    options = sorted(known)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    suggestion = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{suggestion}Available: {', '.join(options)}."

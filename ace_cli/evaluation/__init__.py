@@ -1,0 +1,1 @@
+"""What a checkpoint is worth: evaluation texts, one file per source, and perplexity."""

@@ -1,0 +1,35 @@
+"""What an evaluation text is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+
+@dataclass
+class Evaluation:
+    """Windows of ``seq_len`` tokens, at most ``max_windows`` of them (all when null), for perplexity."""
+
+    seq_len: int = 2048
+    max_windows: int | None = None
+
+    #: Data set and split, as the report names them.
+    dataset = ""
+
+    def faults(self) -> list[str]:
+        """What is wrong with the knobs, one line each; empty when all is well."""
+        faults = []
+        if self.seq_len < 2:
+            faults.append(f"eval.seq_len={self.seq_len}: must be at least 2")
+        if self.max_windows is not None and self.max_windows < 1:
+            faults.append(f"eval.max_windows={self.max_windows}: must be at least 1, or null for all")
+        return faults
+
+    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        """Token ids, int64 (n, seq_len), on the CPU; ``checkpoint`` is the dense model."""
+        raise NotImplementedError

@@ -1,0 +1,35 @@
+"""Perplexity by the protocol of SparseGPT and Wanda, streamed block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.streamed import StreamedModel
+
+
+def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int], None] = lambda _: None) -> float:
+    """exp of the mean over windows of the mean cross-entropy over their L - 1 targets; windows do not overlap.
+
+    Each block is read once for all windows. Logits are taken to float32, one window at a time.
+    """
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    batches = list(model.batches(windows_NL))
+    with torch.inference_mode():
+        for index, block in enumerate(model.blocks):
+            with model.loaded(block):
+                for batch in batches:
+                    batch.hidden_BLH = model.forward(index, batch)
+            on_block(index)
+        losses = []
+        with model.head_loaded():
+            for batch in batches:
+                for ids_L, hidden_LH in zip(batch.ids_BL, batch.hidden_BLH, strict=True):
+                    logits_LV = model.logits(ids_L[None], hidden_LH[None])[0, :-1].float()
+                    losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
+    return float(torch.stack(losses).mean().exp())

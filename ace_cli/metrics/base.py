@@ -1,0 +1,32 @@
+"""What a metric is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.statistics import Seen, Statistic
+
+
+@dataclass
+class Metric:
+    """Statistics of a slot's inputs -> importance of its weights. Fields are knobs, ``score`` is the formula."""
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics ``score`` reads; none for a metric that looks at weights alone."""
+        return ()
+
+    def faults(self) -> list[str]:
+        """What is wrong with the knobs, one line each; empty when all is well."""
+        return []
+
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
+        raise NotImplementedError
+
+    def diagnose(self, seen: Seen) -> dict[str, float]:
+        """Numbers about one slot's statistics that show when the metric does not do what its name says."""
+        return {}

@@ -1,0 +1,23 @@
+"""Magnitude pruning: the weights alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.metrics.base import Metric
+from ace_cli.registry import register
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.statistics import Seen
+
+
+@register("metric", "magnitude")
+@dataclass
+class Magnitude(Metric):
+    """S_ij = |W_ij|. Needs no calibration."""
+
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        return weight_OI.abs()

@@ -1,0 +1,37 @@
+"""RIA, relative importance and activations (Zhang et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.metrics.base import Metric
+from ace_cli.metrics.relative import relative_weight
+from ace_cli.registry import register
+from ace_cli.statistics import SecondMoment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.statistics import Seen, Statistic
+
+
+@register("metric", "ria")
+@dataclass
+class RIA(Metric):
+    """S_ij = ( |W_ij| / sum|W_*j| + |W_ij| / sum|W_i*| ) ||X_j||_2^alpha (Equation 4).
+
+    ||X_j||_2 is taken as sqrt(E[x_j^2]): the factor T^(alpha/2) ranks nothing. ``scope`` decides what is compared:
+    rows (our default, as Wanda) or the whole layer (the authors' code).
+    """
+
+    alpha: float = 0.5
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return (SecondMoment(),)
+
+    def faults(self) -> list[str]:
+        return [] if 0 <= self.alpha <= 4 else [f"metric.alpha={self.alpha}: must lie in [0, 4]"]
+
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        return relative_weight(weight_OI) * seen[SecondMoment()].mean_I.pow(self.alpha / 2).float()

@@ -1,0 +1,27 @@
+"""Wanda (Sun et al. 2023, arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.metrics.base import Metric
+from ace_cli.registry import register
+from ace_cli.statistics import SecondMoment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.statistics import Seen, Statistic
+
+
+@register("metric", "wanda")
+@dataclass
+class Wanda(Metric):
+    """S_ij = |W_ij| sqrt(E[x_j^2]), E over all calibration tokens (Equation 1 up to the factor sqrt(T))."""
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return (SecondMoment(),)
+
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        return weight_OI.abs() * seen[SecondMoment()].mean_I.sqrt().float()

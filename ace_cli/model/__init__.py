@@ -1,0 +1,1 @@
+"""Models as files: where they come from, how their blocks are read, run and written one at a time."""

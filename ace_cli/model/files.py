@@ -1,0 +1,268 @@
+"""Safetensors folders: checked when opened, read and written one tensor at a time.
+
+Plain reads and writes at known offsets, not memory maps: pages of a map count as resident memory and a truncated file
+under a map ends the process. Format: 8 bytes little-endian header length, JSON header, data
+(https://github.com/huggingface/safetensors, "Format").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ace_cli.errors import AceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5_000_000_000  # decimal gigabytes, as transformers' max_shard_size="5GB"
+_COPY_BYTES = 16 << 20
+#: safetensors' dtype names -> (name in torch, bytes per element). Others are copied, never decoded.
+DTYPES = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where a tensor lies: ``start`` counts bytes from the beginning of ``file``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors files. Opening reads only headers, and checks them against the files.
+
+    Raises AceError if the folder, a shard or a tensor is missing, or a file is shorter than its header says.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not (folder / "config.json").is_file():
+            raise AceError(
+                f"{folder} has no config.json.", "Give a Hugging Face model folder, a hub id or a GGUF file."
+            )
+        self.tensors: dict[str, TensorEntry] = {}
+        for file in self._shards():
+            self.tensors.update((entry.name, entry) for entry in _read_header(file))
+        self._check_index()
+
+    def config(self) -> dict[str, Any]:
+        """config.json as it stands."""
+        return cast("dict[str, Any]", read_json(self.folder / "config.json"))
+
+    def read(self, name: str) -> Tensor:
+        """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own."""
+        import torch
+
+        entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            raise AceError(f"{entry.file.name}: {name} is stored as {entry.dtype}.", "Give a 16- or 32-bit checkpoint.")
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            done = 0
+            while done < entry.nbytes:
+                count = file.readinto(view[done : done + (1 << 30)])
+                if not count:
+                    raise AceError(f"{entry.file} ended while reading {name}.", "Fetch the file again.")
+                done += count
+        return data.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
+
+    def fingerprint(self) -> str:
+        """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights."""
+        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for entry in sorted(self.tensors.values(), key=lambda e: (str(e.file), e.start)):
+            digest.update(f"{entry.name} {entry.dtype} {entry.shape}".encode())
+            with open(entry.file, "rb") as file:
+                file.seek(entry.start)
+                digest.update(file.read(min(256, entry.nbytes)))
+                file.seek(entry.start + max(0, entry.nbytes - 256))
+                digest.update(file.read(min(256, entry.nbytes)))
+        return digest.hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def _shards(self) -> list[Path]:
+        index = self.folder / INDEX
+        if index.is_file():
+            shards = [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        else:
+            shards = sorted(self.folder.glob("*.safetensors"))
+        if not shards:
+            raise AceError(f"{self.folder} has no *.safetensors file.", "Is the download complete?")
+        if missing := [shard.name for shard in shards if not shard.is_file()]:
+            raise AceError(f"{self.folder} lacks {', '.join(missing)} named in {INDEX}.", "Fetch the files again.")
+        return shards
+
+    def _check_index(self) -> None:
+        index = self.folder / INDEX
+        if index.is_file() and (lost := set(read_json(index)["weight_map"]) - set(self.tensors)):
+            raise AceError(f"{self.folder}: no shard holds {sorted(lost)[0]}.", "Fetch the files again.")
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file; AceError if it is not one."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as fault:
+        raise AceError(f"{file} cannot be read as JSON: {fault}.", "Fetch the file again.") from None
+
+
+def _read_header(file: Path) -> list[TensorEntry]:
+    size = file.stat().st_size
+    broken = AceError(f"{file} is not a whole safetensors file ({size:,} bytes).", "Fetch the file again.")
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise broken
+        try:
+            header = json.loads(stream.read(length))
+            entries = [
+                TensorEntry(
+                    name, item["dtype"], tuple(item["shape"]), file, 8 + length + item["data_offsets"][0],
+                    item["data_offsets"][1] - item["data_offsets"][0],
+                )
+                for name, item in header.items() if name != "__metadata__"
+            ]  # fmt: skip
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise broken from None
+    if any(entry.start + entry.nbytes > size or entry.nbytes < 0 for entry in entries):
+        raise broken
+    return entries
+
+
+class CheckpointWriter:
+    """Writes a copy of a checkpoint with some tensors replaced, in any order, into ``folder``.
+
+    Tensors keep their names, shapes and dtypes; shards hold at most 5 GB. Nothing is buffered: memory is one tensor.
+    """
+
+    def __init__(self, source: Checkpoint, folder: Path) -> None:
+        self.source = source
+        self.folder = folder
+        self._left = set(source.tensors)
+        self._place: dict[str, tuple[Path, int]] = {}
+        for file, entries in _shard_plan(source).items():
+            self._create(folder / file, entries)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Store ``tensor`` as ``name``, converted to the stored dtype. Any device."""
+        import torch
+
+        entry = self.source.tensors[name]
+        data = tensor.detach().to("cpu", getattr(torch, DTYPES[entry.dtype][0])).contiguous()
+        raw = memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        with open(self._place[name][0], "r+b", buffering=0) as file:
+            file.seek(self._place[name][1])
+            _write_all(file, raw)
+        self._left.discard(name)
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Copy the stored bytes of ``names`` as they are."""
+        for name in names:
+            entry = self.source.tensors[name]
+            target, start = self._place[name]
+            with open(entry.file, "rb", buffering=0) as read, open(target, "r+b", buffering=0) as write:
+                read.seek(entry.start)
+                write.seek(start)
+                left = entry.nbytes
+                while left:
+                    piece = read.read(min(left, _COPY_BYTES))
+                    if not piece:
+                        raise AceError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
+                    _write_all(write, memoryview(piece))
+                    left -= len(piece)
+            self._left.discard(name)
+
+    def finish(self) -> None:
+        """Copy what was not written, then force everything to disk."""
+        self.copy(sorted(self._left))
+        for file in {file for file, _ in self._place.values()}:
+            with open(file, "rb") as stream:
+                os.fsync(stream.fileno())
+
+    def _create(self, file: Path, entries: list[TensorEntry]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for entry in entries:
+            end = offset + entry.nbytes
+            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # data starts aligned, as the reference implementation has it
+        with open(file, "wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            stream.truncate(8 + len(text) + offset)
+        for entry in entries:
+            self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
+
+
+def _shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
+    """File name -> its tensors; in the source's order, a new shard where 5 GB would be passed."""
+    shards: list[list[TensorEntry]] = [[]]
+    for entry in sorted(source.tensors.values(), key=lambda e: (str(e.file), e.start)):
+        if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(entry)
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(source: Checkpoint, folder: Path) -> None:
+    """The index that several shards need; none for one file."""
+    plan = _shard_plan(source)
+    if len(plan) > 1:
+        index = {
+            "metadata": {"total_size": source.nbytes},
+            "weight_map": {entry.name: file for file, entries in plan.items() for entry in entries},
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_other_files(source: Path, folder: Path) -> None:
+    """Tokenizer, chat template, generation config, licence: every top-level file that is not a weight."""
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not file.name.endswith(weights) and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    done = 0
+    while done < len(data):
+        done += file.write(data[done : done + (1 << 30)])

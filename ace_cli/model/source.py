@@ -1,0 +1,175 @@
+"""``model.path`` -> a folder of safetensors: a local folder, a hub id, a GGUF file, or a file inside a Python package.
+
+What must be converted (GGUF, ``.bin``) is converted once into the cache and found there by the next run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from ace_cli.errors import AceError
+from ace_cli.model.files import INDEX, Checkpoint, copy_other_files, read_json
+
+
+class ImportDtype(Enum):
+    """The dtype in which an imported GGUF file is stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass
+class ModelConfig:
+    """Which model. ``path``: hub id, folder, GGUF file, or ``package:NAME/FILE`` (a file inside a Python package)."""
+
+    path: str = "???"
+    revision: str | None = None
+    #: GGUF only. float32 holds every dequantised value exactly; choose 16 bits to halve a large import.
+    import_dtype: ImportDtype = ImportDtype.float32
+    #: How to get the package of a ``package:`` path, shown when it is missing.
+    install: str | None = None
+
+
+def open_model(config: ModelConfig) -> Checkpoint:
+    """Find, fetch or import the model, and open its folder. Raises AceError when it cannot be had."""
+    path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return Checkpoint(_cached(_gguf_key(path, config.import_dtype), lambda to: _import_gguf(path, config, to)))
+    if path.is_file():
+        raise AceError(f"model.path={config.path} is a file.", "Give a folder, a hub id or a .gguf file.")
+    if not path.is_dir():
+        if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1:
+            raise AceError(f"model.path={config.path} does not exist.", "Give a folder, a .gguf file or a hub id.")
+        path = _download(config)
+    if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
+        return Checkpoint(_cached(_bin_key(bins), lambda to: _import_bin(path, bins, to)))
+    return Checkpoint(path)
+
+
+def cache_folder() -> Path:
+    """Where imports are kept: $ACE_PRUNE_CACHE, or ``ace-prune`` under the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ace-prune"
+    return Path(os.environ.get("ACE_PRUNE_CACHE", default))
+
+
+def _package_file(config: ModelConfig) -> Path:
+    name, _, file = config.path.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise AceError(f"The Python package '{name}' that carries this model is not installed.", config.install or "")
+    path = Path(next(iter(found.submodule_search_locations))) / file
+    if not path.is_file():
+        raise AceError(f"The Python package '{name}' has no file {file}.", config.install or "")
+    return path
+
+
+def _download(config: ModelConfig) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.model", "*.txt", "*.jinja", "*.safetensors"]
+    try:
+        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=wanted))
+        if not _has_safetensors(folder):
+            folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=[*wanted, "*.bin"]))
+    except Exception as fault:  # the hub client raises a different family of errors for each layer below it
+        reason = str(fault).strip().splitlines()[0]
+        raise AceError(
+            f"model.path={config.path} is no local folder and the hub did not give it: {reason}",
+            "Check the name, the network, and `hf auth login` for gated models.",
+        ) from fault
+    return folder
+
+
+def _has_safetensors(folder: Path) -> bool:
+    return (folder / INDEX).is_file() or any(folder.glob("*.safetensors"))
+
+
+def _bin_files(folder: Path) -> list[Path]:
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    return sorted(folder.glob("pytorch_model.bin"))
+
+
+def _cached(key: str, make: Callable[[Path], None]) -> Path:
+    """The cached folder of this key, made in a sibling and renamed, so that it is whole or absent."""
+    final = cache_folder() / "imports" / key
+    if final.is_dir():
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=final.parent))
+    try:
+        make(work)
+        os.rename(work, final)
+    except OSError:
+        if not final.is_dir():  # another run may have finished the same import first
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return final
+
+
+def _key(name: str, *facts: object) -> str:
+    return f"{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
+def _gguf_key(path: Path, dtype: ImportDtype) -> str:
+    status = path.stat()
+    with open(path, "rb") as file:
+        head = hashlib.sha256(file.read(1 << 20)).hexdigest()
+    return _key(path.stem, head, status.st_size, status.st_mtime_ns, dtype.value)
+
+
+def _bin_key(files: list[Path]) -> str:
+    return _key(files[0].parent.name, *[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
+
+
+def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=getattr(torch, config.import_dtype.value)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault
+    # The weights are plain now; these two make transformers refuse to save them as such.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+
+
+def _import_bin(source: Path, files: list[Path], folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    for number, file in enumerate(files, 1):
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as fault:
+            reason = str(fault).strip().splitlines()[0]
+            raise AceError(f"{file} cannot be read safely: {reason}", "Convert it to safetensors first.") from fault
+        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        # Tied tensors share memory, which safetensors refuses: each gets its own copy.
+        save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(state, name)
+    copy_other_files(source, folder)
+    if len(files) > 1:
+        import json
+
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))

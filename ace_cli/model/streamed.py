@@ -1,0 +1,324 @@
+"""A model run block by block from its files.
+
+The model is built without weights; its *stem* (everything outside the decoder blocks) and one block at a time are
+filled from the files. The model's own code makes the inputs of every block and turns the last block's output into
+logits, so no family needs code of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ace_cli.errors import AceError
+from ace_cli.model.files import Checkpoint
+
+#: Tokens that go through a block at once: enough to fill the matrix units, few enough that a 7B block's
+#: intermediates stay below a gigabyte. A constant, so that results do not depend on the memory at hand.
+BATCH_TOKENS = 4096
+
+
+@dataclass
+class Slot:
+    """One prunable weight, seen as a (O, I) matrix. ``name`` is its name in the checkpoint's files."""
+
+    name: str
+    module: nn.Linear
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The weight in the compute dtype; on the meta device until its block is loaded."""
+        return self.module.weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I)."""
+        return self.module.weight.shape[0], self.module.weight.shape[1]
+
+
+@dataclass
+class Block:
+    """A decoder block. ``keys``: parameter name inside the block -> name in the files."""
+
+    name: str
+    module: nn.Module
+    keys: dict[str, str]
+    slots: list[Slot] = field(default_factory=list)
+
+
+@dataclass
+class Call:
+    """How the model calls one block, but for the hidden states (argument 0 or ``hidden_states``)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Batch:
+    """Token windows (B, L) with the hidden states (B, L, H) that go into the next block and every block's call."""
+
+    ids_BL: Tensor
+    hidden_BLH: Tensor
+    calls: list[Call]
+
+
+class StreamedModel:
+    """A checkpoint whose blocks are run one at a time on ``device`` in ``dtype``.
+
+    Raises AceError when the class is unknown, blocks cannot be found, or weights are missing from the files.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint = checkpoint
+        self.device = device
+        self.dtype = dtype
+        self.skeleton = _build_skeleton(checkpoint, dtype)
+        self._keys = _file_keys(self.skeleton, checkpoint)
+        self.blocks = self._find_blocks()
+        inside = tuple(f"{block.name}." for block in self.blocks)
+        self._stem = [name for name in self._state() if not name.startswith(inside)]
+        self._returns_tuple = False
+        _move_buffers(self.skeleton, device)
+
+    def batches(self, windows_NL: Tensor) -> Iterator[Batch]:
+        """Split windows (N, L) into batches, embed them and capture how each block is called."""
+        step = max(1, BATCH_TOKENS // windows_NL.shape[1])
+        first: Batch | None = None
+        with self._stem_loaded(head=False), torch.inference_mode():
+            for ids_BL in torch.split(windows_NL.to(self.device), step):
+                batch = self._capture(ids_BL)
+                if first is not None and first.ids_BL.shape == ids_BL.shape:
+                    batch.calls = [_share(call, old) for call, old in zip(batch.calls, first.calls, strict=True)]
+                first = first or batch
+                yield batch
+
+    @contextmanager
+    def loaded(self, block: Block) -> Iterator[None]:
+        """The block's weights are in memory inside this context."""
+        self._fill(block.module, block.keys)
+        try:
+            yield
+        finally:
+            _empty(block.module, block.keys)
+
+    def forward(self, index: int, batch: Batch) -> Tensor:
+        """Run loaded block ``index`` on the batch: hidden states (B, L, H) out. Call inside inference mode."""
+        call = batch.calls[index]
+        if call.args:
+            out = self.blocks[index].module(batch.hidden_BLH, *call.args[1:], **call.kwargs)
+        else:
+            out = self.blocks[index].module(**{**call.kwargs, "hidden_states": batch.hidden_BLH})
+        self._returns_tuple = isinstance(out, tuple)
+        hidden_BLH: Tensor = out[0] if isinstance(out, tuple) else out
+        return hidden_BLH
+
+    @contextmanager
+    def head_loaded(self) -> Iterator[None]:
+        """``logits`` may be called inside this context."""
+        with self._stem_loaded(head=True):
+            yield
+
+    def logits(self, ids_BL: Tensor, hidden_BLH: Tensor) -> Tensor:
+        """The model's own tail: hidden states after the last block (B, L, H) -> logits (B, L, V)."""
+        last = len(self.blocks) - 1
+
+        def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            return hidden_BLH if index == last else _hidden(args, kwargs)
+
+        with self._blocks_replaced(replace), torch.inference_mode():
+            logits: Tensor = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False).logits
+        return logits
+
+    # --- finding the parts -------------------------------------------------------------------------------------
+
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self.skeleton.state_dict(keep_vars=True))
+
+    def _find_blocks(self) -> list[Block]:
+        names = set(self.skeleton._no_split_modules or ())
+        lists = [
+            (name, module)
+            for name, module in self.skeleton.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) and {type(item).__name__ for item in module} <= names
+        ]
+        if len(lists) != 1:
+            found = ", ".join(name for name, _ in lists) or "none"
+            raise AceError(
+                f"{type(self.skeleton).__name__}: expected one list of decoder blocks of class "
+                f"{', '.join(sorted(names)) or '(none named)'}, found {found}.",
+                "This model family is not supported yet.",
+            )
+        list_name, modules = lists[0]
+        return [self._block(f"{list_name}.{index}", module) for index, module in enumerate(modules)]
+
+    def _block(self, name: str, module: nn.Module) -> Block:
+        keys = {}
+        for inner in module.state_dict():
+            key = self._keys.get(f"{name}.{inner}")
+            if key is None:
+                raise AceError(f"{self.checkpoint.folder} has no weight for {name}.{inner}.", "Fetch the files again.")
+            keys[inner] = key
+        slots = [
+            Slot(keys[f"{inner}.weight"], linear)
+            for inner, linear in module.named_modules()
+            if isinstance(linear, nn.Linear)
+        ]
+        return Block(name, module, keys, slots)
+
+    # --- filling and emptying ----------------------------------------------------------------------------------
+
+    def _fill(self, module: nn.Module, keys: dict[str, str]) -> None:
+        for name, key in keys.items():
+            tensor = self.checkpoint.read(key)
+            if tensor.is_floating_point():
+                tensor = tensor.to(self.device, self.dtype)
+            _assign(module, name, tensor.to(self.device))
+
+    @contextmanager
+    def _stem_loaded(self, head: bool) -> Iterator[None]:
+        """Embeddings, norms and, if asked for, the head; tied weights share one tensor."""
+        output = self.skeleton.get_output_embeddings()
+        skipped = {f"{name}." for name, module in self.skeleton.named_modules() if module is output and not head}
+        names = [name for name in self._stem if not name.startswith(tuple(skipped))]
+        tied = dict(self.skeleton.all_tied_weights_keys)
+        for name in names:
+            if name in self._keys and name not in tied:
+                self._fill(self.skeleton, {name: self._keys[name]})
+        state = self._state()
+        for name in names:
+            if name in tied:
+                _assign(self.skeleton, name, state[tied[name]])
+            elif name not in self._keys:
+                raise AceError(f"{self.checkpoint.folder} has no weight for {name}.", "Fetch the files again.")
+        try:
+            yield
+        finally:
+            _empty(self.skeleton, names)
+
+    # --- using the model's own code around the blocks -------------------------------------------------------------
+
+    def _capture(self, ids_BL: Tensor) -> Batch:
+        """Run the model with every block replaced by a recorder: no block is computed."""
+        calls: list[Call] = []
+        first: list[Tensor] = []
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+            hidden_BLH = _hidden(args, kwargs)
+            if hidden_BLH.dim() != 3:  # the model took item 0 of what a block returned
+                raise _TakesTuples
+            first[:] = first or [hidden_BLH]
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            calls.append(Call((None, *args[1:]) if args else (), rest))
+            return hidden_BLH
+
+        try:
+            with self._blocks_replaced(record):
+                self.skeleton.get_decoder()(input_ids=ids_BL, use_cache=False)
+        except _TakesTuples:
+            self._returns_tuple = True
+            return self._capture(ids_BL)
+        return Batch(ids_BL, first[0], calls)
+
+    @contextmanager
+    def _blocks_replaced(self, function: Any) -> Iterator[None]:
+        def stand_in(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                out = function(index, args, kwargs)
+                return (out, None, None) if self._returns_tuple else out
+
+            return forward
+
+        for index, block in enumerate(self.blocks):
+            block.module.forward = stand_in(index)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.module.forward
+
+
+class _TakesTuples(Exception):
+    """The model unpacks what its blocks return."""
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden
+
+
+def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if "quantization_config" in checkpoint.config():
+        method = checkpoint.config()["quantization_config"].get("quant_method", "unknown")
+        raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except (ValueError, KeyError, OSError) as fault:
+        reason = str(fault).strip().splitlines()[0]
+        raise AceError(
+            f"transformers cannot build the model of {checkpoint.folder}: {reason}",
+            "Only causal language models that transformers knows without remote code can be pruned.",
+        ) from fault
+    return model.eval()
+
+
+def _file_keys(skeleton: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Parameter name in the model -> name in the files, by transformers' own renaming rules."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    state = skeleton.state_dict()
+    renamings = [rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)]
+    keys = {}
+    for key in checkpoint.tensors:
+        name, _ = rename_source_key(key, renamings, [], skeleton.base_model_prefix, state)
+        if name in state:
+            keys[name] = key
+    return keys
+
+
+def _move_buffers(root: nn.Module, device: torch.device) -> None:
+    for module in root.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
+def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+    else:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+
+
+def _empty(root: nn.Module, names: Any) -> None:
+    state = dict(root.state_dict(keep_vars=True))
+    for name in names:
+        _assign(root, name, torch.empty_like(state[name], device="meta"))
+
+
+def _share(call: Call, old: Call) -> Call:
+    """``call`` with the tensors that equal ``old``'s replaced by them: masks and rotary tables are kept once."""
+    kwargs = {name: _shared(value, old.kwargs[name]) for name, value in call.kwargs.items()}
+    return Call(tuple(_shared(new, old_) for new, old_ in zip(call.args, old.args, strict=True)), kwargs)
+
+
+def _shared(new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return old if new.shape == old.shape and torch.equal(new, old) else new
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_shared(a, b) for a, b in zip(new, old, strict=True))
+    return new

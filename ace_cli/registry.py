@@ -1,0 +1,49 @@
+"""Names on the command line -> classes. A choice is one file in its package; nothing else lists it.
+
+Modules found here must not import torch at the top: they are imported for ``--help`` and for every configuration
+error, which must answer at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+#: Command-line group -> package whose modules offer its choices.
+PACKAGES = {
+    "metric": "ace_cli.metrics",
+    "allocation": "ace_cli.allocation",
+    "repair": "ace_cli.repair",
+    "calib": "ace_cli.calibration",
+    "eval": "ace_cli.evaluation",
+}
+_choices: dict[str, dict[str, type]] = {group: {} for group in PACKAGES}
+
+
+def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
+    """Offer a dataclass as ``group=name`` on the command line; its fields become ``group.field=...``."""
+
+    def record(cls: type[T]) -> type[T]:
+        if _choices[group].get(name, cls) is not cls:
+            raise ValueError(f"{group}={name} is registered twice")
+        _choices[group][name] = cls
+        return cls
+
+    return record
+
+
+def choices(group: str) -> dict[str, type]:
+    """All choices of ``group`` by name, after importing every module of its package."""
+    package = importlib.import_module(PACKAGES[group])
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{PACKAGES[group]}.{module.name}")
+    return dict(sorted(_choices[group].items()))
+
+
+def name_of(group: str, choice: object) -> str:
+    """The command-line name of an object made from a registered class."""
+    return next(name for name, cls in _choices[group].items() if type(choice) is cls)

@@ -1,0 +1,1 @@
+"""Refitting the weights that stay, one file per method."""

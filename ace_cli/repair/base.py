@@ -1,0 +1,38 @@
+"""What a repair is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.patterns import Pattern
+    from ace_cli.statistics import Seen, Statistic
+
+
+@dataclass
+class Repaired:
+    """A slot after its repair; ``notes`` tells of every fallback taken (damping raised, dead columns, ...)."""
+
+    weight_OI: Tensor
+    keep_OI: Tensor
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Repair:
+    """Refits, or re-chooses, the weights that stay so that the slot's output stays close."""
+
+    def needs(self) -> tuple[Statistic, ...]:
+        """The statistics ``repair`` reads."""
+        return ()
+
+    def faults(self) -> list[str]:
+        """What is wrong with the knobs, one line each; empty when all is well."""
+        return []
+
+    def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
+        """``weight_OI`` float32 (O, I) dense, ``keep_OI`` bool (O, I) -> new weights, read only where kept."""
+        raise NotImplementedError

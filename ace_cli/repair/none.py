@@ -1,0 +1,24 @@
+"""No repair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.registry import register
+from ace_cli.repair.base import Repair, Repaired
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.patterns import Pattern
+    from ace_cli.statistics import Seen
+
+
+@register("repair", "none")
+@dataclass
+class NoRepair(Repair):
+    """The kept weights stay as they are."""
+
+    def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
+        return Repaired(weight_OI, keep_OI)

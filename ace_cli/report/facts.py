@@ -1,0 +1,86 @@
+"""report.json: the facts of one run. Its names are an interface; a change of meaning raises ``SCHEMA_VERSION``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class Protocol:
+    """How perplexity was measured; two numbers compare only if these are equal. ``fingerprint`` is of the token ids."""
+
+    dataset: str
+    seq_len: int
+    windows: int
+    all_windows: bool
+    tokens: int
+    dtype: str
+    fingerprint: str
+
+
+@dataclass
+class Perplexity:
+    """Dense and pruned, on the same windows in the same run."""
+
+    dense: float | None = None
+    pruned: float | None = None
+    ratio: float | None = None
+    protocol: Protocol | None = None
+
+
+@dataclass
+class Sparsity:
+    """Fractions of zeros: asked for, found in the pruned weights, found in the whole model."""
+
+    requested: str
+    achieved: float
+    model: float
+
+
+@dataclass
+class CalibrationFacts:
+    """The windows the statistics saw."""
+
+    source: str
+    n_samples: int
+    seq_len: int
+    seed: int
+    tokens: int
+    fingerprint: str
+
+
+@dataclass
+class Report:
+    """Everything that is known of a run. Seconds, bytes, and counts of weights unless a name says otherwise."""
+
+    command: str
+    created: str
+    versions: dict[str, str]
+    hardware: dict[str, Any]
+    config: dict[str, Any]
+    model: dict[str, Any]
+    method: dict[str, Any]
+    calibration: CalibrationFacts | None
+    sparsity: Sparsity
+    perplexity: Perplexity
+    seconds: dict[str, float]
+    phases: dict[str, float]
+    tokens_per_second: dict[str, float]
+    peak_memory_bytes: dict[str, int]
+    bytes_on_disk: dict[str, int]
+    checkpoint: str
+    slots: list[dict[str, Any]]
+    blocks: list[dict[str, Any]]
+    warnings: list[str] = field(default_factory=list)
+    schema_version: int = SCHEMA_VERSION
+
+
+def save(report: Report, file: Path) -> None:
+    """Write report.json."""
+    file.write_text(json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""report.md, the model card and sweep.md."""
+
+from __future__ import annotations
+
+from ace_cli.report.facts import Report
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people: "1.23 GB"."""
+    return f"{count / 1e9:.2f} GB"
+
+
+def perplexity_rows(report: Report) -> list[list[str]]:
+    """Dense, pruned: perplexity, ratio, zeros, bytes."""
+    numbers = report.perplexity
+    ratio = f"{numbers.ratio:.3f}x" if numbers.ratio is not None else ""
+    return [
+        ["dense", _number(numbers.dense), "", "0 %", gigabytes(report.bytes_on_disk["dense"])],
+        [
+            "pruned", _number(numbers.pruned), ratio, f"{report.sparsity.achieved:.2%}".replace("%", " %"),
+            gigabytes(report.bytes_on_disk["pruned"]),
+        ],
+    ]  # fmt: skip
+
+
+def protocol_line(report: Report) -> str:
+    """The perplexity protocol in one sentence."""
+    protocol = report.perplexity.protocol
+    if protocol is None:
+        return "No evaluation (eval=none)."
+    which = "all" if protocol.all_windows else "the first"
+    return (
+        f"Perplexity on {protocol.dataset}: {which} {protocol.windows} windows of {protocol.seq_len} tokens without "
+        f"overlap, mean over windows, computed in {protocol.dtype}."
+    )
+
+
+def render(report: Report) -> str:
+    """report.md."""
+    seconds = [[name, f"{value:.2f}"] for name, value in report.seconds.items()]
+    phases = [[name, f"{value:.2f}"] for name, value in report.phases.items()]
+    memory = [[name, gigabytes(value)] for name, value in report.peak_memory_bytes.items()]
+    slots = [
+        [
+            slot["name"],
+            str(slot["shape"][0]) + " x " + str(slot["shape"][1]),
+            slot["pattern"],
+            f"{slot['sparsity']:.4f}",
+        ]
+        for slot in report.slots
+    ]
+    blocks = [[block["name"], f"{block['seconds']:.3f}"] for block in report.blocks]
+    parts = [
+        f"# {report.method['metric']} {report.sparsity.requested}: {report.model['path']}",
+        f"```\n{report.command}\n```",
+        table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
+        protocol_line(report),
+        "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
+        _calibration_line(report),
+        "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",
+        "## Time\n\n"
+        + table(["", "seconds"], seconds)
+        + "\n\nInside prune and write:\n\n"
+        + table(["", "seconds"], phases),
+        f"{report.tokens_per_second.get('prune', 0):,.0f} calibration tokens a second through all blocks.",
+        "## Peak memory\n\n" + table(["", "resident"], memory),
+        "## Versions and machine\n\n"
+        + table(["", ""], [[k, str(v)] for k, v in (report.versions | report.hardware).items()]),
+        "## Configuration\n\n```yaml\n" + report.config["yaml"].strip() + "\n```",
+        "## Blocks\n\n" + table(["block", "seconds"], blocks),
+        "## Pruned weights\n\n" + table(["weight", "shape", "pattern", "zeros"], slots),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def model_card(base: str, command: str, summary: dict[str, object]) -> str:
+    """README.md of the checkpoint, with the hub's metadata."""
+    facts = table(["", ""], [[name, str(value)] for name, value in summary.items() if name != "targets"])
+    hub = (
+        f"base_model: {base}\nbase_model_relation: finetune\n" if base.count("/") == 1 and base[0] not in "./~" else ""
+    )
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub}tags:\n- pruning\n- sparsity\n"
+        f"- {summary['method']}\n- '{summary['pattern']}'\n---\n\n# {base}, pruned\n\n"
+        f"A standard dense Transformers checkpoint with zeroed weights: load it as any other.\n\n{facts}\n\n"
+        f"Made by\n\n```\n{command}\n```\n"
+    )
+
+
+def _calibration_line(report: Report) -> str:
+    calibration = report.calibration
+    if calibration is None:
+        return "No calibration: the metric looks at weights alone."
+    return (
+        f"Calibration: {calibration.n_samples} windows of {calibration.seq_len} tokens from {calibration.source}, "
+        f"seed {calibration.seed}, fingerprint {calibration.fingerprint[:12]}."
+    )
+
+
+def _number(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3f}"

@@ -1,0 +1,104 @@
+"""What a person sees: the plan, a live bar, the table, where the results are. Everything also goes to run.log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ace_cli.report.markdown import gigabytes, perplexity_rows, protocol_line
+
+if TYPE_CHECKING:
+    from ace_cli.plan import Plan
+    from ace_cli.report.facts import Report
+
+
+class Terminal:
+    """Prints to standard output; a log file, once opened, gets the same text."""
+
+    def __init__(self) -> None:
+        self._screen = Console(highlight=False, soft_wrap=True)
+        self._log: Console | None = None
+
+    @contextmanager
+    def logging_to(self, file: Path) -> Iterator[None]:
+        """Also write everything to ``file``."""
+        with open(file, "w", encoding="utf-8") as stream:
+            self._log = Console(file=stream, width=160, highlight=False)
+            try:
+                yield
+            finally:
+                self._log = None
+
+    def say(self, content: Any = "", style: str | None = None) -> None:
+        """Print a line or a table."""
+        self._screen.print(content, style=style, markup=False)
+        if self._log is not None:
+            self._log.print(content, markup=False)
+
+    def plan(self, plan: Plan, method: str, calibration: str) -> None:
+        """What will happen and what it needs."""
+        rows = {
+            "model": f"{plan.architecture}, {plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks",
+            "from": plan.model,
+            "method": method,
+            "calibration": calibration,
+            "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in {plan.slots} "
+            f"matrices ({plan.coverage:.1%} of the blocks' weights)",
+            "computes": f"on {plan.device} in {plan.dtype}",
+            "needs": f"{gigabytes(plan.host_bytes)} memory"
+            + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
+            + f", {gigabytes(plan.disk_bytes)} disk",
+        }
+        if plan.left_dense:
+            rows["stays dense"] = ", ".join(plan.left_dense)
+        for name, value in rows.items():
+            self.say(f"{name:12} {value}")
+
+    @contextmanager
+    def progress(self, what: str, total: int) -> Iterator[Any]:
+        """A live bar; yields a function to call after each of ``total`` steps. Plain lines where there is no screen."""
+        if not self._screen.is_terminal:
+            self.say(f"{what} ...")
+            yield _plain_steps(self, what, total)
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=self._screen, transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
+    def result(self, report: Report) -> None:
+        """The table and the warnings."""
+        table = Table(title_justify="left")
+        for name in ("model", "perplexity", "ratio", "zeros in pruned weights", "on disk"):
+            table.add_column(name, justify="left" if name == "model" else "right")
+        for row in perplexity_rows(report):
+            table.add_row(*row)
+        self.say(table)
+        self.say(protocol_line(report))
+        seconds, memory = report.seconds, report.peak_memory_bytes
+        self.say(
+            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s "
+            f"({report.tokens_per_second.get('prune', 0):,.0f} tokens/s), "
+            f"{seconds['total']:.1f} s in all; peak memory {gigabytes(memory['host'])}."
+        )
+        for warning in report.warnings:
+            self.say(f"Warning: {warning}", style="yellow")
+
+
+def _plain_steps(terminal: Terminal, what: str, total: int) -> Any:
+    done = 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if done * 4 // total > (done - 1) * 4 // total:
+            terminal.say(f"{what}: {done}/{total}")
+
+    return step

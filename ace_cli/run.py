@@ -1,0 +1,380 @@
+"""One run, readable top to bottom: open, plan, calibrate, prune, verify, evaluate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ace_cli import __version__
+from ace_cli.clock import Clock, peak_memory, reset_peak_memory
+from ace_cli.config import Dtype, RunConfig
+from ace_cli.engine import BlockFacts, Recipe, prune
+from ace_cli.errors import AceError
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import manifest_entry, verify, write_metadata
+from ace_cli.model.source import open_model
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.patterns import Ratio
+from ace_cli.plan import Plan, check_disk, make_plan
+from ace_cli.registry import name_of
+from ace_cli.report import facts
+from ace_cli.report.markdown import model_card, render
+from ace_cli.report.terminal import Terminal
+
+
+@dataclasses.dataclass
+class Phases:
+    """Wall seconds and peak memory of the run's phases."""
+
+    clock: Clock
+    memory: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        reset_peak_memory()
+        with self.clock(name):
+            yield
+        self.memory[name] = max(self.memory.get(name, 0), peak_memory())
+
+
+#: Dense perplexities already measured by this process, by model and protocol: a sweep measures the dense model once.
+DenseCache = dict[tuple[str, str, int, str], float]
+
+
+def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
+    """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
+    start = datetime.datetime.now(datetime.UTC)
+    device = _device(config.device)
+    phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None))
+    _quiet_libraries()
+    with phases("import"):
+        source = open_model(config.model)
+        model = StreamedModel(source, device, _dtype(config.dtype, device, source))
+    shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
+    patterns = config.allocation.patterns(config.pattern, shapes)
+    recipe = Recipe(config.metric, patterns, config.repair, config.propagate)
+    needs_data = bool(recipe.metric.needs() or recipe.repair.needs())
+    tokens = config.calib.n_samples * config.calib.seq_len if needs_data else 0
+    plan = make_plan(model, patterns, tokens, tokens)
+    _check_length(model, config, needs_data)
+    check_disk(config.output_dir, plan.disk_bytes)
+    terminal.plan(plan, _method_line(config), _calibration_line(config) if needs_data else "none needed")
+    if config.dry_run:
+        return None
+
+    with phases("calibrate"):
+        windows_NL = config.calib.windows(source, str(device)) if needs_data else None
+    with phases("evaluate"):  # before hours of pruning: a missing evaluation text is found now
+        eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
+
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    with terminal.logging_to(config.output_dir / "run.log"):
+        terminal.say(f"$ {command}")
+        inner = Clock(phases.clock.synchronise)
+        with phases("prune"):
+            blocks, folder = _prune(config, model, recipe, windows_NL, inner, terminal, command, plan)
+        numbers = facts.Perplexity()
+        if eval_NL is not None:
+            with phases("evaluate"):
+                numbers = _evaluate(config, model, folder, eval_NL, terminal, dense_cache)
+        report = _report(config, command, start, model, plan, windows_NL, blocks, folder, numbers, phases, inner)
+        facts.save(report, config.output_dir / "report.json")
+        (config.output_dir / "report.md").write_text(render(report), encoding="utf-8")
+        terminal.result(report)
+        terminal.say(f"Results: {config.output_dir}")
+    return report
+
+
+def _prune(
+    config: RunConfig, model: StreamedModel, recipe: Recipe, windows_NL: Tensor | None, clock: Clock,
+    terminal: Terminal, command: str, plan: Plan,
+) -> tuple[list[BlockFacts], Path]:  # fmt: skip
+    """Prune into ``checkpoint.partial``, verify what was written, and rename it into place."""
+    final = config.output_dir / "checkpoint"
+    partial = config.output_dir / "checkpoint.partial"
+    _check_replaceable(final)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        with clock("write"):
+            writer = CheckpointWriter(model.checkpoint, partial)
+        with clock("embed"):
+            batches = list(model.batches(windows_NL)) if windows_NL is not None else []
+        blocks = []
+        with terminal.progress("pruning", len(model.blocks)) as step:
+            for block in prune(model, batches, recipe, writer, clock):
+                blocks.append(block)
+                step()
+        with clock("write"):
+            writer.finish()
+            slots = [
+                manifest_entry(slot.name, slot.shape, recipe.patterns[slot.name], slot.zeros)
+                for block in blocks
+                for slot in block.slots
+            ]
+            summary = _summary(config, command, windows_NL, blocks, plan)
+            write_metadata(model.checkpoint, partial, summary, slots, model_card(config.model.path, command, summary))
+        with clock("verify"):
+            verify(partial)
+        old = config.output_dir / "checkpoint.old"
+        if final.exists():
+            os.rename(final, old)
+        os.rename(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as fault:
+        raise AceError(
+            f"Writing {partial} failed: {fault.strerror or fault}.", "Free some space or check the folder."
+        ) from fault
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return blocks, final
+
+
+def _check_replaceable(final: Path) -> None:
+    if final.exists() and not (final / "pruning.json").is_file():
+        raise AceError(f"{final} exists and is not ours.", "Choose another output_dir.")
+
+
+def _evaluate(
+    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache
+) -> facts.Perplexity:
+    """Dense and pruned perplexity from their files, same windows, same dtype."""
+    assert isinstance(config.eval, Evaluation)
+    protocol = facts.Protocol(
+        dataset=config.eval.dataset, seq_len=eval_NL.shape[1], windows=len(eval_NL),
+        all_windows=config.eval.max_windows is None or len(eval_NL) < config.eval.max_windows,
+        tokens=eval_NL.numel(), dtype=str(model.dtype).removeprefix("torch."), fingerprint=fingerprint(eval_NL),
+    )  # fmt: skip
+    key = (model.checkpoint.fingerprint(), protocol.fingerprint, protocol.seq_len, f"{protocol.dtype} {model.device}")
+    pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
+    todo = [("pruned", pruned)] if key in cache else [("dense", model), ("pruned", pruned)]
+    values = {"dense": cache.get(key)}
+    for name, which in todo:
+        with terminal.progress(f"evaluating {name}", len(which.blocks)) as step:
+            values[name] = perplexity(which, eval_NL, lambda _, step=step: step())  # type: ignore[misc]
+    dense, after = float(values["dense"] or 0), float(values["pruned"] or 0)
+    if not (0 < dense < float("inf") and 0 < after < float("inf")):
+        raise AceError(f"Perplexity is not finite (dense {dense}, pruned {after}).", "Try dtype=float32.")
+    cache[key] = dense
+    return facts.Perplexity(dense, after, after / dense, protocol)
+
+
+def fingerprint(ids_NL: Tensor) -> str:
+    """sha256 of token windows."""
+    return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()
+
+
+# --- checks and choices ------------------------------------------------------------------------------------------
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        index = int(name.partition(":")[2] or 0)
+        if index >= count:
+            raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
+    return torch.device(name)
+
+
+def _dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
+    if choice is not Dtype.auto:
+        return getattr(torch, choice.value)  # type: ignore[no-any-return]
+    if device.type == "cpu":
+        return torch.float32
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16}
+    kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
+    return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:
+    limit = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    lengths = {"calib.seq_len": config.calib.seq_len if needs_data else 0}
+    if isinstance(config.eval, Evaluation):
+        lengths["eval.seq_len"] = config.eval.seq_len
+    for name, length in lengths.items():
+        if length > limit:
+            raise AceError(f"{name}={length}: the model has {limit} positions.", f"Use {name}={limit} or less.")
+
+
+def _quiet_libraries() -> None:
+    """Our own bar is the only one, and other libraries' remarks about files they read are not for the user."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+# --- words and numbers for the report ----------------------------------------------------------------------------
+
+
+def _options(choice: Any) -> dict[str, Any]:
+    return {name: getattr(value, "value", value) for name, value in vars(choice).items()}
+
+
+def _with_options(group: str, choice: Any) -> str:
+    options = ", ".join(f"{name}={value}" for name, value in _options(choice).items())
+    return name_of(group, choice) + (f" ({options})" if options else "")
+
+
+def _method_line(config: RunConfig) -> str:
+    scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
+    return (
+        f"{_with_options('metric', config.metric)}, {config.pattern}{scope}, "
+        f"repair {name_of('repair', config.repair)}, allocation {name_of('allocation', config.allocation)}, propagate {config.propagate.value}"
+    )
+
+
+def _calibration_line(config: RunConfig) -> str:
+    calib = config.calib
+    return f"{calib.n_samples} windows of {calib.seq_len} tokens, {_with_options('calib', calib)}"
+
+
+def _summary(
+    config: RunConfig, command: str, windows_NL: Tensor | None, blocks: list[BlockFacts], plan: Plan
+) -> dict[str, Any]:
+    """The "pruning" entry of config.json."""
+    calibration = "none"
+    if windows_NL is not None:
+        calibration = (
+            f"{name_of('calib', config.calib)}, {windows_NL.shape[0]} x {windows_NL.shape[1]} tokens, seed "
+            f"{config.calib.seed}, sha256 {fingerprint(windows_NL)[:16]}"
+        )
+    return {
+        "tool": f"ace-prune {__version__}",
+        "command": command,
+        "method": name_of("metric", config.metric),
+        "repair": name_of("repair", config.repair),
+        "allocation": name_of("allocation", config.allocation),
+        "pattern": str(config.pattern),
+        "sparsity": sum(slot.zeros for block in blocks for slot in block.slots) / plan.slot_weights,
+        "base_model": config.model.path,
+        "calibration": calibration,
+    }
+
+
+def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan) -> list[str]:
+    slots = [slot for block in blocks for slot in block.slots]
+    warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
+    flat = [slot.name for slot in slots if slot.diagnosis.get("spread", 2.0) < 1.05]
+    if flat:
+        warnings.append(
+            f"{len(flat)} of {len(slots)} weights see activations whose factors differ by less than 5 %: there, "
+            f"{name_of('metric', config.metric)} is magnitude pruning (first: {flat[0]})."
+        )
+    if plan.left_dense:
+        warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
+    return warnings
+
+
+def _report(
+    config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
+    windows_NL: Tensor | None, blocks: list[BlockFacts], folder: Path, numbers: facts.Perplexity, phases: Phases,
+    inner: Clock,
+) -> facts.Report:  # fmt: skip
+    slots = [slot for block in blocks for slot in block.slots]
+    zeros = sum(slot.zeros for slot in slots)
+    seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}
+    seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
+    seconds["prune"] -= seconds["write"]
+    now = datetime.datetime.now(datetime.UTC)
+    seconds["total"] = (now - start).total_seconds()
+    tokens = windows_NL.numel() if windows_NL is not None else 0
+    calibration = None
+    if windows_NL is not None:
+        calibration = facts.CalibrationFacts(
+            name_of("calib", config.calib),
+            len(windows_NL),
+            windows_NL.shape[1],
+            config.calib.seed,
+            tokens,
+            fingerprint(windows_NL),
+        )
+    memory = {"host": max(phases.memory.values()), "device": 0, **phases.memory}
+    if model.device.type == "cuda":
+        memory["device"] = torch.cuda.max_memory_allocated(model.device)
+    return facts.Report(
+        command=command,
+        created=start.isoformat(timespec="seconds"),
+        versions=_versions(),
+        hardware=_hardware(model.device),
+        config={"yaml": config.text},
+        model={
+            "path": config.model.path, "folder": plan.model, "architecture": plan.architecture,
+            "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(), "blocks": plan.blocks,
+            "slot_weights": plan.slot_weights, "coverage": plan.coverage, "left_dense": plan.left_dense,
+        },
+        method={
+            "metric": name_of("metric", config.metric), "metric_options": _options(config.metric),
+            "repair": name_of("repair", config.repair), "repair_options": _options(config.repair),
+            "allocation": name_of("allocation", config.allocation),
+            "allocation_options": _options(config.allocation), "pattern": str(config.pattern),
+            "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
+            "propagate": config.propagate.value, "device": plan.device, "dtype": plan.dtype,
+        },
+        calibration=calibration,
+        sparsity=facts.Sparsity(str(config.pattern), zeros / plan.slot_weights, zeros / plan.parameters),
+        perplexity=numbers,
+        seconds=seconds,
+        phases=dict(inner.seconds),
+        tokens_per_second={"prune": tokens / seconds["prune"]} if tokens else {},
+        peak_memory_bytes=memory,
+        bytes_on_disk={"dense": _weight_bytes(Path(plan.model)), "pruned": _weight_bytes(folder)},
+        checkpoint=str(folder),
+        slots=[
+            {**dataclasses.asdict(slot), "sparsity": slot.zeros / (slot.shape[0] * slot.shape[1])} for slot in slots
+        ],
+        blocks=[{"name": block.name, "seconds": block.seconds} for block in blocks],
+        warnings=_warnings(config, blocks, plan),
+    )  # fmt: skip
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _versions() -> dict[str, str]:
+    names = ("torch", "transformers", "datasets", "safetensors", "hydra-core", "numpy")
+    return {
+        "ace-prune": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        **({"gpu": gpu} if gpu else {}),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,49 @@
+"""Text a model writes itself, for calibration and evaluation without any data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+#: What windows are for: the same seed never gives calibration and evaluation the same text.
+CALIBRATION, EVALUATION = 0, 1
+
+
+def sample_windows(checkpoint: Checkpoint, count: int, length: int, seed: int, purpose: int, device: str) -> Tensor:
+    """``count`` windows of ``length`` tokens, int64 (count, length), sampled at temperature 1 from the start token.
+
+    All windows grow together, with a cache, in float32 on the CPU or in the stored dtype elsewhere. The whole model
+    is in memory while it writes. The start token itself is the first token of every window.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if device == "cpu" else "auto"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    generator = torch.Generator().manual_seed(2 * seed + purpose)
+    ids_NL = torch.full((count, 1), start_token(checkpoint), dtype=torch.int64)
+    cache = None
+    with torch.inference_mode():
+        while ids_NL.shape[1] < length:
+            out = model(ids_NL[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            # drawn on the CPU: the same generator on every device
+            probabilities_NV = out.logits[:, -1].float().softmax(-1).cpu()
+            ids_NL = torch.cat([ids_NL, torch.multinomial(probabilities_NV, 1, generator=generator)], dim=1)
+    return ids_NL
+
+
+def start_token(checkpoint: Checkpoint) -> int:
+    """The id a text starts with: the beginning-of-text token, else the end-of-text token, else 0."""
+    config = checkpoint.config()
+    for name in ("bos_token_id", "eos_token_id"):
+        value = config.get(name)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if isinstance(value, int):
+            return value
+    return 0

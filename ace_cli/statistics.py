@@ -1,0 +1,175 @@
+"""What a method remembers of a slot's inputs: small accumulators, the same for any split of the tokens.
+
+Shapes: T tokens, I inputs, O outputs. Two statistics of the same kind and options are equal, so a metric and a repair
+that need the same one share it. Vectors are summed in float64 (a slot sees up to millions of tokens), matrices in
+float32 (they are the size of a weight or more).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar, cast
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Statistic:
+    """An accumulator over the calls of one slot. ``tokens`` counts what it has seen."""
+
+    #: True if the slot's output is needed; such a statistic cannot be shared between slots that read one input.
+    needs_output = False
+    tokens = 0
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        """Add T tokens: inputs (T, I) and outputs (T, O) with bias, both float32; the slot's weight (O, I)."""
+        raise NotImplementedError
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Seen:
+    """The statistics of one slot; ``seen[SecondMoment()]`` gives the accumulated one."""
+
+    def __init__(self, wanted: Iterable[Statistic]) -> None:
+        self._state = {statistic: copy.copy(statistic) for statistic in wanted}
+
+    def __getitem__(self, wanted: S) -> S:
+        return cast(S, self._state[wanted])
+
+    def __iter__(self) -> Iterator[Statistic]:
+        return iter(self._state.values())
+
+    def share(self, other: Seen) -> None:
+        """Use ``other``'s input-only statistics: both slots read the same input."""
+        for wanted, statistic in other._state.items():
+            if not statistic.needs_output:
+                self._state[wanted] = statistic
+
+
+@dataclass(unsafe_hash=True)
+class SecondMoment(Statistic):
+    """``total_I`` = sum over tokens of x_tj^2, float64 (I,). Wanda's statistic."""
+
+    total_I: Tensor = field(init=False, compare=False, repr=False)
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        total_I = x_TI.square().sum(0).double()
+        self.total_I = total_I if not self.tokens else self.total_I + total_I
+        self.tokens += len(x_TI)
+
+    @property
+    def mean_I(self) -> Tensor:
+        """E[x_j^2], float64 (I,)."""
+        return self.total_I / self.tokens
+
+
+@dataclass(unsafe_hash=True)
+class SquareMoments(Statistic):
+    """First and second moment of the squared activation v = x^2.
+
+    ``first_I`` = sum_t v, ``second_I`` = sum_t v^2, ``largest`` = max v, ``above_one`` = count of v >= 1.
+    float64, because x^4 spans sixteen orders of magnitude between ordinary and massive activations.
+    """
+
+    first_I: Tensor = field(init=False, compare=False, repr=False)
+    second_I: Tensor = field(init=False, compare=False, repr=False)
+    largest: Tensor = field(init=False, compare=False, repr=False)
+    above_one: Tensor = field(init=False, compare=False, repr=False)
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        v_TI = x_TI.square()
+        above = (v_TI >= 1).sum()
+        first_I, second_I = v_TI.sum(0).double(), v_TI.square().sum(0).double()
+        largest = v_TI.max()
+        if not self.tokens:
+            self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
+        else:
+            self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
+            self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
+        self.tokens += len(x_TI)
+
+
+@dataclass(unsafe_hash=True)
+class TokenSquares(Statistic):
+    """Every squared input, float32 (T, I), for forms whose scale is known only after the last token.
+
+    Costs T x I x 4 bytes a slot: meant for short calibrations.
+    """
+
+    _chunks: list[Tensor] = field(init=False, compare=False, repr=False)
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        self._chunks = [*(self._chunks if self.tokens else []), x_TI.square()]
+        self.tokens += len(x_TI)
+
+    @property
+    def squares_TI(self) -> Tensor:
+        """x_tj^2, float32 (T, I)."""
+        import torch
+
+        return torch.cat(self._chunks)
+
+
+@dataclass(unsafe_hash=True)
+class CosineTerm(Statistic):
+    """``total_OI``: what removing one weight does to the direction of the output a = W x + b (methods of CosP).
+
+    With A_t = ||a_t||^2, one matrix product of O(T O I) each, in float32:
+
+    * ``signed``   sum_t (a_ti / A_t) x_tj                 first order, as in the paper's digest
+    * ``absolute`` sum_t |a_ti| / A_t |x_tj|               the same without cancellation
+    * ``second``   sum_t (A_t - a_ti^2) / A_t^2 x_tj^2      exact second order of 2 (1 - cos) / W_ij^2
+    * ``token``    sum_t x_tj^2 / A_t                     its limit for A_t >> a_ti^2, the same for every row: (1, I)
+    * ``exact``    sum_t 1 - cos(a_t, a_t - W_ij x_tj e_i)  the loss itself; element by element, slow
+
+    Tokens whose A_t is below 1e-8 of the mean of their batch have no direction: they are skipped.
+    """
+
+    kind: str = "second"
+    total_OI: Tensor = field(init=False, compare=False, repr=False)
+    needs_output = True
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        A_T1 = y_TO.square().sum(1, keepdim=True)
+        has_direction = (1e-8 * A_T1.mean() < A_T1).squeeze(1)
+        x_TI, y_TO, A_T1 = x_TI[has_direction], y_TO[has_direction], A_T1[has_direction]
+        if self.kind == "signed":
+            total_OI = (y_TO / A_T1).T @ x_TI
+        elif self.kind == "absolute":
+            total_OI = (y_TO.abs() / A_T1).T @ x_TI.abs()
+        elif self.kind == "second":
+            total_OI = ((A_T1 - y_TO.square()).clamp(min=0) / A_T1.square()).T @ x_TI.square()
+        elif self.kind == "token":
+            total_OI = (x_TI.square() / A_T1).sum(0, keepdim=True)
+        else:
+            total_OI = _cosine_loss(x_TI, y_TO, A_T1, weight_OI)
+        self.total_OI = total_OI if not self.tokens else self.total_OI.add_(total_OI)
+        self.tokens += len(x_TI)
+
+
+def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) -> Tensor:
+    """sum_t 1 - cos(theta), tan(theta) = |d| sqrt(A - a_i^2) / (A - a_i d), d = W_ij x_tj; float64 (O, I)."""
+    total_OI = weight_OI.double() * 0
+    for x_I, y_O, A_1 in zip(x_TI.double(), y_TO.double(), A_T1.double(), strict=True):
+        removed_OI = weight_OI * x_I
+        along_OI = A_1 - y_O[:, None] * removed_OI
+        across_OI = removed_OI.abs() * (A_1 - y_O.square()).clamp(min=0).sqrt()[:, None]
+        # 1 - cos = 2 sin^2(theta / 2): keeps the digits that 1 - cos loses for the tiny angles met here.
+        total_OI += 2 * (across_OI.atan2(along_OI) / 2).sin().square()
+    return total_OI
+
+
+@dataclass(unsafe_hash=True)
+class Gram(Statistic):
+    """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I)."""
+
+    total_II: Tensor = field(init=False, compare=False, repr=False)
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        total_II = x_TI.T @ x_TI
+        self.total_II = total_II if not self.tokens else self.total_II.add_(total_II)
+        self.tokens += len(x_TI)

@@ -1,0 +1,152 @@
+"""Documents: from local files or the hub, through ``datasets``; and how windows are cut from them.
+
+Shared by calibration and evaluation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ace_cli.errors import AceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+#: File ending -> loader of ``datasets`` and its options.
+_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".jsonl": ("json", {}),
+    ".json": ("json", {}),
+    ".json.gz": ("json", {}),
+    ".jsonl.gz": ("json", {}),
+    ".parquet": ("parquet", {}),
+    ".txt": ("text", {"sample_by": "document"}),
+}
+
+
+def local_file_fault(path: str | None, name: str) -> str | None:
+    """Why ``path`` cannot be read as documents, before anything is loaded; ``name`` is the override it came from."""
+    if not path:
+        return f"{name} is missing: give a {', '.join(_LOADERS)} file"
+    if not Path(path).expanduser().is_file():
+        return f"{name}={path}: no such file"
+    if not any(path.endswith(ending) for ending in _LOADERS):
+        return f"{name}={path}: must end in {', '.join(_LOADERS)}"
+    return None
+
+
+def local_documents(path: str, field: str) -> list[str]:
+    """The documents of a local file: column ``field`` of a table, or the whole of a .txt file."""
+    file = Path(path).expanduser()
+    loader, options = next(_LOADERS[ending] for ending in _LOADERS if file.name.endswith(ending))
+    column = "text" if loader == "text" else field
+    return _column(str(file), column, loader, data_files=str(file), split="train", streaming=True, **options)
+
+
+def wikitext2_documents(split: str) -> list[str]:
+    """The lines of WikiText-2 (raw) from the hub, joined by two line breaks for the usual perplexity."""
+    return _column("wikitext2", "text", "Salesforce/wikitext", name="wikitext-2-raw-v1", split=split)
+
+
+def c4_documents(split: str) -> list[str]:
+    """The first shard of English C4 from the hub: the calibration set of SparseGPT and Wanda."""
+    file = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+    return _column("c4", "text", "allenai/c4", data_files={split: file[split]}, split=split)
+
+
+def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
+    import datasets
+
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        rows = datasets.load_dataset(*args, **kwargs)
+        if kwargs.get("streaming"):
+            rows = list(rows)
+            names = list(rows[0]) if rows else []
+            found = [row.get(column) for row in rows]
+        else:
+            names = rows.column_names
+            found = rows[column] if column in names else []
+    except Exception as fault:  # files, hub and network each fail with errors of their own
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        hint = (
+            "Is it a whole file of the kind its name says?"
+            if Path(what).exists()
+            else "The hub cannot be reached: use calib=text or calib=self (eval=text or eval=self)."
+        )
+        raise AceError(f"Cannot read {what}: {reason}.", hint) from fault
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts:
+        raise AceError(
+            f"{what} has no column '{column}' with text; found: {', '.join(names) or 'nothing'}.", "Name it."
+        )
+    return texts
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer. Raises AceError when the folder has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder)
+    except Exception as fault:  # tokenizer backends fail with errors of their own
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise AceError(
+            f"{checkpoint.folder} has no usable tokenizer: {reason}", "Only calib=self needs none."
+        ) from fault
+
+
+def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
+    """Windows drawn as SparseGPT and Wanda draw them: int64 (count, length).
+
+    Repeat: a document at random; skip it unless it has more than ``length`` tokens; a start at random in
+    [0, tokens - length - 1]. Documents may be drawn again. Raises AceError when there are not ``count`` different
+    windows to draw.
+    """
+    import torch
+
+    generator = random.Random(seed)
+    encoded: dict[int, list[int]] = {}
+    rejected: set[int] = set()
+    windows: list[list[int]] = []
+    while len(windows) < count:
+        index = generator.randint(0, len(documents) - 1)
+        if index in rejected:
+            if len(rejected) == len(documents):
+                break
+            continue
+        if index not in encoded:
+            encoded[index] = tokenizer(documents[index])["input_ids"]
+        ids = encoded[index]
+        if len(ids) <= length:
+            rejected.add(index)
+            continue
+        start = generator.randint(0, len(ids) - length - 1)
+        windows.append(ids[start : start + length])
+    longest = max((len(ids) for ids in encoded.values()), default=0)
+    available = sum(max(0, len(ids) - length) for ids in encoded.values())
+    if len(windows) < count or (len(encoded) == len(documents) and available < count):
+        raise AceError(
+            f"Too few long documents: {available if windows else 0} different windows of {length} tokens, "
+            f"{count} asked for; the longest of {len(documents)} documents has {longest} tokens.",
+            "Give longer documents, or lower calib.seq_len or calib.n_samples.",
+        )
+    return torch.tensor(windows, dtype=torch.int64)
+
+
+def consecutive_windows(text: str, tokenizer: Any, length: int, limit: int | None) -> Tensor:
+    """The text's tokens cut into windows without overlap, int64 (n, length); the remainder is dropped."""
+    import torch
+
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    count = len(ids) // length
+    if not count:
+        raise AceError(
+            f"The evaluation text has {len(ids)} tokens, fewer than one window of {length}.",
+            "Lower eval.seq_len or give more text.",
+        )
+    return torch.as_tensor(ids[: count * length].view(count, length)[:limit].clone())

@@ -1,0 +1,32 @@
+"""``ace-verify FOLDER``: does a pruned checkpoint still hold its pattern?"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ace_cli.errors import AceError
+
+
+def main() -> None:
+    """Exits 0 if every pruned weight holds its pattern, 1 at the first violation, 2 if the folder cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="ace-verify", description="Re-read a pruned checkpoint and check its pattern."
+    )
+    parser.add_argument("folder", type=Path, help="the checkpoint folder of an ace-prune run")
+    folder = parser.parse_args().folder
+    from ace_cli.model.pruned import Violation, verify
+
+    try:
+        print(f"{folder}: {verify(folder)} pruned weights hold their pattern.")
+    except Violation as violation:
+        print(f"ace-verify: {violation}", file=sys.stderr)
+        sys.exit(1)
+    except AceError as fault:
+        print(f"ace-verify: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
