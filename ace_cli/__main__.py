@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from ace_cli.config import CONFIGURATION_ERRORS, config_folder, explain, parse, store_schemas
+from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
 from ace_cli.errors import AceError
 from ace_cli.report.sweep import Sweep
 
@@ -31,48 +31,53 @@ def main() -> None:
     store_schemas()
     sweep = Sweep()
     dense_cache: DenseCache = {}
+    faults: list[AceError] = []
     job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
-        lambda config: _job(config, sweep, dense_cache)
+        lambda config: _job(config, sweep, dense_cache, faults)
     )
     try:
         job()
-    except AceError as fault:
-        sys.exit(_mend(fault))
     except CONFIGURATION_ERRORS as fault:
         sys.exit(_mend(explain(fault)))
     except KeyboardInterrupt:
-        sys.exit(_mend(AceError("Interrupted.")))
+        sys.exit(_mend(AceError("Interrupted")))
+    if faults and not sweep.jobs:
+        sys.exit(MEND)
     if sweep.jobs:
         print("\n" + "\n\n".join(sweep.write()))
         print(f"\nSweep: {sweep.folder}")
         sys.exit(FAILED if sweep.failed else DONE)
 
 
-def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache) -> None:
-    """One job: the whole run, or one of a sweep, where a failure is recorded and the next job goes on."""
+def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError]) -> None:
+    """One job: the whole run, or one of a sweep. A fault is kept here, so that Hydra does not print it its own way."""
     hydra_config = HydraConfig.get()
-    if hydra_config.mode is not RunMode.MULTIRUN:
-        _run(config, Path(config.output_dir), dense_cache)
-        return
-    sweep.folder = Path(hydra_config.sweep.dir).absolute()
-    overrides = list(hydra_config.overrides.task)
+    many = hydra_config.mode is RunMode.MULTIRUN
+    outcome: Report | str | None
     try:
-        report = _run(config, Path(hydra_config.runtime.output_dir), dense_cache)
-        if report is not None:
-            sweep.add(overrides, report)
+        folder = hydra_config.runtime.output_dir if many else config.output_dir
+        given = many or any(o.startswith("output_dir=") for o in hydra_config.overrides.task)
+        outcome = _run(parse(config, Path(folder).absolute(), given), dense_cache)
     except AceError as fault:
         _mend(fault)
-        sweep.add(overrides, str(fault))
+        faults.append(fault)
+        outcome = str(fault)
+    except CONFIGURATION_ERRORS as fault:  # values that cannot be resolved
+        faults.append(explain(fault))
+        _mend(faults[-1])
+        outcome = str(faults[-1])
+    if many and outcome is not None:
+        sweep.folder = Path(hydra_config.sweep.dir).absolute()
+        sweep.add(list(hydra_config.overrides.task), outcome)
 
 
-def _run(config: DictConfig, output_dir: Path, dense_cache: DenseCache) -> Report | None:
-    checked = parse(config, output_dir.absolute())
+def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
     from ace_cli.report.terminal import Terminal
     from ace_cli.run import run
 
     command = shlex.join(["ace-prune", *_config_folders(), *HydraConfig.get().overrides.task])
-    return run(checked, command, Terminal(), dense_cache)
+    return run(config, command, Terminal(), dense_cache)
 
 
 def _with_custom_model(arguments: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ class Schema:
     eval: Any = MISSING
     sparsity: Any = "0.5"
     scope: Scope = Scope.row
-    propagate: Propagate = Propagate.block
+    propagate: Propagate = Propagate.sublayer
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     dry_run: bool = False
@@ -70,6 +70,7 @@ class RunConfig:
     dtype: Dtype
     dry_run: bool
     output_dir: Path
+    output_dir_given: bool
     text: str
 
 
@@ -88,29 +89,31 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
-def parse(config: DictConfig, output_dir: Path) -> RunConfig:
-    """Plain objects from a composed configuration. Raises AceError that names every fault at once."""
+def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -> RunConfig:
+    """Plain objects from a composed configuration. Raises AceError that names every fault at once.
+
+    ``output_dir_given``: the user named the folder; otherwise it is a new dated one.
+    """
     faults: list[str] = []
-    if OmegaConf.is_missing(config.model, "path"):
-        faults.append("no model: give model=NAME (a card) or model.path=FOLDER, HUB_ID or FILE.gguf")
-    parts: Any = OmegaConf.to_object(config) if not faults else None
+    parts: Any = OmegaConf.to_object(config)
+    for part in (parts.model, parts.metric, parts.allocation, parts.repair, parts.calib, parts.eval):
+        faults += part.faults()
     pattern: Pattern | None = None
     try:
-        pattern = parse_sparsity(config.sparsity, config.scope)
+        pattern = parse_sparsity(parts.sparsity, parts.scope)
     except AceError as fault:
-        faults.append(str(fault))
-    for group in ("metric", "allocation", "repair", "calib", "eval"):
-        faults += OmegaConf.to_object(config[group]).faults()  # type: ignore[union-attr]
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", config.device):
-        faults.append(f"device={config.device}: must be auto, cpu, cuda or cuda:N")
-    if isinstance(pattern, NofM) and config.scope is Scope.layer:
+        faults.append(str(fault).rstrip("."))
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
+        faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
+    if isinstance(pattern, NofM) and parts.scope is Scope.layer:
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
     if faults or pattern is None:
-        raise AceError("; ".join(faults) + ".", "")
+        raise AceError("; ".join(faults) + ".")
     return RunConfig(
         model=parts.model, metric=parts.metric, allocation=parts.allocation, repair=parts.repair, calib=parts.calib,
         eval=parts.eval, pattern=pattern, propagate=parts.propagate, device=parts.device, dtype=parts.dtype,
-        dry_run=parts.dry_run, output_dir=output_dir, text=OmegaConf.to_yaml(config),
+        dry_run=parts.dry_run, output_dir=output_dir,
+        output_dir_given=output_dir_given, text=OmegaConf.to_yaml(config),
     )  # fmt: skip
 
 

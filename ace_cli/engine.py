@@ -1,11 +1,13 @@
 """The one loop: load a block, observe its inputs, score, select, repair, write, move on.
 
 Knows the base types of metrics, patterns and repairs, never a concrete one; prints nothing; yields a fact per block.
+Reading the next block and writing the last one happen on one background thread while the current one computes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,12 +28,17 @@ from ace_cli.statistics import Seen, Statistic
 
 @dataclass(frozen=True)
 class Recipe:
-    """The four choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name."""
+    """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name."""
 
     metric: Metric
     patterns: Mapping[str, Pattern]
     repair: Repair
     propagate: Propagate
+
+    @property
+    def wanted(self) -> tuple[Statistic, ...]:
+        """The statistics that the metric and the repair read, each once."""
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class SlotFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One finished block; its weights are in the writer's files."""
+    """One finished block."""
 
     index: int
     name: str
@@ -59,90 +66,210 @@ class BlockFacts:
 
 
 def prune(
-    model: StreamedModel, batches: list[Batch], recipe: Recipe, writer: CheckpointWriter, clock: Clock
+    model: StreamedModel,
+    batches: list[Batch],
+    recipe: Recipe,
+    writer: CheckpointWriter,
+    clock: Clock,
+    finished: int = 0,
+    on_disk: Callable[[BlockFacts], None] = lambda _: None,
 ) -> Iterator[BlockFacts]:
-    """Prune every slot of ``model``, writing each finished block; replaces the hidden states in ``batches``.
+    """Prune every slot of ``model`` from block ``finished`` on; replaces the hidden states in ``batches``.
 
-    Raises AceError when weights or activations are not finite.
+    ``batches`` hold what goes into block ``finished``. ``on_disk`` is called, from the background thread, when a
+    block's weights have been forced to disk. Raises AceError when weights or activations are not finite.
     """
-    wanted = tuple(dict.fromkeys((*recipe.metric.needs(), *recipe.repair.needs())))
-    for index, block in enumerate(model.blocks):
-        before = sum(clock.seconds.values())
-        last = index == len(model.blocks) - 1
-        with torch.inference_mode(), _timed_load(model, block, clock):
-            with clock("observe"):
-                seen = _observe(model, index, batches, wanted, advance=recipe.propagate is Propagate.dense)
-            facts = [_prune_slot(model, slot, seen[slot.name], recipe, writer, clock) for slot in block.slots]
+    with ThreadPoolExecutor(1) as background:
+        written: Future[None] | None = None
+        ahead = background.submit(model.read, model.blocks[finished]) if finished < len(model.blocks) else None
+        for index in range(finished, len(model.blocks)):
+            block, before = model.blocks[index], sum(clock.seconds.values())
+            with clock("read"):  # what reading and writing cost beyond the computation they overlap
+                assert ahead is not None
+                tensors = ahead.result()
+            if index + 1 < len(model.blocks):  # queued behind the last block's writes: two blocks in memory, not three
+                ahead = background.submit(model.read, model.blocks[index + 1])
+            job = _BlockJob(model, index, batches, recipe, clock)
+            with torch.inference_mode(), model.loaded(block, tensors):
+                del tensors
+                job.run(last=index == len(model.blocks) - 1)
             with clock("write"):
-                writer.copy(sorted(set(block.keys.values()) - {slot.name for slot in block.slots}))
-            if wanted and recipe.propagate is Propagate.block and not last:
-                with clock("forward"):
-                    _advance(model, index, batches)
-        yield BlockFacts(index, block.name, facts, sum(clock.seconds.values()) - before)
+                _check(written)
+            facts = BlockFacts(index, block.name, job.facts, sum(clock.seconds.values()) - before)
+            written = background.submit(_write_block, writer, block, job.take_weights(), facts, on_disk)
+            yield facts
+        with clock("write"):
+            _check(written)
 
 
-@contextmanager
-def _timed_load(model: StreamedModel, block: Block, clock: Clock) -> Iterator[None]:
-    """``model.loaded`` with the time it takes under "load"."""
-    context = model.loaded(block)
-    with clock("load"):
-        context.__enter__()
-    try:
-        yield
-    finally:
-        context.__exit__(None, None, None)
+def replay(model: StreamedModel, batches: list[Batch], blocks: int, clock: Clock) -> None:
+    """Bring ``batches`` to where they were after ``blocks`` finished blocks, whose weights ``model`` reads."""
+    for index in range(blocks):
+        with clock("replay"), torch.inference_mode(), model.loaded(model.blocks[index]):
+            _advance(model, index, batches)
 
 
-def _observe(
-    model: StreamedModel, index: int, batches: list[Batch], wanted: tuple[Statistic, ...], advance: bool
-) -> dict[str, Seen]:
-    """Run the dense block on every batch; slot name -> its statistics."""
-    block = model.blocks[index]
-    seen = {slot.name: Seen(wanted) for slot in block.slots}
-    if not wanted:
-        return seen
-    watcher = _Watcher(block.slots, seen)
-    with watcher.watching():
-        for batch in batches:
-            out_BLH = model.forward(index, batch)
-            _check_finite(out_BLH, f"the output of {block.name}")
-            if advance:
-                batch.hidden_BLH = out_BLH
-    return seen
+def _write_block(
+    writer: CheckpointWriter,
+    block: Block,
+    weights: dict[str, Tensor],
+    facts: BlockFacts,
+    on_disk: Callable[[BlockFacts], None],
+) -> None:
+    for name, weight in weights.items():
+        writer.write(name, weight)
+    writer.copy(sorted(set(block.keys.values()) - weights.keys()))
+    weights.clear()
+    writer.sync(block.keys.values())
+    on_disk(facts)
 
 
-def _advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
-    for batch in batches:
-        batch.hidden_BLH = model.forward(index, batch)
+def _check(written: Future[None] | None) -> None:
+    if written is not None:
+        written.result()
+
+
+class _Stop(Exception):
+    """Enough of the block has run."""
+
+
+class _BlockJob:
+    """Observes and prunes one loaded block."""
+
+    def __init__(self, model: StreamedModel, index: int, batches: list[Batch], recipe: Recipe, clock: Clock) -> None:
+        self.model = model
+        self.index = index
+        self.block = model.blocks[index]
+        self.batches = batches
+        self.recipe = recipe
+        self.clock = clock
+        self.facts: list[SlotFacts] = []
+        self._weights: dict[str, Tensor] = {}
+        self._observer = _Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
+
+    def run(self, last: bool) -> None:
+        """Prune every slot and move the hidden states on; the ``last`` block's outputs are not needed."""
+        if not self.recipe.wanted:
+            self._prune(self.block.slots)
+        elif self.recipe.propagate is Propagate.sublayer:
+            self._run_sublayer(last)
+        else:
+            dense = self.recipe.propagate is Propagate.dense
+            with self.clock("observe"), _hooked(self.block.slots, self._watch, before=False):
+                for batch in self.batches:
+                    out_BLH = self._forward(batch)
+                    if dense:
+                        batch.hidden_BLH = out_BLH
+            self._prune(self.block.slots)
+            if not dense and not last:
+                with self.clock("forward"):
+                    _advance(self.model, self.index, self.batches)
+
+    def take_weights(self) -> dict[str, Tensor]:
+        """Slot name -> pruned weight as it is stored, on the CPU; handed over once."""
+        weights, self._weights = self._weights, {}
+        return weights
+
+    # --- sublayer order ------------------------------------------------------------------------------------------
+
+    def _run_sublayer(self, last: bool) -> None:
+        left = list(self.block.slots)
+        if len(self.batches) == 1:  # every input is complete when it arrives: prune inside the one forward
+
+            def prune_now(slot: Slot, x: Tensor) -> None:
+                self._note(slot, x)
+                self._prune([slot])
+                left.remove(slot)
+                if last and not left:
+                    raise _Stop
+
+            with self.clock("observe"), _hooked(self.block.slots, prune_now, before=True):
+                out_BLH = self._forward(self.batches[0])
+                if out_BLH is not None:
+                    self.batches[0].hidden_BLH = out_BLH
+        while left:  # several batches: stop each at the first slots not yet pruned
+            group = self._observe_group(left)
+            self._prune(group)
+            left = [slot for slot in left if slot not in group]
+        if len(self.batches) > 1 and not last:
+            with self.clock("forward"):
+                _advance(self.model, self.index, self.batches)
+
+    def _observe_group(self, left: list[Slot]) -> list[Slot]:
+        """Observe the first slots of ``left`` that the block reaches, those that read one tensor together."""
+        group: list[Slot] = []
+        inputs: list[Tensor] = []
+
+        def note_first(slot: Slot, x: Tensor) -> None:
+            if inputs and inputs[0] is not x:
+                raise _Stop
+            inputs[:] = [x]
+            if slot not in group:
+                group.append(slot)
+            self._note(slot, x)
+
+        with self.clock("observe"), _hooked(left, note_first, before=True):
+            for batch in self.batches:
+                inputs.clear()
+                self._forward(batch)
+        return group or left  # slots that no token reaches are refused, by name, when they are pruned
+
+    # --- shared --------------------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> Any:
+        try:
+            out_BLH = self.model.forward(self.index, batch)
+        except _Stop:
+            return None
+        _check_finite(out_BLH, f"the output of {self.block.name}")
+        return out_BLH
+
+    def _watch(self, slot: Slot, x: Tensor, y: Tensor) -> None:
+        self._observer.update(slot, x, lambda: y)
+
+    def _note(self, slot: Slot, x: Tensor) -> None:
+        self._observer.update(slot, x, lambda: slot.module.forward(x))
+
+    def _prune(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            self.facts.append(self._prune_slot(slot, self._observer.seen[slot.name]))
+
+    def _prune_slot(self, slot: Slot, seen: Seen) -> SlotFacts:
+        metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
+        tokens = max((statistic.tokens for statistic in seen), default=0)
+        with self.clock("score"):
+            dense_OI = _stored_weight(self.model, slot)
+            _check_finite(dense_OI, slot.name)
+            if metric.needs() and not tokens:
+                raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+            score_OI = metric.score(dense_OI, seen)
+            _check_finite(score_OI, f"the score of {slot.name}")
+        with self.clock("select"):
+            keep_OI = pattern.keep(score_OI)
+        with self.clock("repair"):
+            repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
+        with self.clock("mask"):
+            stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
+            new_OI = repaired.weight_OI.masked_fill(~repaired.keep_OI, 0).to(stored)
+            slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
+            self._weights[slot.name] = new_OI.cpu()
+            zeros = new_OI.numel() - int(new_OI.count_nonzero())
+        pruned = new_OI.numel() - int(repaired.keep_OI.sum())
+        diagnosis = metric.diagnose(seen)
+        return SlotFacts(slot.name, slot.shape, str(pattern), pruned, zeros, tokens, diagnosis, repaired.notes)
 
 
 @dataclass
-class _Watcher:
-    """Feeds the slots' statistics from forward hooks. Slots that read the same tensor share input-only statistics."""
+class _Observer:
+    """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only."""
 
-    slots: list[Slot]
     seen: dict[str, Seen]
     _leader: dict[str, str] = field(default_factory=dict)
     _input: Tensor | None = None
     _reader: str = ""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        handles = [slot.module.register_forward_hook(self._hook(slot)) for slot in self.slots]
-        try:
-            yield
-        finally:
-            self._input = None
-            for handle in handles:
-                handle.remove()
-
-    def _hook(self, slot: Slot) -> Any:
-        def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self._update(slot, args[0], output)
-
-        return watch
-
-    def _update(self, slot: Slot, x: Tensor, y: Tensor) -> None:
+    def update(self, slot: Slot, x: Tensor, output: Callable[[], Tensor]) -> None:
+        """Add one call of ``slot``: input (..., I); ``output`` gives its (..., O) if a statistic needs it."""
         seen = self.seen[slot.name]
         if slot.name not in self._leader:  # the first batch decides who observes for whom
             same = self._input is x
@@ -152,38 +279,41 @@ class _Watcher:
         self._input, self._reader = x, slot.name
         follows = self._leader[slot.name] != slot.name
         due = [statistic for statistic in seen if statistic.needs_output or not follows]
-        if due:
-            x_TI, y_TO = x.reshape(-1, x.shape[-1]).float(), y.reshape(-1, y.shape[-1]).float()
-            for statistic in due:
-                statistic.update(x_TI, y_TO, slot.weight_OI)
+        if not due:
+            return
+        x_TI = x.reshape(-1, x.shape[-1]).float()
+        y_TO = x_TI
+        if any(statistic.needs_output for statistic in due):
+            y = output()
+            y_TO = y.reshape(-1, y.shape[-1]).float()
+        for statistic in due:
+            statistic.update(x_TI, y_TO, slot.weight_OI)
 
 
-def _prune_slot(
-    model: StreamedModel, slot: Slot, seen: Seen, recipe: Recipe, writer: CheckpointWriter, clock: Clock
-) -> SlotFacts:
-    pattern = recipe.patterns[slot.name]
-    tokens = max((statistic.tokens for statistic in seen), default=0)
-    with clock("score"):
-        dense_OI = _stored_weight(model, slot)
-        _check_finite(dense_OI, slot.name)
-        if recipe.metric.needs() and not tokens:
-            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
-        score_OI = recipe.metric.score(dense_OI, seen)
-        _check_finite(score_OI, f"the score of {slot.name}")
-    with clock("select"):
-        keep_OI = pattern.keep(score_OI)
-    with clock("repair"):
-        repaired = recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
-    with clock("write"):
-        stored = getattr(torch, DTYPES[model.checkpoint.tensors[slot.name].dtype][0])
-        new_OI = repaired.weight_OI.masked_fill(~repaired.keep_OI, 0).to(stored)
-        writer.write(slot.name, new_OI)
-        slot.module.weight = nn.Parameter(new_OI.to(model.dtype), requires_grad=False)
-        zeros = new_OI.numel() - int(new_OI.count_nonzero())
-    return SlotFacts(
-        slot.name, slot.shape, str(pattern), new_OI.numel() - int(repaired.keep_OI.sum()), zeros, tokens,
-        recipe.metric.diagnose(seen), repaired.notes,
-    )  # fmt: skip
+@contextmanager
+def _hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> Iterator[None]:
+    """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module."""
+
+    def hook(slot: Slot) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
+            function(slot, args[0], *output)
+
+        return call
+
+    handles = [
+        slot.module.register_forward_pre_hook(hook(slot)) if before else slot.module.register_forward_hook(hook(slot))
+        for slot in slots
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
+    for batch in batches:
+        batch.hidden_BLH = model.forward(index, batch)
 
 
 def _stored_weight(model: StreamedModel, slot: Slot) -> Tensor:

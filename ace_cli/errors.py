@@ -13,7 +13,7 @@ class AceError(Exception):
     """
 
     def __init__(self, problem: str, hint: str = "") -> None:
-        super().__init__(f"{problem} {hint}".strip())
+        super().__init__(f"{problem.rstrip('. ')}. {hint}".strip())
         self.problem = problem
         self.hint = hint
 

@@ -1,4 +1,4 @@
-"""What the next block sees."""
+"""What a slot, and the next block, see of the pruning before them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from enum import Enum
 
 
 class Propagate(Enum):
-    """How pruning one block changes the calibration inputs of the next."""
+    """How pruning changes the calibration inputs of what comes after."""
 
-    block = "block"  # observe the whole dense block, prune it, run it again: Wanda's protocol
-    dense = (
-        "dense"  # the next block sees what the dense model computes: one forward, errors do not add up in the inputs
-    )
+    sublayer = "sublayer"  # each slot is pruned the moment its input is complete, in the same forward: one forward
+    block = "block"  # observe the whole dense block, prune it, run it again: Wanda's protocol, two forwards
+    dense = "dense"  # everything sees what the dense model computes: one forward

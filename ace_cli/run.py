@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from ace_cli import __version__
 from ace_cli.clock import Clock, peak_memory, reset_peak_memory
 from ace_cli.config import Dtype, RunConfig
-from ace_cli.engine import BlockFacts, Recipe, prune
+from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.errors import AceError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
@@ -31,10 +30,12 @@ from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import Ratio
 from ace_cli.plan import Plan, check_disk, make_plan
+from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal
+from ace_cli.work import Work, find_unfinished, locked
 
 
 @dataclasses.dataclass
@@ -82,72 +83,97 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
     with phases("evaluate"):  # before hours of pruning: a missing evaluation text is found now
         eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
 
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    with terminal.logging_to(config.output_dir / "run.log"):
-        terminal.say(f"$ {command}")
-        inner = Clock(phases.clock.synchronise)
-        with phases("prune"):
-            blocks, folder = _prune(config, model, recipe, windows_NL, inner, terminal, command, plan)
-        numbers = facts.Perplexity()
-        if eval_NL is not None:
-            with phases("evaluate"):
-                numbers = _evaluate(config, model, folder, eval_NL, terminal, dense_cache)
-        report = _report(config, command, start, model, plan, windows_NL, blocks, folder, numbers, phases, inner)
-        facts.save(report, config.output_dir / "report.json")
-        (config.output_dir / "report.md").write_text(render(report), encoding="utf-8")
-        terminal.result(report)
-        terminal.say(f"Results: {config.output_dir}")
+    identity = _identity(config, model, windows_NL)
+    if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):
+        config = dataclasses.replace(config, output_dir=unfinished)
+    try:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        with locked(config.output_dir), terminal.logging_to(config.output_dir / "run.log"):
+            terminal.say(f"$ {command}")
+            work = Work(config.output_dir, identity)
+            inner = Clock(phases.clock.synchronise)
+            with phases("prune"):
+                _prune(config, model, recipe, windows_NL, work, inner, terminal, command, plan)
+            numbers = facts.Perplexity()
+            if eval_NL is not None:
+                with phases("evaluate"):
+                    numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+            report = _report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+            facts.save(report, config.output_dir / "report.json")
+            (config.output_dir / "report.md").write_text(render(report), encoding="utf-8")
+            work.close()
+            terminal.result(report)
+            terminal.say(f"Results: {config.output_dir}")
+    except OSError as fault:
+        where = fault.filename or config.output_dir
+        raise AceError(
+            f"{fault.strerror or fault}: {where}.", "Mend it, then repeat the command: finished blocks are kept."
+        ) from fault
     return report
 
 
+def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
+    """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
+    choices = {group: _with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
+    return {
+        "model": model.checkpoint.fingerprint(),
+        **choices,
+        "sparsity": f"{config.pattern!r}",
+        "propagate": config.propagate.value,
+        "calibration": fingerprint(windows_NL) if windows_NL is not None else "none",
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _versions()[name] for name in ("ace-prune", "torch", "transformers")},
+    }
+
+
 def _prune(
-    config: RunConfig, model: StreamedModel, recipe: Recipe, windows_NL: Tensor | None, clock: Clock,
-    terminal: Terminal, command: str, plan: Plan,
-) -> tuple[list[BlockFacts], Path]:  # fmt: skip
+    config: RunConfig,
+    model: StreamedModel,
+    recipe: Recipe,
+    windows_NL: Tensor | None,
+    work: Work,
+    clock: Clock,
+    terminal: Terminal,
+    command: str,
+    plan: Plan,
+) -> None:
     """Prune into ``checkpoint.partial``, verify what was written, and rename it into place."""
-    final = config.output_dir / "checkpoint"
-    partial = config.output_dir / "checkpoint.partial"
-    _check_replaceable(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    if work.news:
+        terminal.say(work.news)
+    if work.complete:
+        return
+    done = len(work.finished)
     try:
         with clock("write"):
-            writer = CheckpointWriter(model.checkpoint, partial)
+            writer = CheckpointWriter(model.checkpoint, work.partial)
+            writer.left -= {key for block in model.blocks[:done] for key in block.keys.values()}
         with clock("embed"):
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
-        blocks = []
-        with terminal.progress("pruning", len(model.blocks)) as step:
-            for block in prune(model, batches, recipe, writer, clock):
-                blocks.append(block)
+        if batches and done:
+            weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
+            replay(model.reading(weights), batches, done, clock)
+        with terminal.progress("pruning", len(model.blocks), done) as step:
+            for block in prune(model, batches, recipe, writer, clock, done, work.record):
+                work.finished.append(block)
                 step()
         with clock("write"):
             writer.finish()
             slots = [
                 manifest_entry(slot.name, slot.shape, recipe.patterns[slot.name], slot.zeros)
-                for block in blocks
+                for block in work.finished
                 for slot in block.slots
             ]
-            summary = _summary(config, command, windows_NL, blocks, plan)
-            write_metadata(model.checkpoint, partial, summary, slots, model_card(config.model.path, command, summary))
+            summary = _summary(config, command, windows_NL, work.finished, plan)
+            card = model_card(config.model.path, command, summary)
+            write_metadata(model.checkpoint, work.partial, summary, slots, card)
         with clock("verify"):
-            verify(partial)
-        old = config.output_dir / "checkpoint.old"
-        if final.exists():
-            os.rename(final, old)
-        os.rename(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as fault:
-        raise AceError(
-            f"Writing {partial} failed: {fault.strerror or fault}.", "Free some space or check the folder."
-        ) from fault
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return blocks, final
-
-
-def _check_replaceable(final: Path) -> None:
-    if final.exists() and not (final / "pruning.json").is_file():
-        raise AceError(f"{final} exists and is not ours.", "Choose another output_dir.")
+            verify(work.partial)
+        work.publish()
+    except AceError:
+        work.discard()  # the fault is in the model or the data: there is nothing to continue
+        raise
 
 
 def _evaluate(
@@ -236,10 +262,9 @@ def _with_options(group: str, choice: Any) -> str:
 
 def _method_line(config: RunConfig) -> str:
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
-    return (
-        f"{_with_options('metric', config.metric)}, {config.pattern}{scope}, "
-        f"repair {name_of('repair', config.repair)}, allocation {name_of('allocation', config.allocation)}, propagate {config.propagate.value}"
-    )
+    others = [f"{group} {name_of(group, getattr(config, group))}" for group in ("repair", "allocation")]
+    parts = [_with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
+    return ", ".join([*parts, f"propagate {config.propagate.value}"])
 
 
 def _calibration_line(config: RunConfig) -> str:
@@ -286,9 +311,9 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan) -> list[s
 
 def _report(
     config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
-    windows_NL: Tensor | None, blocks: list[BlockFacts], folder: Path, numbers: facts.Perplexity, phases: Phases,
-    inner: Clock,
+    windows_NL: Tensor | None, work: Work, numbers: facts.Perplexity, phases: Phases, inner: Clock,
 ) -> facts.Report:  # fmt: skip
+    blocks, folder = work.finished, work.final
     slots = [slot for block in blocks for slot in block.slots]
     zeros = sum(slot.zeros for slot in slots)
     seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}

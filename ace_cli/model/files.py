@@ -65,9 +65,10 @@ class Checkpoint:
     Raises AceError if the folder, a shard or a tensor is missing, or a file is shorter than its header says.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, bare: bool = False) -> None:
+        """``bare``: weights alone will do."""
         self.folder = folder
-        if not (folder / "config.json").is_file():
+        if not bare and not (folder / "config.json").is_file():
             raise AceError(
                 f"{folder} has no config.json.", "Give a Hugging Face model folder, a hub id or a GGUF file."
             )
@@ -168,31 +169,30 @@ def _read_header(file: Path) -> list[TensorEntry]:
 class CheckpointWriter:
     """Writes a copy of a checkpoint with some tensors replaced, in any order, into ``folder``.
 
-    Tensors keep their names, shapes and dtypes; shards hold at most 5 GB. Nothing is buffered: memory is one tensor.
+    Tensors keep their names, shapes and dtypes; shards hold at most 5 GB. Memory is one tensor. A folder begun by an
+    earlier writer of the same source is continued: its files are left as they are.
     """
 
     def __init__(self, source: Checkpoint, folder: Path) -> None:
         self.source = source
         self.folder = folder
-        self._left = set(source.tensors)
+        self.left = set(source.tensors)
         self._place: dict[str, tuple[Path, int]] = {}
         for file, entries in _shard_plan(source).items():
-            self._create(folder / file, entries)
+            self._begin(folder / file, entries)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Store ``tensor`` as ``name``, converted to the stored dtype. Any device."""
+        """Store ``tensor`` (on the CPU, in the stored dtype) as ``name``."""
         import torch
 
-        entry = self.source.tensors[name]
-        data = tensor.detach().to("cpu", getattr(torch, DTYPES[entry.dtype][0])).contiguous()
-        raw = memoryview(data.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         with open(self._place[name][0], "r+b", buffering=0) as file:
             file.seek(self._place[name][1])
             _write_all(file, raw)
-        self._left.discard(name)
+        self.left.discard(name)
 
     def copy(self, names: Iterable[str]) -> None:
-        """Copy the stored bytes of ``names`` as they are."""
+        """Copy the stored bytes of ``names`` as they are, without decoding."""
         for name in names:
             entry = self.source.tensors[name]
             target, start = self._place[name]
@@ -206,16 +206,20 @@ class CheckpointWriter:
                         raise AceError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
                     _write_all(write, memoryview(piece))
                     left -= len(piece)
-            self._left.discard(name)
+            self.left.discard(name)
 
-    def finish(self) -> None:
-        """Copy what was not written, then force everything to disk."""
-        self.copy(sorted(self._left))
-        for file in {file for file, _ in self._place.values()}:
+    def sync(self, names: Iterable[str]) -> None:
+        """Force the files that hold ``names`` to disk."""
+        for file in {self._place[name][0] for name in names}:
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
 
-    def _create(self, file: Path, entries: list[TensorEntry]) -> None:
+    def finish(self) -> None:
+        """Copy what was not written, then force everything to disk."""
+        self.copy(sorted(self.left))
+        self.sync(self._place)
+
+    def _begin(self, file: Path, entries: list[TensorEntry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in entries:
@@ -224,11 +228,20 @@ class CheckpointWriter:
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)  # data starts aligned, as the reference implementation has it
-        with open(file, "wb") as stream:
-            stream.write(len(text).to_bytes(8, "little") + text)
-            stream.truncate(8 + len(text) + offset)
         for entry in entries:
             self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
+        if not file.exists():
+            _reserve(file, len(text).to_bytes(8, "little") + text, 8 + len(text) + offset)
+
+
+def _reserve(file: Path, start: bytes, size: int) -> None:
+    """A file that begins with ``start`` and has ``size`` bytes, its room on the disk taken now if the system can."""
+    with open(file, "wb") as stream:
+        stream.write(start)
+        stream.flush()
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        stream.truncate(size)
 
 
 def _shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:

@@ -31,12 +31,28 @@ class ImportDtype(Enum):
 class ModelConfig:
     """Which model. ``path``: hub id, folder, GGUF file, or ``package:NAME/FILE`` (a file inside a Python package)."""
 
-    path: str = "???"
+    path: str = ""
     revision: str | None = None
     #: GGUF only. float32 holds every dequantised value exactly; choose 16 bits to halve a large import.
     import_dtype: ImportDtype = ImportDtype.float32
     #: How to get the package of a ``package:`` path, shown when it is missing.
     install: str | None = None
+
+    def faults(self) -> list[str]:
+        """What is wrong with the path as far as the local disk can tell, one line each."""
+        if not self.path:
+            return ["no model: give model=NAME (a card) or model.path=FOLDER, HUB_ID or FILE.gguf"]
+        if self.path.startswith("package:"):
+            return []
+        path = Path(self.path).expanduser()
+        if path.is_file() and path.suffix != ".gguf":
+            return [f"model.path={self.path} is a file: give a folder, a hub id or a .gguf file"]
+        if not path.exists() and not self._may_be_on_the_hub():
+            return [f"model.path={self.path} does not exist: give a folder, a .gguf file or a hub id"]
+        return []
+
+    def _may_be_on_the_hub(self) -> bool:
+        return self.path.count("/") == 1 and not self.path.startswith(("/", ".", "~")) and ".gguf" not in self.path
 
 
 def open_model(config: ModelConfig) -> Checkpoint:
@@ -44,11 +60,7 @@ def open_model(config: ModelConfig) -> Checkpoint:
     path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return Checkpoint(_cached(_gguf_key(path, config.import_dtype), lambda to: _import_gguf(path, config, to)))
-    if path.is_file():
-        raise AceError(f"model.path={config.path} is a file.", "Give a folder, a hub id or a .gguf file.")
     if not path.is_dir():
-        if path.is_absolute() or config.path.startswith((".", "~")) or config.path.count("/") != 1:
-            raise AceError(f"model.path={config.path} does not exist.", "Give a folder, a .gguf file or a hub id.")
         path = _download(config)
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
         return Checkpoint(_cached(_bin_key(bins), lambda to: _import_bin(path, bins, to)))

@@ -7,6 +7,7 @@ logits, so no family needs code of its own.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -86,6 +87,12 @@ class StreamedModel:
         self._returns_tuple = False
         _move_buffers(self.skeleton, device)
 
+    def reading(self, checkpoint: Checkpoint) -> StreamedModel:
+        """The same model with its weights read from another checkpoint of the same names."""
+        other = copy.copy(self)
+        other.checkpoint = checkpoint
+        return other
+
     def batches(self, windows_NL: Tensor) -> Iterator[Batch]:
         """Split windows (N, L) into batches, embed them and capture how each block is called."""
         step = max(1, BATCH_TOKENS // windows_NL.shape[1])
@@ -98,10 +105,17 @@ class StreamedModel:
                 first = first or batch
                 yield batch
 
+    def read(self, block: Block) -> dict[str, Tensor]:
+        """The block's tensors by parameter name, as stored, on the CPU. May run on another thread."""
+        return {name: self.checkpoint.read(key) for name, key in block.keys.items()}
+
     @contextmanager
-    def loaded(self, block: Block) -> Iterator[None]:
-        """The block's weights are in memory inside this context."""
-        self._fill(block.module, block.keys)
+    def loaded(self, block: Block, tensors: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """The block's weights are in memory inside this context; ``tensors`` is what ``read`` gave, if it was called.
+
+        Empties ``tensors``: weights converted to the compute dtype are not kept twice.
+        """
+        self._fill(block.module, tensors if tensors is not None else self.read(block))
         try:
             yield
         finally:
@@ -173,9 +187,9 @@ class StreamedModel:
 
     # --- filling and emptying ----------------------------------------------------------------------------------
 
-    def _fill(self, module: nn.Module, keys: dict[str, str]) -> None:
-        for name, key in keys.items():
-            tensor = self.checkpoint.read(key)
+    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensor = tensors.pop(name)
             if tensor.is_floating_point():
                 tensor = tensor.to(self.device, self.dtype)
             _assign(module, name, tensor.to(self.device))
@@ -189,7 +203,7 @@ class StreamedModel:
         tied = dict(self.skeleton.all_tied_weights_keys)
         for name in names:
             if name in self._keys and name not in tied:
-                self._fill(self.skeleton, {name: self._keys[name]})
+                self._fill(self.skeleton, {name: self.checkpoint.read(self._keys[name])})
         state = self._state()
         for name in names:
             if name in tied:

@@ -61,16 +61,16 @@ class Terminal:
             self.say(f"{name:12} {value}")
 
     @contextmanager
-    def progress(self, what: str, total: int) -> Iterator[Any]:
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
         """A live bar; yields a function to call after each of ``total`` steps. Plain lines where there is no screen."""
         if not self._screen.is_terminal:
             self.say(f"{what} ...")
-            yield _plain_steps(self, what, total)
+            yield _plain_steps(self, what, total, done)
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                    TextColumn("left"), TimeRemainingColumn())  # fmt: skip
         with Progress(*columns, console=self._screen, transient=True) as bar:
-            task = bar.add_task(what, total=total)
+            task = bar.add_task(what, total=total, completed=done)
             yield lambda: bar.advance(task)
 
     def result(self, report: Report) -> None:
@@ -92,9 +92,7 @@ class Terminal:
             self.say(f"Warning: {warning}", style="yellow")
 
 
-def _plain_steps(terminal: Terminal, what: str, total: int) -> Any:
-    done = 0
-
+def _plain_steps(terminal: Terminal, what: str, total: int, done: int) -> Any:
     def step() -> None:
         nonlocal done
         done += 1

@@ -1,0 +1,147 @@
+"""An unfinished run on disk, so that no finished block is ever computed twice.
+
+``output_dir`` holds, until the report is written, ``progress.jsonl``: what is being done (its identity) and a line for
+every block whose weights are safely in ``checkpoint.partial``. A run of the same identity continues there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from ace_cli.engine import BlockFacts, SlotFacts
+from ace_cli.errors import AceError
+from ace_cli.model.pruned import MANIFEST
+
+_JOURNAL = "progress.jsonl"
+
+
+class Work:
+    """The folders and the journal of one run. ``finished`` are the blocks done by it or by an interrupted run before.
+
+    ``news`` says, for the user, why something is continued or begun anew; empty for a plain start.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        self.final = folder / "checkpoint"
+        self.partial = folder / "checkpoint.partial"
+        self.identity = identity
+        self.finished: list[BlockFacts] = []
+        self.news = ""
+        if self.final.exists() and not (self.final / MANIFEST).is_file():
+            raise AceError(f"{self.final} exists and was not made by ace-prune.", "Choose another output_dir.")
+        self._resume()
+
+    @property
+    def complete(self) -> bool:
+        """The checkpoint was renamed into place; only evaluation and report are missing."""
+        return bool(self.finished) and self.final.is_dir() and not self.partial.exists()
+
+    def record(self, block: BlockFacts) -> None:
+        """Note, durably, that a block's weights are on disk."""
+        with open(self.folder / _JOURNAL, "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(dataclasses.asdict(block)) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+    def publish(self) -> None:
+        """Rename the whole checkpoint into place."""
+        old = self.folder / "checkpoint.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.final.exists():
+            os.rename(self.final, old)
+        os.rename(self.partial, self.final)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def close(self) -> None:
+        """The report is written: there is nothing left to continue."""
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """Drop what cannot be continued."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.close()
+
+    def _resume(self) -> None:
+        identity, blocks = _read_journal(self.folder)
+        if identity is not None and identity != self.identity:
+            changed = [key for key in self.identity if identity.get(key) != self.identity[key]]
+            self.news = f"An unfinished run lies in {self.folder}, but {', '.join(changed)} changed: starting anew."
+        elif identity is not None and (self.partial.is_dir() or self.final.is_dir()):
+            self.finished = blocks
+            if self.complete or blocks:
+                self.news = f"Continuing in {self.folder}: {len(blocks)} blocks are done."
+            if self.complete or self.partial.is_dir():
+                return
+        self.finished = []
+        self.discard()
+        self.partial.mkdir()
+        with open(self.folder / _JOURNAL, "w", encoding="utf-8") as journal:
+            journal.write(json.dumps(self.identity) + "\n")
+
+
+def find_unfinished(parent: Path, identity: dict[str, Any]) -> Path | None:
+    """A folder in ``parent`` with an unfinished run of this identity that no other process works on."""
+    for journal in sorted(parent.glob(f"*/{_JOURNAL}")):
+        if _read_journal(journal.parent)[0] == identity and not _is_locked(journal.parent):
+            return journal.parent
+    return None
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process; the lock dies with the process. AceError if another run holds it."""
+    with open(folder / ".lock", "w") as stream:
+        if not _try_lock(stream):
+            raise AceError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+
+
+def _is_locked(folder: Path) -> bool:
+    if not (folder / ".lock").exists():
+        return False
+    with open(folder / ".lock", "a") as stream:
+        return not _try_lock(stream)
+
+
+def _try_lock(stream: IO[str]) -> bool:
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return True
+    with contextlib.suppress(OSError):
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
+
+
+def _read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[BlockFacts]]:
+    """The identity and the finished blocks; a line cut off by a crash ends the list."""
+    try:
+        first, *lines = (folder / _JOURNAL).read_text(encoding="utf-8").splitlines()
+        identity = json.loads(first)
+    except (OSError, ValueError):
+        return None, []
+    blocks: list[BlockFacts] = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            slots = [SlotFacts(**{**slot, "shape": tuple(slot["shape"])}) for slot in entry.pop("slots")]
+            block = BlockFacts(slots=slots, **entry)
+        except (ValueError, TypeError, KeyError):
+            break
+        if block.index != len(blocks):
+            break
+        blocks.append(block)
+    return identity, blocks

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+# before any library reads them: no network, and no thread storm on a shared machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from tiny_models import add_tokenizer, make, write_documents
+
+from ace_cli.config import RunConfig, config_folder, parse, store_schemas
+from ace_cli.report.facts import Report
+from ace_cli.report.terminal import Terminal
+from ace_cli.run import run
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer. Shared: tests must not write into it."""
+    return add_tokenizer(make(tmp_path_factory.mktemp("llama"), "llama"))
+
+
+@pytest.fixture
+def own_llama(llama: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny Llama that a test may damage."""
+    return Path(shutil.copytree(llama, tmp_path / "own_llama"))
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON-lines file of 30 documents of 60 tokens."""
+    return write_documents(tmp_path_factory.mktemp("documents") / "pages.jsonl")
+
+
+def composed(*overrides: str) -> RunConfig:
+    """The configuration that the command line would make of ``overrides``."""
+    store_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        config = compose("prune", list(overrides))
+    return parse(config, Path(config.output_dir).absolute())
+
+
+@pytest.fixture
+def configure() -> Callable[..., RunConfig]:
+    return composed
+
+
+@pytest.fixture
+def prune_here() -> Callable[..., Report]:
+    """Run ace-prune's run() in this process on a folder, self-calibrated with few windows unless told otherwise."""
+
+    def prune(model: Path, out: Path, *overrides: str) -> Report:
+        defaults = {"calib": "self", "calib.n_samples": "8", "eval": "none", "device": "cpu"}
+        given = dict(override.split("=", 1) for override in overrides)
+        options = {"model": "custom", "model.path": str(model), "output_dir": str(out), **defaults, **given}
+        report = run(composed(*(f"{name}={value}" for name, value in options.items())), "test", Terminal(), {})
+        assert report is not None
+        return report
+
+    return prune
+
+
+@pytest.fixture
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a module of ace_cli as a program of its own, in ``cwd``."""
+
+    def start(module: str, *arguments: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"ace_cli.{module}", *map(str, arguments)],
+            cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+
+    return start

@@ -1,0 +1,173 @@
+"""Every dense family, as its own tiny random model: streamed equals whole, pruned files are exact and load."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_models import FAMILIES, load, make, token_windows, weights
+
+from ace_cli.clock import Clock
+from ace_cli.engine import Recipe, prune
+from ace_cli.errors import AceError
+from ace_cli.metrics.wanda import Wanda
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import write_metadata
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.patterns import Pattern, Scope, parse_sparsity
+from ace_cli.plan import make_plan
+from ace_cli.propagate import Propagate
+from ace_cli.repair.none import NoRepair
+
+CPU = torch.device("cpu")
+#: Longer than the sliding windows of 8.
+LENGTH = 20
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    return StreamedModel(Checkpoint(folder), CPU, dtype)
+
+
+def stream(model: StreamedModel, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Each block's output and the logits."""
+    (batch,) = model.batches(ids)
+    outputs = []
+    with torch.inference_mode():
+        for index, block in enumerate(model.blocks):
+            with model.loaded(block):
+                batch.hidden_BLH = model.forward(index, batch)
+            outputs.append(batch.hidden_BLH)
+        with model.head_loaded():
+            return outputs, model.logits(ids, batch.hidden_BLH)
+
+
+def whole(folder: Path, blocks: list[str], ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The same from transformers' own model."""
+    model, outputs = load(folder), []
+
+    def record(module: object, args: object, output: object) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    for name in blocks:
+        model.get_submodule(name).register_forward_hook(record)
+    with torch.inference_mode():
+        return outputs, model(ids, use_cache=False).logits
+
+
+def prune_into(folder: Path, out: Path, sparsity: str, model: StreamedModel | None = None) -> dict[str, Pattern]:
+    model = model or streamed(folder)
+    out.mkdir()
+    pattern = parse_sparsity(sparsity, Scope.row)
+    patterns = {slot.name: pattern for block in model.blocks for slot in block.slots}
+    make_plan(model, patterns, 1, 1)
+    writer = CheckpointWriter(model.checkpoint, out)
+    recipe = Recipe(Wanda(), patterns, NoRepair(), Propagate.block)
+    list(prune(model, list(model.batches(token_windows(4, LENGTH))), recipe, writer, Clock()))
+    writer.finish()
+    write_metadata(model.checkpoint, out, {"pattern": sparsity}, [], "card")
+    return patterns
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Name -> dtype, shape and sha256 of the stored bytes."""
+    found = {}
+    for name, tensor in weights(folder).items():
+        raw = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
+    return found
+
+
+def test_streamed_blocks_and_logits_equal_the_whole_model_bit_for_bit(folder: Path) -> None:
+    ids = token_windows(3, LENGTH)
+    model = streamed(folder)
+    outputs, logits = stream(model, ids)
+    expected, expected_logits = whole(folder, [block.name for block in model.blocks], ids)
+    assert len(outputs) == len(expected) >= 2
+    for index, (got, want) in enumerate(zip(outputs, expected, strict=True)):
+        assert torch.equal(got, want), f"block {index}"
+    assert torch.equal(logits, expected_logits)
+
+
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+def test_pruned_folder_is_exact_loads_and_computes_the_same(folder: Path, tmp_path: Path, sparsity: str) -> None:
+    patterns = prune_into(folder, tmp_path / "out", sparsity)
+    stored = weights(tmp_path / "out")
+    for name in patterns:
+        weight = stored[name]
+        groups = weight.reshape(-1, 4) if sparsity == "2:4" else weight
+        assert bool((groups.count_nonzero(dim=1) == groups.shape[1] // 2).all()), name
+    ids = token_windows(2, LENGTH, seed=1)
+    _, logits = stream(streamed(tmp_path / "out"), ids)
+    with torch.inference_mode():
+        assert torch.equal(logits, load(tmp_path / "out")(ids, use_cache=False).logits)
+
+
+def test_everything_but_the_slots_is_byte_identical(folder: Path, tmp_path: Path) -> None:
+    patterns = prune_into(folder, tmp_path / "out", "2:4")
+    before, after = digests(folder), digests(tmp_path / "out")
+    assert list(before) == list(after)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == set(patterns)
+    described = {name: text.rsplit(" ", 1)[0] for name, text in before.items()}
+    assert described == {name: text.rsplit(" ", 1)[0] for name, text in after.items()}
+
+
+def test_kept_weights_are_the_dense_ones(folder: Path, tmp_path: Path) -> None:
+    patterns = prune_into(folder, tmp_path / "out", "0.5")
+    before, after = weights(folder), weights(tmp_path / "out")
+    for name in patterns:
+        kept = after[name] != 0
+        assert torch.equal(after[name], torch.where(kept, before[name], torch.zeros(()))), name
+        assert not bool(torch.signbit(after[name][~kept]).any()), f"{name} holds -0.0"
+
+
+def test_tied_weights_stay_tied(tmp_path: Path) -> None:
+    for family in ("gemma", "opt", "bloom"):
+        folder, out = make(tmp_path / family, family), tmp_path / f"{family}_out"
+        prune_into(folder, out, "2:4")
+        model = load(out)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        assert not any("lm_head" in name for name in weights(out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=lambda d: f"in {d}")
+def test_stored_dtype_is_kept_whatever_is_computed_in(tmp_path: Path, dtype: torch.dtype, compute: torch.dtype) -> None:
+    folder = make(tmp_path / "model", "llama", dtype)
+    patterns = prune_into(folder, tmp_path / "out", "2:4", streamed(folder, compute))
+    before, after = weights(folder), weights(tmp_path / "out")
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
+    for name, tensor in after.items():
+        kept = tensor != 0 if name in patterns else torch.ones_like(tensor, dtype=torch.bool)
+        assert torch.equal(tensor[kept], before[name][kept]), name
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    ids = token_windows(2, LENGTH)
+    _, logits = stream(streamed(tmp_path / "out", compute), ids)
+    with torch.inference_mode():
+        assert torch.equal(logits, load(tmp_path / "out", compute)(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "where"),
+    [
+        ("gpt2", {}, "transformer.h.*.attn.c_attn.weight"),
+        ("mixtral", {"num_local_experts": 4}, "block_sparse_moe.experts"),
+    ],
+)
+def test_blocks_not_held_by_linear_layers_are_refused(
+    tmp_path: Path, family: str, options: dict[str, int], where: str
+) -> None:
+    folder = make(tmp_path / family, family, **options)
+    with pytest.raises(AceError) as caught:
+        prune_into(folder, tmp_path / "out", "2:4")
+    assert where in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,107 @@
+"""The house rules that no type checker sees: which way imports point, and what stays cheap to import."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ace_cli
+from ace_cli import registry
+
+PACKAGE = Path(ace_cli.__file__).parent
+#: From the leaves up. A module may import rooms of a lower level, and its own room.
+LEVELS: dict[str, int] = {
+    "": 0, "errors": 0, "registry": 0, "statistics": 0, "clock": 0, "propagate": 0, "sampling": 1,
+    "patterns": 1, "model": 2, "texts": 3,
+    "metrics": 4, "allocation": 4, "repair": 4, "calibration": 4, "evaluation": 4,
+    "engine": 5, "plan": 5, "config": 5, "report": 6, "run": 7, "verify": 7, "__main__": 8,
+}  # fmt: skip
+#: Imported for --help and for every configuration error.
+CONFIGURATION = ["config", "__main__", "errors", "registry", "patterns", "statistics", "propagate"]
+
+
+def room(module: str) -> str:
+    """ace_cli.metrics.wanda -> metrics."""
+    return (module.split(".") + [""])[1]
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def for_types_only(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(tree: ast.AST, into_functions: bool) -> set[str]:
+    """Module names, with ``from ace_cli import x`` as ace_cli.x."""
+    names: set[str] = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            whole = node.module or ""
+            names |= {f"{whole}.{alias.name}" for alias in node.names} if whole == "ace_cli" else {whole}
+        elif not for_types_only(node) and (into_functions or not isinstance(node, ast.FunctionDef)):
+            names |= imported(node, into_functions)
+    return names
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_point_one_way(file: Path) -> None:
+    here = room(name_of(file))
+    assert here in LEVELS, f"give {here} a level"
+    for name in imported(ast.parse(file.read_text()), into_functions=True):
+        if name.split(".")[0] != "ace_cli" or name == "ace_cli.__version__":
+            continue
+        there = room(name)
+        assert there == here or LEVELS[there] < LEVELS[here], f"{name_of(file)} imports {name}"
+
+
+@pytest.mark.parametrize(
+    "file",
+    [f for f in FILES if room(name_of(f)) in CONFIGURATION or name_of(f).split(".")[1:2] != [] and
+     f"ace_cli.{room(name_of(f))}" in registry.PACKAGES.values()],
+    ids=name_of,
+)  # fmt: skip
+def test_configuration_modules_do_not_import_torch_at_the_top(file: Path) -> None:
+    top = imported(ast.parse(file.read_text()), into_functions=False)
+    heavy = {"torch", "transformers", "datasets", "accelerate", "safetensors", "numpy"}
+    assert not {name for name in top if name.split(".")[0] in heavy}
+
+
+def test_configuration_itself_loads_no_torch() -> None:
+    code = (
+        "import sys, ace_cli.__main__; from ace_cli.config import store_schemas; store_schemas(); "
+        "sys.exit(', '.join({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in registry.PACKAGES for n in registry.choices(g)])
+def test_every_choice_says_what_it_is(group: str, name: str) -> None:
+    cls = registry.choices(group)[name]
+    text = inspect.getdoc(cls) or ""
+    assert text
+    assert not text.startswith(f"{cls.__name__}("), "dataclass wrote this docstring, nobody else did"
+
+
+def test_the_engine_knows_no_concrete_choice() -> None:
+    names = imported(ast.parse((PACKAGE / "engine.py").read_text()), into_functions=True)
+    concrete = {cls.__module__ for group in registry.PACKAGES for cls in registry.choices(group).values()}
+    assert not names & concrete
+
+
+def test_registering_a_name_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="twice"):
+        registry.register("metric", "wanda")(type("Other", (), {}))

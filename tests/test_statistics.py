@@ -1,0 +1,115 @@
+"""Accumulators: any split of the tokens gives the same answer; equal wishes share one state."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ace_cli.statistics import CosineTerm, Gram, SecondMoment, Seen, SquareMoments, Statistic, TokenSquares
+
+TOKENS = 24
+SPLITS = [[24], [1] * 24, [12, 12], [1, 23], [23, 1], [5, 7, 11, 1], [8, 8, 8]]
+KINDS = [
+    SecondMoment(), SquareMoments(), TokenSquares(), Gram(),
+    *(CosineTerm(kind) for kind in ("signed", "absolute", "second", "token", "exact")),
+]  # fmt: skip
+
+
+def data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_TI, weight_OI = torch.randn(TOKENS, 6, generator=generator), torch.randn(4, 6, generator=generator)
+    return x_TI, x_TI @ weight_OI.T + 0.3, weight_OI
+
+
+def accumulated(kind: Statistic, split: list[int], x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> Statistic:
+    statistic = Seen([kind])[kind]
+    for x, y in zip(x_TI.split(split), y_TO.split(split), strict=True):
+        statistic.update(x, y, weight_OI)
+    return statistic
+
+
+def results(statistic: Statistic) -> dict[str, Tensor]:
+    """Every tensor that a metric can read."""
+    if isinstance(statistic, TokenSquares):
+        return {"squares_TI": statistic.squares_TI}
+    return {name: value for name, value in vars(statistic).items() if isinstance(value, Tensor)}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_any_split_gives_the_same(kind: Statistic, split: list[int]) -> None:
+    once, parts = accumulated(kind, [TOKENS], *data()), accumulated(kind, split, *data())
+    assert once.tokens == parts.tokens == TOKENS
+    assert results(once).keys() == results(parts).keys() != set()
+    for name, value in results(once).items():
+        torch.testing.assert_close(results(parts)[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_any_split_gives_the_same_with_tokens_of_no_output(kind: Statistic) -> None:
+    """Outputs of exactly zero and of almost zero: no split may decide whether they count."""
+    x_TI, y_TO, weight_OI = data()
+    x_TI, y_TO = x_TI.clone(), y_TO.clone()
+    x_TI[3], y_TO[3] = 0, 0
+    x_TI[4:6], y_TO[4:6] = x_TI[4:6] * 1e-6, y_TO[4:6] * 1e-6
+    once = accumulated(kind, [TOKENS], x_TI, y_TO, weight_OI)
+    for split in ([4, 2, 18], [1] * 24):
+        parts = accumulated(kind, split, x_TI, y_TO, weight_OI)
+        for name, value in results(once).items():
+            torch.testing.assert_close(results(parts)[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_second_moment_and_square_moments() -> None:
+    x_TI, y_TO, weight_OI = data()
+    moment = accumulated(SecondMoment(), [10, 14], x_TI, y_TO, weight_OI)
+    squares = accumulated(SquareMoments(), [10, 14], x_TI, y_TO, weight_OI)
+    assert isinstance(moment, SecondMoment)
+    assert isinstance(squares, SquareMoments)
+    exact_TI = x_TI.double()
+    torch.testing.assert_close(moment.total_I, exact_TI.square().sum(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(moment.mean_I, exact_TI.square().mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares.first_I, exact_TI.square().sum(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(squares.second_I, (exact_TI**4).sum(0), rtol=1e-6, atol=0)
+    assert float(squares.largest) == pytest.approx(float(exact_TI.abs().max()) ** 2, rel=1e-6)
+    assert int(squares.above_one) == sum(abs(value) >= 1 for row in x_TI.tolist() for value in row)
+
+
+def test_gram() -> None:
+    x_TI, y_TO, weight_OI = data()
+    gram = accumulated(Gram(), [7, 17], x_TI, y_TO, weight_OI)
+    assert isinstance(gram, Gram)
+    torch.testing.assert_close(gram.total_II.double(), x_TI.double().T @ x_TI.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_long_sums_keep_small_tokens() -> None:
+    """A massive token first, then many ordinary ones that float32 would lose."""
+    massive, ordinary = torch.full((1, 1), 1e5), torch.ones(100, 1)
+    statistic = Seen([SecondMoment()])[SecondMoment()]
+    for x in (massive, *([ordinary] * 50)):
+        statistic.update(x, x, x)
+    assert float(statistic.total_I) == 1e10 + 5000
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_later_updates_do_not_change_the_caller_s_tensors(kind: Statistic) -> None:
+    x_TI, y_TO, weight_OI = data()
+    copies = x_TI.clone(), y_TO.clone(), weight_OI.clone()
+    accumulated(kind, [12, 12], x_TI, y_TO, weight_OI)
+    assert all(torch.equal(a, b) for a, b in zip((x_TI, y_TO, weight_OI), copies, strict=True))
+
+
+def test_equal_wishes_are_one_statistic() -> None:
+    assert len(list(Seen([SecondMoment(), SecondMoment(), CosineTerm("second"), CosineTerm("second")]))) == 2
+    assert len(list(Seen([CosineTerm("second"), CosineTerm("token")]))) == 2
+
+
+def test_states_of_two_slots_are_apart_until_shared() -> None:
+    wanted = (SecondMoment(), CosineTerm("second"))
+    first, second = Seen(wanted), Seen(wanted)
+    x_TI, y_TO, weight_OI = data()
+    first[SecondMoment()].update(x_TI, y_TO, weight_OI)
+    assert second[SecondMoment()].tokens == 0
+    second.share(first)
+    assert second[SecondMoment()] is first[SecondMoment()]
+    assert second[CosineTerm("second")] is not first[CosineTerm("second")]

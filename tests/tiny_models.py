@@ -1,0 +1,109 @@
+"""Tiny random checkpoints: one row per family, weights large enough that every part of a block matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+#: model_type -> what it needs beyond COMMON; None takes a key away.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 8},
+    "gemma": {},
+    "gemma2": {"sliding_window": 8},
+    "gemma3_text": {
+        "sliding_window": 8, "num_hidden_layers": 3,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi": {},
+    "phi3": {"sliding_window": 8},
+    "olmo": {},
+    "olmo2": {},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "gpt_neox": {},
+    "falcon": {"head_dim": None},
+    "bloom": {},
+    "gptj": {"rotary_dim": 8},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+    "granite": {},
+    "cohere": {},
+    "cohere2": {"sliding_window": 8},
+    "smollm3": {},
+    "glm": {},
+    "nemotron": {},
+}  # fmt: skip
+
+
+def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Path:
+    """Save a random model of ``family`` into ``folder``."""
+    settings = {**COMMON, **FAMILIES.get(family, {}), **options}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.15 if parameter.dim() >= 2 else 0.1
+            centre = 0.0 if parameter.dim() >= 2 else parameter.mean()
+            parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def add_tokenizer(folder: Path) -> Path:
+    """A tokenizer of whole words: w3 is token 3."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def write_documents(file: Path, count: int = 30, length: int = 60, seed: int = 0) -> Path:
+    """Documents of ``length`` known words each, as JSON lines."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (count, length), generator=generator).tolist()
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in document)}) for document in ids]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def token_windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """transformers' own model; fails when a weight is missing or left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
+    assert not problems, problems
+    return model.eval()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor of every shard."""
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def edit(folder: Path, name: str, change: Any) -> None:
+    """Replace one stored tensor by ``change(tensor)``."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name].clone())
+    save_file(tensors, file, {"format": "pt"})
