@@ -1,14 +1,11 @@
-"""Where the time and the memory went."""
+"""Where the time went."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 
 class Clock:
@@ -40,21 +37,3 @@ class Clock:
         if self._open:
             self.seconds[self._open[-1]] += now - self._since
         self._since = now
-
-
-def reset_peak_memory() -> None:
-    """Start a new peak for ``peak_memory`` (Linux; elsewhere the peak is the whole process's)."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Peak resident bytes since the last reset."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ace_cli.clock import Clock
 from ace_cli.errors import AceError
+from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.files import DTYPES, CheckpointWriter
 from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
@@ -81,6 +82,7 @@ def prune(
     """
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
+        trimmer = Trimmer()
         ahead = background.submit(model.read, model.blocks[finished]) if finished < len(model.blocks) else None
         for index in range(finished, len(model.blocks)):
             block, before = model.blocks[index], sum(clock.seconds.values())
@@ -95,6 +97,7 @@ def prune(
                 job.run(last=index == len(model.blocks) - 1)
             with clock("write"):
                 _check(written)
+            trimmer()
             facts = BlockFacts(index, block.name, job.facts, sum(clock.seconds.values()) - before)
             written = background.submit(_write_block, writer, block, job.take_weights(), facts, on_disk)
             yield facts

@@ -58,6 +58,9 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
             f"is in {', '.join(left)}.",
             "This layout is not supported yet.",
         )
+    if model.missing:
+        more = f" (and {len(model.missing) - 1} more)" if len(model.missing) > 1 else ""
+        raise AceError(f"{model.checkpoint.folder} has no weight for {model.missing[0]}{more}.", "Fetch it again.")
     host, device = _memory(model, hidden_windows)
     return Plan(
         model=str(model.checkpoint.folder),
@@ -91,13 +94,16 @@ def check_disk(folder: Path, needed: int) -> None:
 
 def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
     """Share of the blocks' matrices (two or more dimensions) that are slots, and the names of the others."""
-    entries = model.checkpoint.tensors
-    weights = {
-        key: entries[key].numel for block in model.blocks for key in block.keys.values() if len(entries[key].shape) >= 2
-    }
-    slots = {slot.name for block in model.blocks for slot in block.slots}
-    left = sorted({re.sub(r"\.\d+\.", ".*.", key) for key in weights if key not in slots})
-    return sum(weights[name] for name in slots) / max(1, sum(weights.values())), left
+    slots = {id(slot.module.weight) for block in model.blocks for slot in block.slots}
+    covered, whole, left = 0, 0, set()
+    for block in model.blocks:
+        for name, weight in block.module.named_parameters():
+            if weight.dim() >= 2:
+                whole += weight.numel()
+                covered += weight.numel() if id(weight) in slots else 0
+                if id(weight) not in slots:
+                    left.add(re.sub(r"\.\d+(?=\.)", ".*", f"{block.name}.{name}"))
+    return covered / max(1, whole), sorted(left)
 
 
 def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:

@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from ace_cli import __version__
-from ace_cli.clock import Clock, peak_memory, reset_peak_memory
+from ace_cli import __version__, memory
+from ace_cli.clock import Clock
 from ace_cli.config import Dtype, RunConfig
 from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.errors import AceError
@@ -47,10 +47,11 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        reset_peak_memory()
+        memory.trim()
+        memory.reset_peak()
         with self.clock(name):
             yield
-        self.memory[name] = max(self.memory.get(name, 0), peak_memory())
+        self.memory[name] = max(self.memory.get(name, 0), memory.peak())
 
 
 #: Dense perplexities already measured by this process, by model and protocol: a sweep measures the dense model once.
@@ -332,9 +333,9 @@ def _report(
             tokens,
             fingerprint(windows_NL),
         )
-    memory = {"host": max(phases.memory.values()), "device": 0, **phases.memory}
+    peaks = {"host": max(phases.memory.values()), "device": 0, **phases.memory}
     if model.device.type == "cuda":
-        memory["device"] = torch.cuda.max_memory_allocated(model.device)
+        peaks["device"] = torch.cuda.max_memory_allocated(model.device)
     return facts.Report(
         command=command,
         created=start.isoformat(timespec="seconds"),
@@ -360,7 +361,7 @@ def _report(
         seconds=seconds,
         phases=dict(inner.seconds),
         tokens_per_second={"prune": tokens / seconds["prune"]} if tokens else {},
-        peak_memory_bytes=memory,
+        peak_memory_bytes=peaks,
         bytes_on_disk={"dense": _weight_bytes(Path(plan.model)), "pruned": _weight_bytes(folder)},
         checkpoint=str(folder),
         slots=[

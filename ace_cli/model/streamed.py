@@ -81,6 +81,8 @@ class StreamedModel:
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint, dtype)
         self._keys = _file_keys(self.skeleton, checkpoint)
+        #: Parameters of blocks that no file holds under a name of their own.
+        self.missing: list[str] = []
         self.blocks = self._find_blocks()
         inside = tuple(f"{block.name}." for block in self.blocks)
         self._stem = [name for name in self._state() if not name.startswith(inside)]
@@ -174,14 +176,14 @@ class StreamedModel:
     def _block(self, name: str, module: nn.Module) -> Block:
         keys = {}
         for inner in module.state_dict():
-            key = self._keys.get(f"{name}.{inner}")
-            if key is None:
-                raise AceError(f"{self.checkpoint.folder} has no weight for {name}.{inner}.", "Fetch the files again.")
-            keys[inner] = key
+            if key := self._keys.get(f"{name}.{inner}"):
+                keys[inner] = key
+            else:
+                self.missing.append(f"{name}.{inner}")
         slots = [
             Slot(keys[f"{inner}.weight"], linear)
             for inner, linear in module.named_modules()
-            if isinstance(linear, nn.Linear)
+            if isinstance(linear, nn.Linear) and f"{inner}.weight" in keys
         ]
         return Block(name, module, keys, slots)
 

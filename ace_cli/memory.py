@@ -1,0 +1,56 @@
+"""Resident memory of this process: its size, its peak, and giving back what the allocator holds but nobody uses."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def resident() -> int:
+    """Resident bytes now; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def reset_peak() -> None:
+    """Start a new peak for ``peak`` (Linux; elsewhere the peak is the whole process's)."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int:
+    """Peak resident bytes since the last reset."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+class Trimmer:
+    """Keeps the heap from growing with the number of blocks: glibc keeps freed blocks, and they fragment."""
+
+    #: Growth that is tolerated: giving pages back and taking them again costs time.
+    SLACK = 64 << 20
+
+    def __init__(self) -> None:
+        trim()
+        self._floor = resident()
+
+    def __call__(self) -> None:
+        """Give memory back if it grew by more than the slack."""
+        if resident() > self._floor + self.SLACK:
+            trim()
+            self._floor = min(self._floor, resident())
+
+
+def trim() -> None:
+    """Return free heap pages to the system (glibc; elsewhere nothing happens)."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
