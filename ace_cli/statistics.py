@@ -126,16 +126,18 @@ class CosineTerm(Statistic):
     * ``token``    sum_t x_tj^2 / A_t                     its limit for A_t >> a_ti^2, the same for every row: (1, I)
     * ``exact``    sum_t 1 - cos(a_t, a_t - W_ij x_tj e_i)  the loss itself; element by element, slow
 
-    Tokens whose A_t is below 1e-8 of the mean of their batch have no direction: they are skipped.
+    A token whose output has cancelled, A_t <= 1e-12 ||W||^2 ||x_t||^2, has no direction: it adds nothing.
     """
 
     kind: str = "second"
-    total_OI: Tensor = field(init=False, compare=False, repr=False)
+    total_OI: Tensor | None = field(default=None, init=False, compare=False, repr=False)
     needs_output = True
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         A_T1 = y_TO.square().sum(1, keepdim=True)
-        has_direction = (1e-8 * A_T1.mean() < A_T1).squeeze(1)
+        largest_T1 = x_TI.square().sum(1, keepdim=True) * weight_OI.float().square().sum()
+        has_direction = ((A_T1 > 1e-12 * largest_T1) & (A_T1 > 0)).squeeze(1)
+        self.tokens += len(x_TI)
         x_TI, y_TO, A_T1 = x_TI[has_direction], y_TO[has_direction], A_T1[has_direction]
         if self.kind == "signed":
             total_OI = (y_TO / A_T1).T @ x_TI
@@ -147,8 +149,7 @@ class CosineTerm(Statistic):
             total_OI = (x_TI.square() / A_T1).sum(0, keepdim=True)
         else:
             total_OI = _cosine_loss(x_TI, y_TO, A_T1, weight_OI)
-        self.total_OI = total_OI if not self.tokens else self.total_OI.add_(total_OI)
-        self.tokens += len(x_TI)
+        self.total_OI = total_OI if self.total_OI is None else self.total_OI.add_(total_OI)
 
 
 def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) -> Tensor:

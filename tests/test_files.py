@@ -65,13 +65,18 @@ def test_a_copy_without_changes_has_the_same_tensors(mixed: Path, tmp_path: Path
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
 
 
-def test_written_tensors_take_the_stored_dtype(mixed: Path, tmp_path: Path) -> None:
+def test_written_tensors_replace_the_stored_ones(mixed: Path, tmp_path: Path) -> None:
     new = torch.tensor([[1.5, -2, 0], [3, 4, 0.25]])
-    after = weights(written(mixed, tmp_path / "out", bfloat16=new, float16=new.T.contiguous().T))
+    transposed = new.half().T.contiguous().T  # not contiguous
+    before, after = weights(mixed), weights(written(mixed, tmp_path / "out", bfloat16=new.bfloat16(), float16=transposed))
     for name in ("bfloat16", "float16"):
-        assert after[name].dtype is getattr(torch, name)
-        assert torch.equal(after[name].float(), new)
-    assert torch.equal(after["int64"], weights(mixed)["int64"])
+        assert after.pop(name).float().equal(new)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_tensor_of_another_size_never_overwrites_its_neighbour(mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, AssertionError, AceError)):
+        written(mixed, tmp_path / "out", bfloat16=torch.ones(2, 3, dtype=torch.float32))
 
 
 def test_data_starts_at_a_multiple_of_eight(mixed: Path, tmp_path: Path) -> None:

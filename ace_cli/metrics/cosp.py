@@ -45,6 +45,7 @@ def cosine_needs(mode: Mode) -> tuple[Statistic, ...]:
 def cosine_loss(mode: Mode, weight_OI: Tensor, seen: Seen) -> Tensor:
     """float32, (O, I): the loss term alone, linear in |W| for every mode (a square root for the second-order ones)."""
     term = seen[CosineTerm(_TERM[mode])]
+    assert term.total_OI is not None
     mean_OI = term.total_OI / term.tokens
     if mode is Mode.exact:
         return mean_OI.sqrt().float()

@@ -1,0 +1,193 @@
+"""Documents from files, and windows cut from them."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import VOCABULARY
+
+from ace_cli.errors import AceError
+from ace_cli.model.files import Checkpoint
+from ace_cli.sampling import CALIBRATION, EVALUATION, sample_windows, start_token
+from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents, local_file_fault, random_windows
+
+TEXTS = ["w3 w4 w5", "w6 w7\nw8", "w9"]
+
+
+def words(text: str, return_tensors: str | None = None) -> dict[str, Any]:
+    """A stand-in tokenizer: "5 6 7" is tokens 5, 6, 7."""
+    ids = [int(word) for word in text.split()]
+    return {"input_ids": torch.tensor([ids]) if return_tensors else ids}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Path) -> Any:
+    return load_tokenizer(Checkpoint(llama))
+
+
+def save(file: Path, field: str = "text") -> Path:
+    lines = "\n".join(json.dumps({"id": i, field: text}) for i, text in enumerate(TEXTS)) + "\n"
+    if file.suffix == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_dict({"id": [0, 1, 2], field: TEXTS}).to_parquet(str(file))
+    elif file.suffix == ".gz":
+        file.write_bytes(gzip.compress(lines.encode()))
+    else:
+        file.write_text(json.dumps([{field: text} for text in TEXTS]) if file.suffix == ".json" else lines)
+    return file
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.gz", "a.parquet", "a.json"])
+def test_tables_of_every_kind(tmp_path: Path, name: str) -> None:
+    assert local_documents(str(save(tmp_path / name)), "text") == TEXTS
+    assert local_documents(str(save(tmp_path / name, field="body")), "body") == TEXTS
+
+
+def test_a_text_file_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert "".join(local_documents(str(tmp_path / "a.txt"), "ignored")).split() == ["one", "two"]
+
+
+def test_a_missing_column_is_named_beside_those_that_are_there(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.jsonl", field="body")
+    with pytest.raises(AceError, match="no column 'text'") as caught:
+        local_documents(str(file), "text")
+    assert "body" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{not json\n", b"\x1f\x8bgarbage", b"\n\n"])
+def test_files_that_are_not_what_they_say(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "broken.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(AceError, match=r"broken\.jsonl") as caught:
+        local_documents(str(file), "text")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_gzip_file(tmp_path: Path) -> None:
+    file = save(tmp_path / "a.jsonl.gz")
+    file.write_bytes(file.read_bytes()[:-12])
+    with pytest.raises(AceError, match=r"a\.jsonl\.gz"):
+        local_documents(str(file), "text")
+
+
+def test_file_faults_before_anything_is_loaded(tmp_path: Path) -> None:
+    assert local_file_fault(str(save(tmp_path / "a.jsonl")), "calib.path") is None
+    assert "calib.path is missing" in (local_file_fault(None, "calib.path") or "")
+    assert "no such file" in (local_file_fault(str(tmp_path), "calib.path") or "")
+    (tmp_path / "a.csv").write_text("text\n")
+    assert ".jsonl" in (local_file_fault(str(tmp_path / "a.csv"), "calib.path") or "")
+
+
+# --- windows ---------------------------------------------------------------------------------------------------------
+
+
+def wanda_windows(documents: list[str], count: int, length: int, seed: int) -> list[list[int]]:
+    """methods.md 0.2 (wanda/lib/data.py), written out."""
+    random.seed(seed)
+    windows = []
+    while len(windows) < count:
+        ids = words(documents[random.randint(0, len(documents) - 1)])["input_ids"]
+        if len(ids) > length:
+            start = random.randint(0, len(ids) - length - 1)
+            windows.append(ids[start : start + length])
+    return windows
+
+
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_random_windows_are_wanda_s_on_documents_that_are_long_enough(seed: int) -> None:
+    documents = [" ".join(str(100 * d + i) for i in range(20 + d)) for d in range(6)]
+    got = random_windows(documents, words, 12, 8, seed)
+    assert got.dtype == torch.int64
+    assert got.tolist() == wanda_windows(documents, 12, 8, seed)
+
+
+def test_short_documents_are_passed_over() -> None:
+    documents = ["1 2 3", " ".join(map(str, range(10, 40))), "4 5 6 7 8"]
+    windows = random_windows(documents, words, 20, 5, 0)
+    assert windows.shape == (20, 5)
+    assert int(windows.min()) >= 10
+    assert bool((windows.diff(dim=1) == 1).all())
+
+
+def test_seeds_differ() -> None:
+    documents = [" ".join(map(str, range(500)))]
+    assert not torch.equal(random_windows(documents, words, 8, 8, 0), random_windows(documents, words, 8, 8, 1))
+
+
+@pytest.mark.parametrize("documents", [["1 2 3"], ["1 2 3", "4 5", ""], ["1 2 3 4 5 6"] * 2])
+def test_too_few_long_documents(documents: list[str]) -> None:
+    with pytest.raises(AceError, match="Too few long documents") as caught:
+        random_windows(documents, words, 50, 5, 0)
+    assert "50 asked for" in str(caught.value)
+
+
+def test_consecutive_windows_cover_the_text_without_overlap() -> None:
+    text = " ".join(map(str, range(23)))
+    assert consecutive_windows(text, words, 5, None).tolist() == torch.arange(20).view(4, 5).tolist()
+    assert consecutive_windows(text, words, 5, 2).tolist() == torch.arange(10).view(2, 5).tolist()
+    assert consecutive_windows(text, words, 23, 9).tolist() == [list(range(23))]
+    with pytest.raises(AceError, match="23 tokens"):
+        consecutive_windows(text, words, 24, None)
+
+
+def test_the_folder_s_own_tokenizer(tokenizer: Any) -> None:
+    assert tokenizer("w5 w9")["input_ids"] == [5, 9]
+
+
+def test_a_folder_without_a_tokenizer(llama: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((llama / name).read_bytes())
+    with pytest.raises(AceError, match="tokenizer") as caught:
+        load_tokenizer(Checkpoint(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+# --- text the model writes itself ---------------------------------------------------------------------------------------
+
+
+def test_self_written_windows_repeat_and_differ_by_seed_and_purpose(llama: Path) -> None:
+    checkpoint = Checkpoint(llama)
+    windows = {
+        (seed, purpose): sample_windows(checkpoint, 6, 10, seed, purpose, "cpu")
+        for seed in (0, 1) for purpose in (CALIBRATION, EVALUATION)
+    }  # fmt: skip
+    for (seed, purpose), ids in windows.items():
+        assert (ids.shape, ids.dtype) == ((6, 10), torch.int64)
+        assert torch.equal(ids, sample_windows(checkpoint, 6, 10, seed, purpose, "cpu"))
+        assert int(ids.min()) >= 0
+        assert int(ids.max()) < VOCABULARY
+        assert bool((ids[:, 0] == start_token(checkpoint)).all())
+    distinct = {tuple(ids.reshape(-1).tolist()) for ids in windows.values()}
+    assert len(distinct) == len(windows)
+
+
+def test_self_written_windows_follow_the_model_s_distribution(llama: Path) -> None:
+    """The second token of many windows is drawn from the logits after the start token."""
+    from tiny_models import load
+
+    checkpoint = Checkpoint(llama)
+    drawn = sample_windows(checkpoint, 20_000, 2, 0, CALIBRATION, "cpu")[:, 1]
+    with torch.inference_mode():
+        expected = load(llama)(torch.tensor([[start_token(checkpoint)]])).logits[0, -1].softmax(-1)
+    found = drawn.bincount(minlength=VOCABULARY) / len(drawn)
+    assert float((found - expected).abs().sum()) < 0.1
+    assert float((1 / VOCABULARY - expected).abs().sum()) > 0.3  # far from uniform, or this shows nothing
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [({"bos_token_id": 1, "eos_token_id": 2}, 1), ({"bos_token_id": None, "eos_token_id": 2}, 2),
+     ({"eos_token_id": [7, 8]}, 7), ({}, 0)],
+)  # fmt: skip
+def test_start_token(tmp_path: Path, llama: Path, config: dict[str, Any], expected: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    assert start_token(Checkpoint(tmp_path)) == expected
