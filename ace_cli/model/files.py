@@ -161,7 +161,10 @@ def _read_header(file: Path) -> list[TensorEntry]:
             ]  # fmt: skip
         except (ValueError, KeyError, TypeError, AttributeError):
             raise broken from None
-    if any(entry.start + entry.nbytes > size or entry.nbytes < 0 for entry in entries):
+    known = [entry for entry in entries if entry.dtype in DTYPES]
+    if any(entry.start + entry.nbytes > size or entry.nbytes < 0 for entry in entries) or any(
+        entry.numel * DTYPES[entry.dtype][1] != entry.nbytes for entry in known
+    ):
         raise broken
     return entries
 
@@ -186,6 +189,8 @@ class CheckpointWriter:
         import torch
 
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        if len(raw) != self.source.tensors[name].nbytes:
+            raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.source.tensors[name].nbytes}")
         with open(self._place[name][0], "r+b", buffering=0) as file:
             file.seek(self._place[name][1])
             _write_all(file, raw)

@@ -7,7 +7,7 @@ The folder is a plain Hugging Face one. config.json gains a neutral "pruning" en
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,32 +40,39 @@ def manifest_entry(name: str, shape: tuple[int, int], pattern: Pattern, zeros: i
     return entry
 
 
-def verify(folder: Path) -> int:
-    """Re-read every pruned weight and check its pattern; returns how many were checked.
+class Violation(Exception):
+    """A stored weight that is not what it should be."""
 
-    Raises Violation at the first weight that breaks its pattern, AceError if the folder cannot be read at all.
+
+def count_zeros(checkpoint: Checkpoint, patterns: Mapping[str, Pattern]) -> dict[str, int]:
+    """Re-read every pruned weight: name -> its zeros. Raises Violation at the first that breaks its pattern."""
+    zeros = {}
+    for name, pattern in patterns.items():
+        if name not in checkpoint.tensors:
+            raise Violation(f"{name}: not in the checkpoint")
+        weight_OI = checkpoint.read(name)
+        if problem := pattern.violation(weight_OI):
+            raise Violation(f"{name} breaks {pattern}: {problem}")
+        zeros[name] = int((weight_OI == 0).view(-1).byte().sum())
+    return zeros
+
+
+def verify(folder: Path) -> int:
+    """Check a finished checkpoint against its manifest; returns how many weights were checked.
+
+    Raises Violation at the first weight that is not as it was written, AceError if the folder cannot be read at all.
     """
     if not (folder / MANIFEST).is_file():
         raise AceError(f"{folder} has no {MANIFEST}.", "Give the checkpoint folder of an ace-prune run.")
-    manifest = read_json(folder / MANIFEST)
+    slots = {slot["name"]: slot for slot in read_json(folder / MANIFEST)["slots"]}
     checkpoint = Checkpoint(folder)
-    for slot in manifest["slots"]:
-        name = slot["name"]
-        if name not in checkpoint.tensors:
-            raise Violation(f"{name}: not in the checkpoint")
-        if list(checkpoint.tensors[name].shape) != slot["shape"]:
+    for name, slot in slots.items():
+        if name in checkpoint.tensors and list(checkpoint.tensors[name].shape) != slot["shape"]:
             raise Violation(f"{name}: shape {list(checkpoint.tensors[name].shape)}, pruned as {slot['shape']}")
-        weight_OI = checkpoint.read(name)
-        if problem := _pattern(slot).violation(weight_OI):
-            raise Violation(f"{name} breaks {slot['pattern']}: {problem}")
-        zeros = weight_OI.numel() - int(weight_OI.count_nonzero())
-        if zeros != slot["zeros"]:
-            raise Violation(f"{name}: {zeros:,} zeros, {slot['zeros']:,} were written")
-    return len(manifest["slots"])
-
-
-class Violation(Exception):
-    """A stored weight that is not what the manifest says."""
+    for name, zeros in count_zeros(checkpoint, {name: _pattern(slot) for name, slot in slots.items()}).items():
+        if zeros != slots[name]["zeros"]:
+            raise Violation(f"{name}: {zeros:,} zeros, {slots[name]['zeros']:,} were written")
+    return len(slots)
 
 
 def _pattern(slot: dict[str, Any]) -> Pattern:

@@ -48,8 +48,8 @@ class Terminal:
             "from": plan.model,
             "method": method,
             "calibration": calibration,
-            "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in {plan.slots} "
-            f"matrices ({plan.coverage:.1%} of the blocks' weights)",
+            "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in "
+            f"{len(plan.shapes)} matrices ({plan.coverage:.1%} of the blocks' weights)",
             "computes": f"on {plan.device} in {plan.dtype}",
             "needs": f"{gigabytes(plan.host_bytes)} memory"
             + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")

@@ -1,0 +1,213 @@
+"""Where models come from: folders, GGUF files, packages, .bin files; the hub only as far as it is absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import load, make, weights
+
+from ace_cli.errors import AceError
+from ace_cli.model import source
+from ace_cli.model.source import ImportDtype, ModelConfig, cache_folder, open_model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("ACE_PRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_folder_is_taken_as_it_is(llama: Path, own_cache: Path) -> None:
+    assert open_model(ModelConfig(path=str(llama))).folder == llama
+    assert not own_cache.exists()
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("ACE_PRUNE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "ace-prune"
+
+
+# --- .bin ------------------------------------------------------------------------------------------------------------
+
+
+def as_bin(folder: Path, shards: int = 1) -> dict[str, torch.Tensor]:
+    """Turn a safetensors folder into a pytorch_model.bin folder with tied tensors that share memory."""
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+        return state
+    names, weight_map = sorted(state), {}
+    for number in range(shards):
+        file = f"pytorch_model-{number + 1:05}-of-{shards:05}.bin"
+        torch.save({name: state[name] for name in names[number::shards]}, folder / file)
+        weight_map |= dict.fromkeys(names[number::shards], file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return state
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_bin_files_are_imported_once(
+    own_llama: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    state = as_bin(own_llama, shards)
+    checkpoint = open_model(ModelConfig(path=str(own_llama)))
+    assert own_cache in checkpoint.folder.parents
+    assert weights(checkpoint.folder).keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in weights(checkpoint.folder).items())
+    load(checkpoint.folder)
+    assert (checkpoint.folder / "tokenizer.json").is_file()
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("imported twice")
+
+    monkeypatch.setattr(source, "_import_bin", never)
+    assert open_model(ModelConfig(path=str(own_llama))).folder == checkpoint.folder
+
+
+def test_a_changed_bin_file_is_imported_anew(own_llama: Path) -> None:
+    state = as_bin(own_llama)
+    first = open_model(ModelConfig(path=str(own_llama))).folder
+    torch.save({name: tensor + 1 for name, tensor in state.items()} | {"extra": torch.zeros(3)},
+               own_llama / "pytorch_model.bin")  # fmt: skip
+    assert open_model(ModelConfig(path=str(own_llama))).folder != first
+
+
+def test_a_bin_file_that_would_run_code_is_refused(own_llama: Path, own_cache: Path, tmp_path: Path) -> None:
+    (own_llama / "model.safetensors").unlink()
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "evil",))
+
+    torch.save({"weight": Evil()}, own_llama / "pytorch_model.bin")
+    with pytest.raises(AceError, match="cannot be read safely") as caught:
+        open_model(ModelConfig(path=str(own_llama)))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "evil").exists()
+    assert not list((own_cache / "imports").iterdir()), "a failed import left something in the cache"
+
+
+# --- GGUF ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as GGUF, float32 tensors and a tokenizer of single letters."""
+    import gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    state = weights(make(folder / "source", "llama"))
+    writer = gguf.GGUFWriter(str(folder / "tiny.gguf"), "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(64)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(128)
+    tokens = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 128))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 128)
+    writer.add_token_types([2, 3, 3] + [1] * 125)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+        "model.layers.": "blk.",
+    }  # fmt: skip
+    for name, tensor in state.items():
+        target = name
+        for old, new in names.items():
+            target = target.replace(old, new)
+        writer.add_tensor(target, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder / "tiny.gguf"
+
+
+def test_gguf_files_are_imported_once(gguf_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_model(ModelConfig(path=str(gguf_file)))
+    assert own_cache in checkpoint.folder.parents
+    original = weights(gguf_file.parent / "source")
+    for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+        assert torch.equal(weights(checkpoint.folder)[name], original[name]), name
+    assert "quantization_config" not in checkpoint.config()
+
+    def never(*arguments: object) -> None:
+        raise AssertionError("imported twice")
+
+    monkeypatch.setattr(source, "_import_gguf", never)
+    assert open_model(ModelConfig(path=str(gguf_file))).folder == checkpoint.folder
+
+
+def test_the_import_dtype_is_part_of_the_cache_s_key(gguf_file: Path) -> None:
+    half = open_model(ModelConfig(path=str(gguf_file), import_dtype=ImportDtype.bfloat16))
+    assert {tensor.dtype for tensor in weights(half.folder).values()} == {torch.bfloat16}
+    whole = open_model(ModelConfig(path=str(gguf_file)))
+    assert whole.folder != half.folder
+
+
+@pytest.mark.parametrize("keep", [0, 3, 200, 5000])
+def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, own_cache: Path, keep: int) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(gguf_file.read_bytes()[:keep])
+    with pytest.raises(AceError, match="cannot be imported") as caught:
+        open_model(ModelConfig(path=str(broken)))
+    assert "\n" not in str(caught.value)
+    assert not list((own_cache / "imports").glob("broken*"))
+
+
+# --- packages and the hub --------------------------------------------------------------------------------------------
+
+
+def test_a_file_inside_a_package(gguf_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site" / "tiny_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('must not be imported')")
+    shutil.copy(gguf_file, package / "tiny.gguf")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    assert open_model(ModelConfig(path="package:tiny_package/tiny.gguf")).tensors
+    assert "tiny_package" not in sys.modules
+    with pytest.raises(AceError, match=r"no file other\.gguf"):
+        open_model(ModelConfig(path="package:tiny_package/other.gguf"))
+
+
+def test_a_package_that_is_not_installed_says_how_to_get_it() -> None:
+    with pytest.raises(AceError, match="not installed") as caught:
+        open_model(ModelConfig(path="package:no_such_package_1/x.gguf", install="Run: pip install it"))
+    assert "Run: pip install it" in str(caught.value)
+
+
+def test_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(AceError, match="nobody/nothing") as caught:
+        open_model(ModelConfig(path="nobody/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [("", "no model"), ("/no/such/folder", "does not exist"), ("./x", "does not exist"), ("models/x.gguf", "does not exist"),
+     (__file__, "is a file"), ("org/name", None), ("package:a/b", None), (".", None)],
+)  # fmt: skip
+def test_path_faults_the_local_disk_can_tell(path: str, expected: str | None) -> None:
+    faults = ModelConfig(path=path).faults()
+    assert (expected is None) == (faults == [])
+    assert all(expected is not None and expected in fault for fault in faults)

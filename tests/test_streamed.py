@@ -1,0 +1,163 @@
+"""The streamed model beyond what test_families.py shows of every family."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import add_tokenizer, edit, load, make, token_windows
+
+from ace_cli.errors import AceError
+from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.model import streamed
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
+
+
+def open_streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    return StreamedModel(Checkpoint(folder), torch.device("cpu"), dtype)
+
+
+def real_parameters(model: StreamedModel) -> list[str]:
+    return [name for name, parameter in model.skeleton.named_parameters() if not parameter.is_meta]
+
+
+def test_only_what_is_used_is_in_memory(llama: Path) -> None:
+    model = open_streamed(llama)
+    assert real_parameters(model) == []
+    (batch,) = model.batches(token_windows(2, 8))
+    assert real_parameters(model) == []
+    with torch.inference_mode():
+        for index, block in enumerate(model.blocks):
+            with model.loaded(block):
+                assert real_parameters(model)
+                assert all(name.startswith(f"{block.name}.") for name in real_parameters(model))
+                batch.hidden_BLH = model.forward(index, batch)
+        with model.head_loaded():
+            model.logits(batch.ids_BL, batch.hidden_BLH)
+    assert real_parameters(model) == []
+
+
+def test_nothing_stays_loaded_after_an_error(llama: Path) -> None:
+    model = open_streamed(llama)
+    with pytest.raises(RuntimeError, match="on purpose"), model.loaded(model.blocks[0]):
+        raise RuntimeError("on purpose")
+    assert real_parameters(model) == []
+
+
+def test_windows_are_split_into_batches_of_bounded_tokens(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 40)
+    windows = token_windows(7, 16)
+    batches = list(open_streamed(llama).batches(windows))
+    assert [len(batch.ids_BL) for batch in batches] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat([batch.ids_BL for batch in batches]), windows)
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 5)
+    assert len(list(open_streamed(llama).batches(windows))) == 7
+
+
+def test_equal_masks_and_tables_are_kept_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Gemma2 builds a float mask per batch: without sharing, memory grows with the number of batches."""
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 20)
+    first, second = open_streamed(make(tmp_path / "m", "gemma2")).batches(token_windows(2, 20))
+    for call, other in zip(first.calls, second.calls, strict=True):
+        for name, value in call.kwargs.items():
+            if isinstance(value, torch.Tensor):
+                assert other.kwargs[name] is value, name
+
+
+def test_slots_are_the_blocks_linear_layers(llama: Path) -> None:
+    model = open_streamed(llama)
+    assert [block.name for block in model.blocks] == ["model.layers.0", "model.layers.1"]
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+             "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
+    for block in model.blocks:
+        assert [slot.name for slot in block.slots] == [f"{block.name}.{name}.weight" for name in names]
+        assert block.slots[1].shape == (32, 64)
+
+
+def test_a_tied_llama_whose_file_also_holds_the_head(tmp_path: Path) -> None:
+    """Some exporters store the tied tensor twice."""
+    folder = make(tmp_path / "m", "llama", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    windows = token_windows(3, 12)
+    expected = perplexity_of(load(folder), windows)
+    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+
+
+def perplexity_of(model: torch.nn.Module, windows_NL: torch.Tensor) -> float:
+    """Wanda's protocol: exp of the mean over windows of the mean over L - 1 targets, in float64."""
+    losses = []
+    with torch.inference_mode():
+        for ids_L in windows_NL:
+            logits_LV = model(ids_L[None]).logits[0, :-1].double()
+            chosen_L = logits_LV.log_softmax(-1).gather(1, ids_L[1:, None])
+            losses.append(-chosen_L.mean())
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "bloom"])
+def test_perplexity_is_that_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    folder, windows = make(tmp_path / "m", family), token_windows(5, 24)
+    expected = perplexity_of(load(folder), windows)
+    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 48)
+    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_missing_block_weight_is_named(own_llama: Path) -> None:
+    drop(own_llama, "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(AceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight"):
+        open_streamed(own_llama)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"])
+def test_a_missing_weight_outside_the_blocks_is_named(own_llama: Path, name: str) -> None:
+    """The head is asked for only when logits are, but a model without one must not be pruned for hours first."""
+    drop(own_llama, name)
+    with pytest.raises(AceError, match=name.replace(".", r"\.")):
+        list(open_streamed(own_llama).batches(token_windows(1, 4)))
+
+
+def drop(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_weight_of_another_shape_is_named(own_llama: Path) -> None:
+    edit(own_llama, "model.layers.0.mlp.up_proj.weight", lambda weight: weight[:, :32].contiguous())
+    with pytest.raises(AceError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        open_streamed(own_llama)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model_type": "no_such_model"}, "no_such_model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "Bert"),
+        ({"model_type": None}, "cannot build"),
+    ],
+)
+def test_models_that_cannot_be_built_are_refused_in_one_line(
+    own_llama: Path, change: dict[str, object], expected: str
+) -> None:
+    config = json.loads((own_llama / "config.json").read_text()) | change
+    (own_llama / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    with pytest.raises(AceError) as caught:
+        open_streamed(own_llama)
+    assert expected.lower() in str(caught.value).lower()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pruned_folder_is_a_model_again(llama: Path, tmp_path: Path, prune_here) -> None:  # type: ignore[no-untyped-def]
+    """A checkpoint of ours is a source like any other, its own "pruning" entry and all."""
+    prune_here(llama, tmp_path / "first", "metric=magnitude", "sparsity=0.25")
+    report = prune_here(tmp_path / "first" / "checkpoint", tmp_path / "second", "metric=wanda", "sparsity=2:4")
+    assert report.sparsity.achieved >= 0.5
+    assert add_tokenizer(tmp_path / "second" / "checkpoint")
