@@ -68,7 +68,7 @@ def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list
         outcome = str(faults[-1])
     if many and outcome is not None:
         sweep.folder = Path(hydra_config.sweep.dir).absolute()
-        sweep.add(list(hydra_config.overrides.task), outcome)
+        sweep.add(_overrides(), outcome)
 
 
 def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
@@ -76,14 +76,21 @@ def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
     from ace_cli.report.terminal import Terminal
     from ace_cli.run import run
 
-    command = shlex.join(["ace-prune", *_config_folders(), *HydraConfig.get().overrides.task])
-    return run(config, command, Terminal(), dense_cache)
+    overrides = [override for override in _overrides() if not override.startswith("output_dir=")]
+    if config.output_dir_given:
+        overrides.append(f"output_dir={config.output_dir}")
+    return run(config, shlex.join(["ace-prune", *_config_folders(), *overrides]), Terminal(), dense_cache)
 
 
 def _with_custom_model(arguments: list[str]) -> list[str]:
     """``model.path=...`` alone means no card: the default card's choices are for its own model."""
     names = {argument.partition("=")[0] for argument in arguments}
     return [*arguments, "model=custom"] if "model.path" in names and "model" not in names else arguments
+
+
+def _overrides() -> list[str]:
+    """The job's overrides as a person would type them: a sweep escapes what its grammar could mistake."""
+    return [override.replace("\\:", ":") for override in HydraConfig.get().overrides.task]
 
 
 def _config_folders() -> list[str]:

@@ -46,7 +46,7 @@ class Schema:
     calib: Any = MISSING
     eval: Any = MISSING
     sparsity: Any = "0.5"
-    scope: Scope = Scope.row
+    scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
     device: str = "auto"
     dtype: Dtype = Dtype.auto
@@ -100,7 +100,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         faults += part.faults()
     pattern: Pattern | None = None
     try:
-        pattern = parse_sparsity(parts.sparsity, parts.scope)
+        pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
     except AceError as fault:
         faults.append(str(fault).rstrip("."))
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
@@ -110,11 +110,21 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     if faults or pattern is None:
         raise AceError("; ".join(faults) + ".")
     return RunConfig(
-        model=parts.model, metric=parts.metric, allocation=parts.allocation, repair=parts.repair, calib=parts.calib,
-        eval=parts.eval, pattern=pattern, propagate=parts.propagate, device=parts.device, dtype=parts.dtype,
-        dry_run=parts.dry_run, output_dir=output_dir,
-        output_dir_given=output_dir_given, text=OmegaConf.to_yaml(config),
-    )  # fmt: skip
+        model=parts.model,
+        metric=parts.metric,
+        allocation=parts.allocation,
+        repair=parts.metric.with_repair(parts.repair),
+        calib=parts.calib,
+        eval=parts.eval,
+        pattern=pattern,
+        propagate=parts.propagate,
+        device=parts.device,
+        dtype=parts.dtype,
+        dry_run=parts.dry_run,
+        output_dir=output_dir,
+        output_dir_given=output_dir_given,
+        text=OmegaConf.to_yaml(config),
+    )
 
 
 def explain(fault: Exception) -> AceError:

@@ -254,7 +254,10 @@ class _BlockJob:
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
             slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
             self._weights[slot.name] = new_OI.cpu()
-        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, metric.diagnose(seen), repaired.notes)
+        diagnosis = metric.diagnose(seen)
+        if repaired.loss_before is not None and repaired.loss_after is not None:
+            diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes)
 
 
 @dataclass

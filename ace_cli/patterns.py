@@ -32,6 +32,9 @@ class Scope(Enum):
 class Pattern:
     """Scores -> keep."""
 
+    #: M for a pattern N:M; 0 where a whole row or layer is compared.
+    group_width = 0
+
     def misfit(self, rows: int, columns: int) -> str | None:
         """Why the pattern cannot be laid on a (rows, columns) weight; None if it can."""
         return None
@@ -90,6 +93,11 @@ class NofM(Pattern):
     n: int
     m: int
 
+    @property
+    def group_width(self) -> int:  # type: ignore[override]
+        """M."""
+        return self.m
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 
@@ -126,7 +134,7 @@ class NofM(Pattern):
         return score_GM.new_ones(score_GM.shape, dtype=torch.bool).scatter_(1, order_GM, False)
 
     def violation(self, weight_OI: Tensor) -> str | None:
-        nonzero_GM = (weight_OI != 0).byte().reshape(-1, self.m)
+        nonzero_GM = (weight_OI != 0).short().reshape(-1, self.m)
         nonzero_G = sum(nonzero_GM[:, 1:].unbind(1), start=nonzero_GM[:, 0])
         if int(nonzero_G.max()) <= self.n:
             return None

@@ -58,9 +58,9 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
             f"is in {', '.join(left)}.",
             "This layout is not supported yet.",
         )
-    if model.missing:
-        more = f" (and {len(model.missing) - 1} more)" if len(model.missing) > 1 else ""
-        raise AceError(f"{model.checkpoint.folder} has no weight for {model.missing[0]}{more}.", "Fetch it again.")
+    if faults := model.faults():
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise AceError(f"{model.checkpoint.folder}: {faults[0]}{more}.", "Fetch the files again.")
     host, device = _memory(model, hidden_windows)
     return Plan(
         model=str(model.checkpoint.folder),

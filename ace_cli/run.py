@@ -71,7 +71,7 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
     patterns = config.allocation.patterns(config.pattern, shapes)
     recipe = Recipe(config.metric, patterns, config.repair, config.propagate)
     needs_data = bool(recipe.metric.needs() or recipe.repair.needs())
-    tokens = config.calib.n_samples * config.calib.seq_len if needs_data else 0
+    tokens = config.calib.tokens if needs_data else 0
     plan = make_plan(model, patterns, tokens, tokens)
     _check_length(model, config, needs_data)
     check_disk(config.output_dir, plan.disk_bytes)
@@ -79,9 +79,10 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
     if config.dry_run:
         return None
 
-    with phases("calibrate"):
+    with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}"):
         windows_NL = config.calib.windows(source, str(device)) if needs_data else None
-    with phases("evaluate"):  # before hours of pruning: a missing evaluation text is found now
+    # before hours of pruning: a missing evaluation text is found now
+    with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
         eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
 
     identity = _identity(config, model, windows_NL)
@@ -231,7 +232,7 @@ def _dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dty
 
 def _check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:
     limit = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    lengths = {"calib.seq_len": config.calib.seq_len if needs_data else 0}
+    lengths = {"calib.seq_len": config.calib.length if needs_data else 0}
     if isinstance(config.eval, Evaluation):
         lengths["eval.seq_len"] = config.eval.seq_len
     for name, length in lengths.items():
@@ -325,8 +326,8 @@ def _report(
     if windows_NL is not None:
         calibration = facts.CalibrationFacts(
             name_of("calib", config.calib),
-            len(windows_NL),
-            windows_NL.shape[1],
+            config.calib.n_samples,
+            config.calib.seq_len,
             config.calib.seed,
             tokens,
             fingerprint(windows_NL),

@@ -16,8 +16,21 @@ CALIBRATION, EVALUATION = 0, 1
 def sample_windows(checkpoint: Checkpoint, count: int, length: int, seed: int, purpose: int, device: str) -> Tensor:
     """``count`` windows of ``length`` tokens, int64 (count, length), sampled at temperature 1 from the start token.
 
-    All windows grow together, with a cache, in float32 on the CPU or in the stored dtype elsewhere. The whole model
-    is in memory while it writes. The start token itself is the first token of every window.
+    The start token itself is the first token of every window.
+    """
+    import torch
+
+    ids_N1 = torch.full((count, 1), start_token(checkpoint), dtype=torch.int64)
+    return continue_windows(checkpoint, ids_N1, length, seed, purpose, device)
+
+
+def continue_windows(
+    checkpoint: Checkpoint, ids_NL: Tensor, length: int, seed: int, purpose: int, device: str
+) -> Tensor:
+    """``ids_NL`` (int64, on the CPU) written on by the model at temperature 1 until every row has ``length`` tokens.
+
+    All rows grow together, with a cache, in float32 on the CPU or in the stored dtype elsewhere. The whole model is in
+    memory while it writes.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -25,15 +38,15 @@ def sample_windows(checkpoint: Checkpoint, count: int, length: int, seed: int, p
     dtype = torch.float32 if device == "cpu" else "auto"
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
     generator = torch.Generator().manual_seed(2 * seed + purpose)
-    ids_NL = torch.full((count, 1), start_token(checkpoint), dtype=torch.int64)
-    cache = None
+    cache, new_NL = None, ids_NL
     with torch.inference_mode():
         while ids_NL.shape[1] < length:
-            out = model(ids_NL[:, -1:].to(device), past_key_values=cache, use_cache=True)
+            out = model(new_NL.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             # drawn on the CPU: the same generator on every device
             probabilities_NV = out.logits[:, -1].float().softmax(-1).cpu()
-            ids_NL = torch.cat([ids_NL, torch.multinomial(probabilities_NV, 1, generator=generator)], dim=1)
+            new_NL = torch.multinomial(probabilities_NV, 1, generator=generator)
+            ids_NL = torch.cat([ids_NL, new_NL], dim=1)
     return ids_NL
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +94,37 @@ class SquareMoments(Statistic):
 
 
 @dataclass(unsafe_hash=True)
+class ShareMoments(Statistic):
+    """First and second moment of u = x_tj^2 / ||x_t||^2, or of x_tj^2 / ||a_t||^2 with ``of_output``, a = W x + b.
+
+    The share of one input in the size of its token: no scale of a token, or of a slot's inputs, changes u.
+    ``first_I`` = sum_t u, ``second_I`` = sum_t u^2, float64. A token of size 0 adds nothing.
+    """
+
+    of_output: bool = False
+    first_I: Tensor = field(init=False, compare=False, repr=False)
+    second_I: Tensor = field(init=False, compare=False, repr=False)
+
+    @property
+    def needs_output(self) -> bool:  # type: ignore[override]
+        return self.of_output
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        size_T1 = (y_TO if self.of_output else x_TI).square().sum(1, keepdim=True)
+        u_TI = x_TI.square() / size_T1.masked_fill(size_T1 == 0, float("inf"))
+        first_I, second_I = u_TI.sum(0).double(), u_TI.square().sum(0).double()
+        self.first_I = first_I if not self.tokens else self.first_I + first_I
+        self.second_I = second_I if not self.tokens else self.second_I + second_I
+        self.tokens += len(x_TI)
+
+    @property
+    def spread_I(self) -> Tensor:
+        """1 + Var[u_j] / E[u_j]^2 = E[u_j^2] / E[u_j]^2, float64 (I,); 1 for an input that is always 0."""
+        mean_I = self.first_I / self.tokens
+        return (self.second_I / self.tokens / mean_I.square().clamp(min=1e-60)).clamp(min=1)
+
+
+@dataclass(unsafe_hash=True)
 class TokenSquares(Statistic):
     """Every squared input, float32 (T, I), for forms whose scale is known only after the last token.
 
@@ -166,9 +197,10 @@ def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) ->
 
 @dataclass(unsafe_hash=True)
 class Gram(Statistic):
-    """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I)."""
+    """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I). ``factors``: what a repair made of it, once."""
 
     total_II: Tensor = field(init=False, compare=False, repr=False)
+    factors: Any = field(default=None, init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         total_II = x_TI.T @ x_TI

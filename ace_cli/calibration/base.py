@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.sampling import CALIBRATION, continue_windows
+from ace_cli.texts import load_tokenizer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -13,11 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass
 class Calibration:
-    """Yields ``n_samples`` token windows of ``seq_len``; the same seed gives the same windows."""
+    """``n_samples`` token windows of ``seq_len``; the same seed gives the same windows.
+
+    ``start_token`` puts the text-start token first in every window, where the tokenizer adds one to every text: a model
+    that never saw a text without it is observed as it works. ``continue_to`` lets the model write each window on to
+    that length. ``pack`` then lays the windows end to end in rows of that many tokens: fewer first positions.
+    """
 
     n_samples: int = 128
     seq_len: int = 16
     seed: int = 0
+    start_token: bool = True
+    continue_to: int | None = None
+    pack: int | None = None
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
@@ -28,8 +39,41 @@ class Calibration:
             faults.append(f"calib.seq_len={self.seq_len}: must be at least 2")
         if self.seed < 0:
             faults.append(f"calib.seed={self.seed}: must not be negative")
+        if self.continue_to is not None and self.continue_to <= self.seq_len:
+            faults.append(f"calib.continue_to={self.continue_to}: must be more than calib.seq_len={self.seq_len}")
+        if self.pack is not None and (self.pack < 2 or self.tokens % self.pack):
+            faults.append(f"calib.pack={self.pack}: must divide the {self.tokens} tokens of all windows")
         return faults
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all windows."""
+        return self.n_samples * (self.continue_to or self.seq_len)
+
+    @property
+    def length(self) -> int:
+        """Tokens that go through the model in one row."""
+        return self.pack or self.continue_to or self.seq_len
+
     def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        """Token ids, int64 (n_samples, seq_len), on the CPU. Raises AceError when the source cannot give them."""
+        """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them."""
+        ids_NL = self.draw(checkpoint, device)
+        if self.continue_to:
+            ids_NL = continue_windows(checkpoint, ids_NL, self.continue_to, self.seed, CALIBRATION, device)
+        return ids_NL.reshape(-1, self.length)
+
+    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        """The windows as the source has them, int64 (n_samples, seq_len)."""
         raise NotImplementedError
+
+    def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
+        """``ids_NL`` with the start token in place of each first token, where the tokenizer begins texts with one."""
+        if self.start_token and (start := text_start(checkpoint)) is not None:
+            ids_NL[:, 0] = start
+        return ids_NL
+
+
+def text_start(checkpoint: Checkpoint) -> int | None:
+    """The token that the tokenizer puts before every text; None if it puts none."""
+    first, second = (load_tokenizer(checkpoint)(text)["input_ids"][:1] for text in ("a", "b"))
+    return int(first[0]) if first and first == second else None

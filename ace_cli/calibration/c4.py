@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class C4(Calibration):
     """Random windows of the first training shard of ``allenai/c4`` (English)."""
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        return random_windows(
-            c4_documents("train"), load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed
-        )
+    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        documents = c4_documents("train")
+        ids_NL = random_windows(documents, load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)
+        return self.begin(ids_NL, checkpoint)

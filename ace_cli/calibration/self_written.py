@@ -20,5 +20,5 @@ if TYPE_CHECKING:
 class SelfWritten(Calibration):
     """Sampled at temperature 1 from the model's start token."""
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
         return sample_windows(checkpoint, self.n_samples, self.seq_len, self.seed, CALIBRATION, device)

@@ -27,6 +27,7 @@ class Text(Calibration):
         fault = local_file_fault(self.path, "calib.path")
         return super().faults() + ([fault] if fault else [])
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
         documents = local_documents(str(self.path), self.field)
-        return random_windows(documents, load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)
+        ids_NL = random_windows(documents, load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)
+        return self.begin(ids_NL, checkpoint)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class WikiText2(Calibration):
     """Random windows of the training split, its lines joined into one document (as SparseGPT's loader does)."""
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
         document = " ".join(wikitext2_documents("train"))
-        return random_windows([document], load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)
+        ids_NL = random_windows([document], load_tokenizer(checkpoint), self.n_samples, self.seq_len, self.seed)
+        return self.begin(ids_NL, checkpoint)

@@ -23,8 +23,8 @@ class SelfWritten(Evaluation):
     Its perplexity compares a pruned model with its dense one; it says nothing beside other texts.
     """
 
-    seq_len: int = 256
-    max_windows: int | None = 16
+    seq_len: int = 128
+    max_windows: int | None = 32
     seed: int = 0
     dataset = "sampled from the dense model"
 

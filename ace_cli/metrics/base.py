@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.patterns import Scope
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.repair.base import Repair
     from ace_cli.statistics import Seen, Statistic
 
 
 @dataclass
 class Metric:
     """Statistics of a slot's inputs -> importance of its weights. Fields are knobs, ``score`` is the formula."""
+
+    #: What a ratio compares where the user does not say.
+    default_scope = Scope.row
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``score`` reads; none for a metric that looks at weights alone."""
@@ -26,6 +32,10 @@ class Metric:
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
         raise NotImplementedError
+
+    def with_repair(self, repair: Repair) -> Repair:
+        """The repair that belongs to this metric, given the one asked for."""
+        return repair
 
     def diagnose(self, seen: Seen) -> dict[str, float]:
         """Numbers about one slot's statistics that show when the metric does not do what its name says."""

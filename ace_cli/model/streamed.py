@@ -81,8 +81,6 @@ class StreamedModel:
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint, dtype)
         self._keys = _file_keys(self.skeleton, checkpoint)
-        #: Parameters of blocks that no file holds under a name of their own.
-        self.missing: list[str] = []
         self.blocks = self._find_blocks()
         inside = tuple(f"{block.name}." for block in self.blocks)
         self._stem = [name for name in self._state() if not name.startswith(inside)]
@@ -151,6 +149,17 @@ class StreamedModel:
             logits: Tensor = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False).logits
         return logits
 
+    def faults(self) -> list[str]:
+        """Where the files do not hold what the model needs, one line each."""
+        tied = self.skeleton.all_tied_weights_keys
+        faults = []
+        for name, tensor in self._state().items():
+            if name not in self._keys:
+                faults += [f"no weight for {name}"] if name not in tied else []
+            elif (found := self.checkpoint.tensors[self._keys[name]].shape) != tuple(tensor.shape):
+                faults.append(f"{self._keys[name]} is {found} in the file, {tuple(tensor.shape)} in the model")
+        return faults
+
     # --- finding the parts -------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
@@ -178,8 +187,6 @@ class StreamedModel:
         for inner in module.state_dict():
             if key := self._keys.get(f"{name}.{inner}"):
                 keys[inner] = key
-            else:
-                self.missing.append(f"{name}.{inner}")
         slots = [
             Slot(keys[f"{inner}.weight"], linear)
             for inner, linear in module.named_modules()
@@ -210,8 +217,6 @@ class StreamedModel:
         for name in names:
             if name in tied:
                 _assign(self.skeleton, name, state[tied[name]])
-            elif name not in self._keys:
-                raise AceError(f"{self.checkpoint.folder} has no weight for {name}.", "Fetch the files again.")
         try:
             yield
         finally:

@@ -14,11 +14,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Repaired:
-    """A slot after its repair; ``notes`` tells of every fallback taken (damping raised, dead columns, ...)."""
+    """A slot after its repair; ``notes`` tells of every fallback taken (damping raised, dead columns, ...).
+
+    The losses are ||(W - W') X||_F^2 on the observed inputs, of the mask alone and after the repair.
+    """
 
     weight_OI: Tensor
     keep_OI: Tensor
     notes: list[str] = field(default_factory=list)
+    loss_before: float | None = None
+    loss_after: float | None = None
 
 
 @dataclass

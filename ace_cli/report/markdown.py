@@ -68,7 +68,9 @@ def render(report: Report) -> str:
         + table(["", "seconds"], seconds)
         + "\n\nInside prune and write:\n\n"
         + table(["", "seconds"], phases),
-        f"{report.tokens_per_second.get('prune', 0):,.0f} calibration tokens a second through all blocks.",
+        f"{report.tokens_per_second['prune']:,.0f} calibration tokens a second through all blocks."
+        if report.tokens_per_second
+        else "",
         "## Peak memory\n\n" + table(["", "resident"], memory),
         "## Versions and machine\n\n"
         + table(["", ""], [[k, str(v)] for k, v in (report.versions | report.hardware).items()]),

@@ -73,6 +73,15 @@ class Terminal:
             task = bar.add_task(what, total=total, completed=done)
             yield lambda: bar.advance(task)
 
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """A spinner while something without steps of its own happens."""
+        if self._screen.is_terminal:
+            with self._screen.status(what):
+                yield
+        else:
+            yield
+
     def result(self, report: Report) -> None:
         """The table and the warnings."""
         table = Table(title_justify="left")
@@ -83,9 +92,9 @@ class Terminal:
         self.say(table)
         self.say(protocol_line(report))
         seconds, memory = report.seconds, report.peak_memory_bytes
+        rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(
-            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s "
-            f"({report.tokens_per_second.get('prune', 0):,.0f} tokens/s), "
+            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s{rate}, "
             f"{seconds['total']:.1f} s in all; peak memory {gigabytes(memory['host'])}."
         )
         for warning in report.warnings:
