@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ace_cli.errors import AceError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,7 +38,13 @@ def continue_windows(
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if device == "cpu" else "auto"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    except Exception as fault:  # whatever a damaged folder makes the library raise
+        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        raise AceError(
+            f"{checkpoint.folder} cannot be loaded to write text: {reason}", "Use text of your own."
+        ) from fault
     generator = torch.Generator().manual_seed(2 * seed + purpose)
     cache, new_NL = None, ids_NL
     with torch.inference_mode():

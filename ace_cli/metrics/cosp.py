@@ -7,9 +7,10 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric
+from ace_cli.metrics.relative import relative_scale
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.registry import register
-from ace_cli.statistics import CosineTerm, SecondMoment
+from ace_cli.statistics import CosineTerm, SecondMoment, ShareMoments
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,7 @@ class CosP(Metric):
     itself is zero. ``mode=exact2`` is the second-order change, exact to O(delta^3).
     """
 
-    mode: Mode = Mode.paper_abs
+    mode: Mode = Mode.exact2
 
     def needs(self) -> tuple[Statistic, ...]:
         return cosine_needs(self.mode)
@@ -81,8 +82,9 @@ class CosP(Metric):
 
 
 class Combine(Enum):
-    """How ACE joins its two scores."""
+    """How ACE joins the angle and the variance."""
 
+    spread = "spread"  # S_cos (1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / ||a_t||^2: VarP's variance, scale-free
     product = "product"  # S_cos S_var, "multiplies both importance scores element-wise" (digest)
     replace = "replace"  # |W| f_j L: VarP's factor takes the place of the norm, as in Wanda+VarP
 
@@ -90,17 +92,31 @@ class Combine(Enum):
 @register("metric", "ace")
 @dataclass
 class ACE(Metric):
-    """CosP and VarP together (digest of v1, Method Summary)."""
+    """S_ij = R_ij sqrt(E[(A - a_i^2) x_j^2 / A^2]) (1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / A_t, A = ||a_t||^2.
 
-    mode: Mode = Mode.paper_abs
-    norm: Norm = Norm.raw
-    form: Form = Form.poly
-    combine: Combine = Combine.product
+    R is RIA's relative weight (|W| with ``relative=false``), the root the angle by which removing the weight turns the
+    slot's output (CosP, exact to second order), the last factor the variance of the same normalised activations
+    (VarP). The paper's first version multiplies its two scores, |W| ||X_j|| L and |W| f_j: ``relative=false
+    mode=paper_abs combine=product norm=raw form=poly``.
+    """
+
+    mode: Mode = Mode.exact2
+    combine: Combine = Combine.spread
+    relative: bool = True
+    norm: Norm = Norm.share
+    form: Form = Form.norms
 
     def needs(self) -> tuple[Statistic, ...]:
-        return (*cosine_needs(self.mode), *variance_needs(self.norm, self.form))
+        spread = self.combine is Combine.spread
+        variance = (ShareMoments(of_output=True),) if spread else variance_needs(self.norm, self.form)
+        return (*cosine_needs(self.mode), *variance)
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        variance_OI = weight_OI.abs() * variance_factor(self.norm, self.form, seen).float()
-        cosine = cosine_score if self.combine is Combine.product else cosine_loss
-        return variance_OI * cosine(self.mode, weight_OI, seen)
+        if self.combine is Combine.spread:
+            score_OI = cosine_score(self.mode, weight_OI, seen)
+            score_OI = score_OI * seen[ShareMoments(of_output=True)].spread_I.pow(0.125).float()
+        else:
+            variance_OI = weight_OI.abs() * variance_factor(self.norm, self.form, seen).float()
+            cosine = cosine_score if self.combine is Combine.product else cosine_loss
+            score_OI = variance_OI * cosine(self.mode, weight_OI, seen)
+        return score_OI * relative_scale(weight_OI) if self.relative else score_OI
