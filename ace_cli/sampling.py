@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
+from ace_cli.memory import Trimmer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ def continue_windows(
             f"{checkpoint.folder} cannot be loaded to write text: {reason}", "Use text of your own."
         ) from fault
     generator = torch.Generator().manual_seed(2 * seed + purpose)
-    cache, new_NL = None, ids_NL
+    cache, new_NL, trimmer = None, ids_NL, Trimmer()
     with torch.inference_mode():
         while ids_NL.shape[1] < length:
             out = model(new_NL.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -55,6 +56,7 @@ def continue_windows(
             probabilities_NV = out.logits[:, -1].float().softmax(-1).cpu()
             new_NL = torch.multinomial(probabilities_NV, 1, generator=generator)
             ids_NL = torch.cat([ids_NL, new_NL], dim=1)
+            trimmer()  # a cache that grows at every step leaves holes in the heap
     return ids_NL
 
 

@@ -1,0 +1,84 @@
+"""Write a checkpoint of random bf16 weights in a given LLaMA shape, shard by shard: for timing and memory, not quality.
+
+python scripts/make_synthetic.py FOLDER --shape 7b            13.5 GB, LLaMA-7B
+python scripts/make_synthetic.py FOLDER --shape 70b --blocks 4    the first four blocks of Llama-2-70B
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+           "num_key_value_heads": 4, "vocab_size": 32000},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 32, "vocab_size": 32000},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 32000},
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--blocks", type=int, help="write only so many decoder blocks")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    options = parser.parse_args()
+    shape = dict(SHAPES[options.shape])
+    if options.blocks:
+        shape["num_hidden_layers"] = options.blocks
+    write(options.folder, shape, getattr(torch, options.dtype))
+
+
+def write(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> None:
+    """One shard a block, and one for embeddings, norm and head."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch."),
+              "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+              **shape}  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    blocks = shape["num_hidden_layers"]
+    weight_map: dict[str, str] = {}
+    generator = torch.Generator().manual_seed(0)
+    for number in range(blocks + 1):
+        tensors = stem(shape) if number == blocks else block(shape, number)
+        name = f"model-{number + 1:05}-of-{blocks + 1:05}.safetensors"
+        made = {key: random(size, generator, dtype) for key, size in tensors.items()}
+        save_file(made, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(made, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def block(shape: dict[str, int], number: int) -> dict[str, tuple[int, ...]]:
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    narrow = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    sizes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden),
+        "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+    return {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
+
+
+def stem(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    vocabulary = (shape["vocab_size"], shape["hidden_size"])
+    return {"model.embed_tokens.weight": vocabulary, "lm_head.weight": vocabulary,
+            "model.norm.weight": (shape["hidden_size"],)}  # fmt: skip
+
+
+def random(size: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    if len(size) == 1:
+        return torch.ones(size, dtype=dtype)
+    return torch.empty(size, dtype=dtype).normal_(0, size[1] ** -0.5, generator=generator)
+
+
+if __name__ == "__main__":
+    main()
