@@ -248,7 +248,10 @@ class _BlockJob:
         with self.clock("select"):
             keep_OI = pattern.keep(score_OI)
         with self.clock("repair"):
-            repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
+            try:
+                repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
+            except ArithmeticError as fault:
+                raise AceError(f"{slot.name} cannot be repaired: {fault}", "Use more windows, or repair=none.") from fault
         with self.clock("mask"):
             stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)

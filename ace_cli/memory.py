@@ -37,7 +37,7 @@ class Trimmer:
     """Keeps the heap from growing with the number of blocks: glibc keeps freed blocks, and they fragment."""
 
     #: Growth that is tolerated: giving pages back and taking them again costs time.
-    SLACK = 64 << 20
+    SLACK = 32 << 20
 
     def __init__(self) -> None:
         trim()

@@ -40,7 +40,7 @@ def ria(w: Matrix, x: Matrix, alpha: float) -> Matrix:
 
 
 def normalised_squares(x: Matrix, norm: str) -> Matrix:
-    """v_tj: raw x^2; rms x^2 / mean x^2; token x^2 / (lam + ||x_t||^2); max (1 - 1e-3) x^2 / max x^2."""
+    """v_tj: x^2 raw, or over ||x_t||^2 (share), mean x^2 (rms), lam + ||x_t||^2 (token), max x^2 / (1 - 1e-3) (max)."""
     squares = [[value**2 for value in row] for row in x]
     flat = [value for row in squares for value in row]
     if norm == "raw":
@@ -49,19 +49,22 @@ def normalised_squares(x: Matrix, norm: str) -> Matrix:
         return [[value / (sum(flat) / len(flat)) for value in row] for row in squares]
     if norm == "max":
         return [[(1 - 1e-3) * value / max(flat) for value in row] for row in squares]
-    lam = 0.01 * sum(flat) / len(squares)
+    lam = 0.01 * sum(flat) / len(squares) if norm == "token" else 0.0
     return [[value / (lam + sum(row)) for value in row] for row in squares]
 
 
 def variance_factors(x: Matrix, norm: str, form: str) -> list[float]:
-    """f_j: poly = h + Var[v] with h = E[v]^2 + E[v] + 1 (Equations 1-3); series = E[1 / (1 - min(v, 1 - 1e-2))]."""
+    """norms: E[v]^(1/2) (1 + Var[v] / E[v]^2)^(1/8); poly: h + Var[v], h = E[v]^2 + E[v] + 1 (Equations 1-3);
+    series: E[1 / (1 - min(v, 1 - 1e-2))] (Equation 7)."""
     v = normalised_squares(x, norm)
     factors = []
     for j in range(len(x[0])):
         column = [row[j] for row in v]
         mean = sum(column) / len(column)
-        if form == "poly":
-            variance = sum((value - mean) ** 2 for value in column) / len(column)
+        variance = sum((value - mean) ** 2 for value in column) / len(column)
+        if form == "norms":
+            factors.append(mean**0.5 * (1 + variance / mean**2) ** 0.125)
+        elif form == "poly":
             factors.append(mean**2 + mean + 1 + variance)
         else:
             factors.append(sum(1 / (1 - min(value, 1 - 1e-2)) for value in column) / len(column))
@@ -115,8 +118,25 @@ def cosp(w: Matrix, x: Matrix, a: Matrix, mode: str) -> Matrix:
     return [[loss[i][j] * abs(value) * input_norm(x, j) for j, value in enumerate(row)] for i, row in enumerate(w)]
 
 
-def ace(w: Matrix, x: Matrix, a: Matrix, mode: str, combine: str, norm: str, form: str) -> Matrix:
-    """product: S_cos times S_var; replace: |W_ij| f_j L_ij."""
-    cos = cosp(w, x, a, mode) if combine == "product" else cosine_loss(w, x, a, mode)
-    var = varp(w, x, norm, form)
-    return [[c * v for c, v in zip(*rows, strict=True)] for rows in zip(cos, var, strict=True)]
+def output_spread(x: Matrix, a: Matrix) -> list[float]:
+    """(1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / ||a_t||^2."""
+    v = [[value**2 / sum(p * p for p in a_t) for value in x_t] for x_t, a_t in zip(x, a, strict=True)]
+    spread = []
+    for j in range(len(x[0])):
+        column = [row[j] for row in v]
+        mean = sum(column) / len(column)
+        variance = sum((value - mean) ** 2 for value in column) / len(column)
+        spread.append((1 + variance / mean**2) ** 0.125)
+    return spread
+
+
+def ace(w: Matrix, x: Matrix, a: Matrix, mode: str, combine: str, norm: str, form: str, relative_too: bool) -> Matrix:
+    """product: S_cos S_var; replace: |W_ij| f_j L_ij; spread: S_cos times the spread; then relative over |W_ij|."""
+    cos = cosine_loss(w, x, a, mode) if combine == "replace" else cosp(w, x, a, mode)
+    spread = output_spread(x, a)
+    var = [spread for _ in w] if combine == "spread" else varp(w, x, norm, form)
+    ratio = relative(w) if relative_too else magnitude(w)
+    return [
+        [c * v * r / abs(weight) for c, v, r, weight in zip(*rows, strict=True)]
+        for rows in zip(cos, var, ratio, w, strict=True)
+    ]

@@ -138,12 +138,11 @@ def assert_same_choice(pruned: dict[str, Tensor], expected: dict[str, Tensor]) -
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi"])
+@pytest.mark.parametrize(
+    ("family", "sparsity"), [("llama", "0.5"), ("llama", "2:4"), ("gemma3_text", "0.5"), ("phi", "2:4")]
+)
 @pytest.mark.parametrize("propagate", Propagate)
-@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
-def test_equals_the_slow_loop(
-    model_of: Any, tmp_path: Path, family: str, propagate: Propagate, sparsity: str
-) -> None:
+def test_equals_the_slow_loop(model_of: Any, tmp_path: Path, family: str, propagate: Propagate, sparsity: str) -> None:
     pruned, _ = run_engine(model_of(family), tmp_path / "out", Wanda(), sparsity, propagate)
     assert_same_choice(pruned, wanda_loop(model_of(family), sparsity, propagate))
 
@@ -200,13 +199,13 @@ def test_slots_that_read_one_tensor_share_its_statistics(
     assert [len(block.slots) for block in facts] == [7, 7, 7]
 
 
-def test_facts_count_what_is_stored(model_of: Any, tmp_path: Path) -> None:
+def test_facts_name_what_is_stored(model_of: Any, tmp_path: Path) -> None:
     pruned, facts = run_engine(model_of("llama"), tmp_path / "out", Wanda(), "2:4")
     slots = [slot for block in facts for slot in block.slots]
     assert [block.index for block in facts] == [0, 1, 2]
     assert {slot.name for slot in slots} == pruned.keys()
     for slot in slots:
-        assert slot.zeros == int((pruned[slot.name] == 0).sum()) == slot.pruned == pruned[slot.name].numel() // 2
+        assert int((pruned[slot.name] == 0).sum()) == pruned[slot.name].numel() // 2
         assert slot.shape == tuple(pruned[slot.name].shape)
         assert (slot.pattern, slot.tokens) == ("2:4", WINDOWS.numel())
 
@@ -246,7 +245,12 @@ def test_weights_that_are_not_finite_are_refused(
 
 @pytest.mark.parametrize("propagate", Propagate)
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight", "model.layers.1.mlp.up_proj.weight"]
+    "name",
+    [
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.mlp.up_proj.weight",
+    ],
 )
 def test_activations_that_overflow_are_refused(
     own_llama: Path, tmp_path: Path, name: str, propagate: Propagate
@@ -264,9 +268,7 @@ def test_large_finite_weights_are_not_taken_for_infinite(own_llama: Path, tmp_pa
     assert int((pruned[Q_PROJ] == 0).sum()) == pruned[Q_PROJ].numel() // 2
 
 
-def test_a_writer_that_fails_stops_the_engine(
-    model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_writer_that_fails_stops_the_engine(model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing may happen in another thread: its error must arrive here, not vanish."""
 
     def full(self: CheckpointWriter, name: str, tensor: Tensor) -> None:

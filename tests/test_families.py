@@ -160,7 +160,7 @@ def test_stored_dtype_is_kept_whatever_is_computed_in(tmp_path: Path, dtype: tor
     ("family", "options", "where"),
     [
         ("gpt2", {}, "transformer.h.*.attn.c_attn.weight"),
-        ("mixtral", {"num_local_experts": 4}, "block_sparse_moe.experts"),
+        ("mixtral", {"num_local_experts": 4}, "model.layers.*.mlp.experts.gate_up_proj"),
     ],
 )
 def test_blocks_not_held_by_linear_layers_are_refused(

@@ -68,7 +68,10 @@ def test_a_copy_without_changes_has_the_same_tensors(mixed: Path, tmp_path: Path
 def test_written_tensors_replace_the_stored_ones(mixed: Path, tmp_path: Path) -> None:
     new = torch.tensor([[1.5, -2, 0], [3, 4, 0.25]])
     transposed = new.half().T.contiguous().T  # not contiguous
-    before, after = weights(mixed), weights(written(mixed, tmp_path / "out", bfloat16=new.bfloat16(), float16=transposed))
+    before, after = (
+        weights(mixed),
+        weights(written(mixed, tmp_path / "out", bfloat16=new.bfloat16(), float16=transposed)),
+    )
     for name in ("bfloat16", "float16"):
         assert after.pop(name).float().equal(new)
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
@@ -147,7 +150,8 @@ def test_truncated_files_are_found_when_opened(mixed: Path, keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"\xff\xfe", b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}']
+    "header", [b"[]", b"{", b'{"a": 1}', b'{"a": {"dtype": "F32"}}', b"\xff\xfe",
+     b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,0]}}']
 )  # fmt: skip
 def test_nonsense_headers_are_found_when_opened(mixed: Path, header: bytes) -> None:
     (mixed / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))

@@ -92,7 +92,9 @@ def test_varp_of_equation_5_is_equations_1_to_3(layer: tuple[Tensor, Tensor, Ten
     """S = |W| (E[x^4] + E[x^2] + 1), written directly."""
     weight_OI, x_TI, _ = layer
     expected_OI = weight_OI.abs() * ((x_TI**4).mean(0) + (x_TI**2).mean(0) + 1)
-    torch.testing.assert_close(score(VarP(), layer).double(), expected_OI, rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        score(VarP(norm=Norm.raw, form=Form.poly), layer).double(), expected_OI, rtol=2e-5, atol=0
+    )
 
 
 def test_varp_survives_massive_activations(layer: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -101,7 +103,7 @@ def test_varp_survives_massive_activations(layer: tuple[Tensor, Tensor, Tensor])
     massive_TI = x_TI.clone()
     massive_TI[0, 5] = 3000
     expected = references.varp(weight_OI.tolist(), massive_TI.tolist(), "raw", "poly")
-    got_OI = score(VarP(), (weight_OI, massive_TI, y_TO))
+    got_OI = score(VarP(norm=Norm.raw, form=Form.poly), (weight_OI, massive_TI, y_TO))
     torch.testing.assert_close(got_OI.double(), torch.tensor(expected, dtype=torch.float64), rtol=2e-5, atol=0)
 
 
@@ -118,13 +120,16 @@ def test_cosp(layer: tuple[Tensor, Tensor, Tensor], mode: Mode) -> None:
 
 
 @pytest.mark.parametrize(("mode", "combine"), list(product(Mode, Combine)))
-@pytest.mark.parametrize(("norm", "form"), [(Norm.raw, Form.poly), (Norm.rms, Form.series)])
+@pytest.mark.parametrize(
+    ("norm", "form", "relative"),
+    [(Norm.raw, Form.poly, False), (Norm.rms, Form.series, True), (Norm.share, Form.norms, True)],
+)
 def test_ace(
-    layer: tuple[Tensor, Tensor, Tensor], mode: Mode, combine: Combine, norm: Norm, form: Form
+    layer: tuple[Tensor, Tensor, Tensor], mode: Mode, combine: Combine, norm: Norm, form: Form, relative: bool
 ) -> None:
     lists = (tensor.tolist() for tensor in layer)
-    expected = references.ace(*lists, mode.value, combine.value, norm.value, form.value)
-    metric = ACE(mode=mode, norm=norm, form=form, combine=combine)
+    expected = references.ace(*lists, mode.value, combine.value, norm.value, form.value, relative)
+    metric = ACE(mode=mode, norm=norm, form=form, combine=combine, relative=relative)
     assert_ranks_as(score(metric, layer), expected, tolerance=1e-3 if mode is Mode.paper else 5e-5)
 
 
@@ -161,11 +166,15 @@ def test_contract_of_every_registered_metric(layer: tuple[Tensor, Tensor, Tensor
     assert bool((score_OI >= 0).all())
     assert torch.equal(score_OI, score(metric, layer))
     assert float(score_OI[2, 3]) == float(score_OI.min())
-    assert all(isinstance(statistic, type(wanted)) for statistic, wanted in zip(Seen(metric.needs()), metric.needs(), strict=False))
+    assert all(
+        isinstance(statistic, type(wanted))
+        for statistic, wanted in zip(Seen(metric.needs()), metric.needs(), strict=False)
+    )
 
 
 @pytest.mark.parametrize(
-    ("metric", "field"), [(RIA(alpha=-1), "alpha"), (RIA(alpha=99), "alpha"), (VarP(wpow=3), "wpow"), (VarP(wpow=0), "wpow")]
+    ("metric", "field"),
+    [(RIA(alpha=-1), "alpha"), (RIA(alpha=99), "alpha"), (VarP(wpow=3), "wpow"), (VarP(wpow=0), "wpow")],
 )
 def test_knobs_out_of_range_are_faults(metric: Metric, field: str) -> None:
     (fault,) = metric.faults()

@@ -141,7 +141,8 @@ def test_parse_keeps_the_scope() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "1.0", "100%", "-0.1", "1.5", "4:2", "0:4", "4:4", "0:0", "two", "", "nan", "inf", "1/0", "2:", None, True]
+    "text",
+    ["1", "1.0", "100%", "-0.1", "1.5", "4:2", "0:4", "4:4", "0:0", "two", "", "nan", "inf", "1/0", "2:", None, True],
 )
 def test_parse_bad_names_the_value(text: object) -> None:
     with pytest.raises(AceError, match="sparsity=") as caught:
@@ -188,3 +189,8 @@ def test_violation_names_the_group() -> None:
     weight_OI = torch.zeros(3, 12)
     weight_OI[1, 4:7] = 1
     assert NofM(2, 4).violation(weight_OI) == "row 1, inputs 4 to 7 have 3 non-zeros, 2 allowed"
+
+
+@pytest.mark.parametrize(("n", "m"), [(16, 32), (128, 256), (256, 512)])
+def test_violation_counts_in_groups_of_any_size(n: int, m: int) -> None:
+    assert NofM(n, m).violation(torch.ones(2, m)) == f"row 0, inputs 0 to {m - 1} have {m} non-zeros, {n} allowed"

@@ -204,7 +204,8 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("", "no model"), ("/no/such/folder", "does not exist"), ("./x", "does not exist"), ("models/x.gguf", "does not exist"),
+    [("", "no model"), ("/no/such/folder", "does not exist"), ("./x", "does not exist"),
+     ("models/x.gguf", "does not exist"),
      (__file__, "is a file"), ("org/name", None), ("package:a/b", None), (".", None)],
 )  # fmt: skip
 def test_path_faults_the_local_disk_can_tell(path: str, expected: str | None) -> None:

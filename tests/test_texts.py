@@ -150,7 +150,7 @@ def test_a_folder_without_a_tokenizer(llama: Path, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- text the model writes itself ---------------------------------------------------------------------------------------
+# --- text the model writes itself --------------------------------------------------------------------------------
 
 
 def test_self_written_windows_repeat_and_differ_by_seed_and_purpose(llama: Path) -> None:

@@ -1,0 +1,222 @@
+"""The programs as a user starts them. Each start costs seconds, so what can be shown in-process is shown elsewhere."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from tiny_models import edit, make, write_documents
+
+from ace_cli import __main__
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Exit code 2, one line on standard error, no traceback."""
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    for text in expected:
+        assert text in done.stderr
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    """ace-prune in this process, for faults that are found only after torch is imported."""
+
+    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ace-prune", *map(str, arguments)])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            __main__.main()
+            raise SystemExit(0)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(caught.value.code or 0), out, err)
+
+    return start
+
+
+# --- before torch ----------------------------------------------------------------------------------------------------
+
+
+def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
+    start = time.perf_counter()
+    done = command("__main__", "--help", cwd=tmp_path)
+    seconds = time.perf_counter() - start
+    assert done.returncode == 0
+    for text in (
+        "metric: ace, cosp, magnitude, ria, ria_varp, sparsegpt, varp, wanda",
+        "smollm2",
+        "sparsity",
+        "Exit codes",
+    ):
+        assert text in done.stdout
+    assert seconds < 6  # half a second alone; torch alone would take longer on a busy machine
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["metric=wand"], ["model=llama7b", "calib.n_samples=0"]])
+def test_help_and_configuration_errors_import_no_torch(tmp_path: Path, arguments: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "ace_cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "hydra" in imported
+    assert not imported & {"torch", "transformers", "datasets", "safetensors", "accelerate"}
+
+
+def test_an_unknown_name_is_one_line_with_a_suggestion(command: Command, tmp_path: Path) -> None:
+    done = command("__main__", "model=llama7b", "metric=wand", cwd=tmp_path)
+    assert_one_line(done, "metric=wand", "Did you mean 'wanda'?")
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_faults_are_one_line(command: Command, tmp_path: Path) -> None:
+    done = command("__main__", "model=llama7b", "calib.n_samples=0", "eval.seq_len=1", "sparsity=2", cwd=tmp_path)
+    assert_one_line(done, "calib.n_samples=0", "eval.seq_len=1", "sparsity=2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_unquoted_n_of_m_in_a_yaml_file(command: Command, tmp_path: Path) -> None:
+    """In an experiment of the user's own, whose values win over the defaults."""
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "e.yaml").write_text("# @package _global_\nsparsity: 2:4\n")
+    arguments = ("--config-dir", "mine", "experiment=e", "model=llama7b", "dry_run=true")
+    assert_one_line(command("__main__", *arguments, cwd=tmp_path), "124", '"2:4"')
+
+
+def test_the_whole_configuration(command: Command, tmp_path: Path) -> None:
+    done = command("__main__", "model=llama7b", "metric=ria", "metric.alpha=0.25", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "alpha: 0.25" in done.stdout
+    assert "n_samples: 128" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# --- with torch, in this process -------------------------------------------------------------------------------------
+
+
+def test_no_such_model(here: Command) -> None:
+    assert_one_line(here("model.path=/no/such/folder"), "/no/such/folder")
+
+
+def test_a_truncated_file(here: Command, own_llama: Path) -> None:
+    file = own_llama / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert_one_line(here(f"model.path={own_llama}", "calib=self", "eval=none"), "model.safetensors", "whole")
+
+
+def test_too_few_long_documents(here: Command, llama: Path, tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "short.jsonl", count=3, length=10)
+    done = here(f"model.path={llama}", "calib=text", f"calib.path={documents}", "calib.seq_len=32", "eval=none")
+    assert_one_line(done, "Too few long documents", "32 tokens")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_pattern_that_does_not_fit(here: Command, llama: Path) -> None:
+    done = here(f"model.path={llama}", "sparsity=3:7", "calib=self", "eval=none")
+    assert_one_line(done, "q_proj.weight", "64 inputs", "7")
+
+
+def test_windows_longer_than_the_model(here: Command, llama: Path) -> None:
+    done = here(f"model.path={llama}", "calib=self", "calib.seq_len=500", "eval=none")
+    assert_one_line(done, "calib.seq_len=500", "128")
+
+
+def test_nan_in_the_weights(here: Command, own_llama: Path, tmp_path: Path) -> None:
+    edit(own_llama, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.fill_(float("nan")))
+    assert_one_line(here(f"model.path={own_llama}", "metric=magnitude", "eval=none", "output_dir=out"), "NaN")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+
+
+def test_a_family_that_is_not_covered(here: Command, tmp_path: Path) -> None:
+    assert_one_line(here(f"model.path={make(tmp_path / 'm', 'gpt2')}", "metric=magnitude", "eval=none"), "c_attn")
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()")
+def test_a_device_that_is_not_there(here: Command, llama: Path) -> None:
+    assert_one_line(here(f"model.path={llama}", "calib=self", "eval=none", "device=cuda"), "device=cuda")
+
+
+def test_a_dry_run_shows_the_plan_and_leaves_nothing(here: Command, llama: Path, tmp_path: Path) -> None:
+    done = here(f"model.path={llama}", "sparsity=2:4", "calib=self", "eval=none", "dry_run=true", "output_dir=out")
+    assert (done.returncode, done.stderr) == (0, "")
+    for text in ("LlamaForCausalLM", "2 blocks", "14 matrices", "2:4", "memory", "disk"):
+        assert text in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_folder_that_cannot_be_made(here: Command, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = here(f"model.path={llama}", "metric=magnitude", "eval=none", "output_dir=file/out")
+    assert_one_line(done, "file")
+
+
+def test_a_sweep_leaves_one_table_and_goes_on_after_a_failure(here: Command, llama: Path, tmp_path: Path) -> None:
+    done = here(
+        "-m", f"model.path={llama}", "metric=wanda,magnitude", "sparsity=3:7,2:4", "calib=self", "calib.n_samples=8",
+        "eval=self", "eval.seq_len=16", "eval.max_windows=4", "output_dir=sweep",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    content = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert ["error" in job for job in content["jobs"]] == [True, False, True, False]
+    assert [job["overrides"]["metric"] for job in content["jobs"]] == ["wanda", "wanda", "magnitude", "magnitude"]
+    good = [job for job in content["jobs"] if "error" not in job]
+    assert all(job["perplexity"] > 1 and job["sparsity"] == 0.5 for job in good)
+    assert good[0]["dense"] == good[1]["dense"]
+    assert len({json.dumps(job["protocol"]) for job in good}) == 1
+    assert all(Path(job["report"]).is_file() for job in good)
+    text = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert "3:7" in text.replace("\\", "")
+    assert "64 inputs" in text
+    assert f"{good[0]['perplexity']:.3f}" in text
+    assert text.strip().splitlines()[-1] in done.stdout
+
+
+def test_an_unknown_name_in_a_sweep_starts_no_job(here: Command, llama: Path, tmp_path: Path) -> None:
+    done = here("-m", f"model.path={llama}", "metric=magnitude,wand", "eval=none", "output_dir=sweep")
+    assert_one_line(done, "wand", "Did you mean 'wanda'?")
+    assert not (tmp_path / "sweep" / "0" / "checkpoint").exists()
+
+
+# --- programs of their own -------------------------------------------------------------------------------------------
+
+
+def test_prune_and_verify_as_programs(command: Command, llama: Path, documents: Path, tmp_path: Path) -> None:
+    """From another folder, relative paths, the default output folder; then a tampered weight."""
+    arguments = [f"model.path={llama}", "metric=ria_varp", "sparsity=2:4", "calib=text", f"calib.path={documents}",
+                 "calib.n_samples=8", "eval=text", f"eval.path={documents}", "eval.seq_len=32",
+                 "eval.max_windows=4"]  # fmt: skip
+    done = command("__main__", *arguments, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (out,) = (tmp_path / "outputs").iterdir()
+    assert str(out) in done.stdout.strip().splitlines()[-1]
+    report = json.loads((out / "report.json").read_text())
+    assert report["command"].startswith("ace-prune ")
+    assert all(argument in report["command"] for argument in arguments[1:3])
+    assert f"{report['perplexity']['pruned']:.3f}" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+    checkpoint = out / "checkpoint"
+    done = command("verify", checkpoint, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "14" in done.stdout
+    name = "model.layers.0.mlp.gate_proj.weight"
+    edit(checkpoint, name, lambda weight: weight.index_fill_(1, (weight[0] == 0).nonzero()[0], 0.5))
+    done = command("verify", checkpoint, cwd=tmp_path)
+    assert done.returncode == 1
+    assert name in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_verify_of_a_folder_that_is_none(command: Command, tmp_path: Path) -> None:
+    assert_one_line(command("verify", tmp_path / "nothing", cwd=tmp_path), "nothing")

@@ -1,0 +1,70 @@
+"""Peak memory while pruning: two blocks + embeddings + hidden states + 500 MB of libraries, whatever the depth."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig
+
+from ace_cli.memory import Trimmer
+
+WIDTH, INNER, VOCABULARY, N_SAMPLES, SEQ_LEN = 384, 1024, 512, 16, 16
+MEGABYTE = 1_000_000
+BLOCK = 4 * (4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH)  # bytes in float32: 7 MB
+EMBEDDINGS = 4 * 2 * VOCABULARY * WIDTH
+HIDDEN = 4 * N_SAMPLES * SEQ_LEN * WIDTH
+
+
+def deep_model(folder: Path, blocks: int) -> Path:
+    """``blocks`` equal blocks, a shard each: written without ever holding the model."""
+    folder.mkdir()
+    LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=blocks,
+        num_attention_heads=6, num_key_value_heads=6, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    shapes = {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in "qkvo"}
+    shapes |= {"mlp.gate_proj": (INNER, WIDTH), "mlp.up_proj": (INNER, WIDTH), "mlp.down_proj": (WIDTH, INNER)}
+    generator = torch.Generator().manual_seed(0)
+    block = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()}
+    block |= {f"{name}.weight": torch.ones(WIDTH) for name in ("input_layernorm", "post_attention_layernorm")}
+    stem = {name: torch.randn(VOCABULARY, WIDTH, generator=generator) for name in
+            ("model.embed_tokens.weight", "lm_head.weight")} | {"model.norm.weight": torch.ones(WIDTH)}  # fmt: skip
+    shards = [stem, *({f"model.layers.{i}.{name}": t for name, t in block.items()} for i in range(blocks))]
+    weight_map = {}
+    for number, tensors in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(tensors, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def peaks(command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, blocks: int) -> dict[str, int]:
+    model = deep_model(tmp_path / f"model{blocks}", blocks)
+    out = tmp_path / f"out{blocks}"
+    done = command(
+        "__main__", f"model.path={model}", "metric=varp", "sparsity=2:4", "calib=self", f"calib.n_samples={N_SAMPLES}",
+        f"calib.seq_len={SEQ_LEN}", "eval=none", "device=cpu", f"output_dir={out}", cwd=tmp_path, OMP_NUM_THREADS="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads((out / "report.json").read_text())["peak_memory_bytes"]
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of phases need Linux's /proc")
+def test_peak_memory_does_not_grow_with_depth(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    shallow, deep = peaks(command, tmp_path, 10)["prune"], peaks(command, tmp_path, 40)["prune"]
+    bound = 2 * BLOCK + EMBEDDINGS + HIDDEN + 500 * MEGABYTE
+    assert shallow < bound
+    assert deep < bound
+    # the heap may grow by the slack before it is trimmed; 30 blocks kept would be 212 MB
+    assert deep - shallow < 2 * BLOCK + Trimmer.SLACK, f"30 more blocks cost {deep - shallow:,} bytes"

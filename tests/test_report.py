@@ -1,0 +1,136 @@
+"""The report of a run, its Markdown, and the table of a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ace_cli.report.facts import SCHEMA_VERSION, Report
+from ace_cli.report.markdown import gigabytes, render, table
+from ace_cli.report.sweep import Sweep
+
+Prune = Callable[..., Report]
+
+
+@pytest.fixture(scope="module")
+def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory, documents: Path) -> tuple[Report, Path]:
+    """One evaluated run, shared by the tests here."""
+    from conftest import composed
+
+    from ace_cli.report.terminal import Terminal
+    from ace_cli.run import run
+
+    out = tmp_path_factory.mktemp("report") / "out"
+    config = composed(
+        "model=custom", f"model.path={llama}", f"output_dir={out}", "metric=wanda", "sparsity=2:4", "calib=text",
+        f"calib.path={documents}", "calib.n_samples=8", "eval=text", f"eval.path={documents}", "eval.seq_len=32",
+        "eval.max_windows=5", "device=cpu",
+    )  # fmt: skip
+    report = run(config, "ace-prune the command", Terminal(), {})
+    assert report is not None
+    return report, out
+
+
+def test_report_json_has_what_scripts_rely_on(finished: tuple[Report, Path]) -> None:
+    report = json.loads((finished[1] / "report.json").read_text())
+    assert report == json.loads(json.dumps(dataclasses.asdict(finished[0])))
+    assert report["schema_version"] == SCHEMA_VERSION
+    assert report["command"] == "ace-prune the command"
+    assert report["perplexity"]["dense"] > 1
+    assert report["perplexity"]["pruned"] > 1
+    assert report["sparsity"]["achieved"] == 0.5
+    assert {"import", "calibrate", "prune", "write", "evaluate", "total"} <= report["seconds"].keys()
+    assert all(value >= 0 for value in report["seconds"].values())
+    parts = sum(value for name, value in report["seconds"].items() if name != "total")
+    assert parts <= report["seconds"]["total"] + 0.5
+    assert report["peak_memory_bytes"]["host"] > 10_000_000
+    assert report["peak_memory_bytes"]["device"] == 0
+    assert len(report["slots"]) == 14
+    assert {slot["sparsity"] for slot in report["slots"]} == {0.5}
+    assert report["tokens_per_second"]["prune"] > 0
+    assert report["bytes_on_disk"]["dense"] == pytest.approx(report["bytes_on_disk"]["pruned"], rel=0.01)
+
+
+def test_the_protocol_says_what_was_measured(finished: tuple[Report, Path]) -> None:
+    protocol = finished[0].perplexity.protocol
+    assert protocol is not None
+    assert (protocol.dataset, protocol.seq_len, protocol.windows, protocol.tokens) == ("pages.jsonl", 32, 5, 160)
+    assert (protocol.all_windows, protocol.dtype) == (False, "float32")
+
+
+def test_perplexities_are_those_of_the_files(finished: tuple[Report, Path], llama: Path, documents: Path) -> None:
+    """Recomputed with transformers alone."""
+    from test_streamed import perplexity_of
+    from tiny_models import load
+
+    from ace_cli.model.files import Checkpoint
+    from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents
+
+    text = "\n\n".join(local_documents(str(documents), "text"))
+    windows = consecutive_windows(text, load_tokenizer(Checkpoint(llama)), 32, 5)
+    numbers = finished[0].perplexity
+    assert numbers.dense == pytest.approx(perplexity_of(load(llama), windows), rel=1e-4)
+    assert numbers.pruned == pytest.approx(perplexity_of(load(finished[1] / "checkpoint"), windows), rel=1e-4)
+    assert numbers.ratio == pytest.approx(numbers.pruned / numbers.dense)
+
+
+def test_report_md_shows_it(finished: tuple[Report, Path]) -> None:
+    text = (finished[1] / "report.md").read_text()
+    assert text == render(finished[0])
+    report = finished[0]
+    assert report.perplexity.dense is not None
+    for expected in ("ace-prune the command", f"{report.perplexity.dense:.3f}", "5 windows of 32 tokens", "torch",
+                     "model.layers.1.mlp.down_proj.weight", "sparsity: '2:4'"):  # fmt: skip
+        assert expected in text
+
+
+def test_the_log_tells_the_run(finished: tuple[Report, Path]) -> None:
+    log = (finished[1] / "run.log").read_text()
+    assert "$ ace-prune the command" in log
+    assert f"{finished[0].perplexity.pruned:.3f}" in log
+    assert str(finished[1]) in log
+
+
+def test_without_evaluation_nothing_is_invented(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert (report.perplexity.dense, report.perplexity.pruned, report.perplexity.protocol) == (None, None, None)
+    assert report.calibration is None
+    assert "not measured" in render(report)
+
+
+def test_tables_and_numbers() -> None:
+    assert table(["a", "b"], [["1", "2"]]) == "| a | b |\n|---|---|\n| 1 | 2 |"
+    assert gigabytes(1_234_000_000) == "1.23 GB"
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def changed(report: Report, **protocol: Any) -> Report:
+    assert report.perplexity.protocol is not None
+    new = dataclasses.replace(report.perplexity.protocol, **protocol)
+    return dataclasses.replace(report, perplexity=dataclasses.replace(report.perplexity, protocol=new))
+
+
+def test_a_sweep_keeps_unlike_protocols_apart(finished: tuple[Report, Path], tmp_path: Path) -> None:
+    """Perplexities of different windows never stand in one table."""
+    sweep = Sweep(tmp_path)
+    sweep.add(["metric=wanda", "seed=1"], finished[0])
+    sweep.add(["metric=ria", "seed=1"], finished[0])
+    sweep.add(["metric=varp", "seed=1"], changed(finished[0], seq_len=64))
+    sweep.add(["metric=ace", "seed=1"], "It broke.")
+    tables = sweep.write()
+    assert len(tables) == 3
+    assert [sum(name in text for name in ("wanda", "ria", "varp", "ace")) for text in tables] == [2, 1, 1]
+    assert "It broke." in tables[2]
+    assert "seed" not in tables[0], "what does not vary needs no column"
+    content = json.loads((tmp_path / "sweep.json").read_text())
+    assert [("error" in job) for job in content["jobs"]] == [False, False, False, True]
+    assert sweep.failed == 1
+    for text in tables:
+        assert text in (tmp_path / "sweep.md").read_text()

@@ -1,0 +1,263 @@
+"""Whole runs in this process: same bytes twice, sharding, failures that leave nothing finished, going on."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import edit, load, make, token_windows, weights
+
+from ace_cli import registry
+from ace_cli.errors import AceError
+from ace_cli.model import files, pruned
+from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import Violation, verify
+from ace_cli.report.facts import Report
+
+Prune = Callable[..., Report]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.glob("*.safetensors"))}
+
+
+def finished_looking(folder: Path) -> list[str]:
+    """What a user or a script could take for a result."""
+    names = ("config.json", "report.json", "report.md", "pruning.json", INDEX)
+    return [str(file) for name in names for file in folder.rglob(name)]
+
+
+@pytest.mark.parametrize("metric", registry.choices("metric"))
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+def test_every_metric_runs_to_a_verified_checkpoint(
+    llama: Path, tmp_path: Path, prune_here: Prune, metric: str, sparsity: str
+) -> None:
+    report = prune_here(llama, tmp_path / "out", f"metric={metric}", f"sparsity={sparsity}")
+    assert report.sparsity.achieved == pytest.approx(0.5)
+    assert verify(tmp_path / "out" / "checkpoint") == 14
+    assert sorted(file.name for file in (tmp_path / "out").iterdir() if not file.name.startswith(".")) == [
+        "checkpoint", "report.json", "report.md", "run.log",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("metric", ["varp", "cosp"])
+def test_same_command_same_bytes(llama: Path, tmp_path: Path, prune_here: Prune, metric: str) -> None:
+    for name in ("one", "two"):
+        prune_here(llama, tmp_path / name, f"metric={metric}", "sparsity=2:4")
+    assert digests(tmp_path / "one" / "checkpoint") == digests(tmp_path / "two" / "checkpoint") != {}
+
+
+def test_another_seed_other_bytes(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    """Or the test above could not fail."""
+    prune_here(llama, tmp_path / "one", "metric=varp")
+    prune_here(llama, tmp_path / "two", "metric=varp", "calib.seed=1")
+    assert digests(tmp_path / "one" / "checkpoint") != digests(tmp_path / "two" / "checkpoint")
+
+
+def test_the_layer_scope_compares_the_whole_layer(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    prune_here(llama, tmp_path / "out", "metric=magnitude", "scope=layer", "sparsity=0.3")
+    weight = weights(tmp_path / "out" / "checkpoint")["model.layers.0.mlp.up_proj.weight"]
+    assert int((weight == 0).sum()) == int(weight.numel() * 0.3)
+    assert len({int(row.count_nonzero()) for row in weight}) > 1
+
+
+def test_shards(llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+    prune_here(llama, tmp_path / "whole", "metric=wanda", "sparsity=2:4")
+    monkeypatch.setattr(files, "SHARD_BYTES", 100_000)
+    prune_here(llama, tmp_path / "sharded", "metric=wanda", "sparsity=2:4")
+    whole, sharded = tmp_path / "whole" / "checkpoint", tmp_path / "sharded" / "checkpoint"
+    assert len(list(sharded.glob("model-*-of-*.safetensors"))) > 2
+    assert (sharded / INDEX).is_file()
+    assert not (whole / INDEX).exists()
+    ids = token_windows(2, 12)
+    with torch.inference_mode():
+        assert torch.equal(load(sharded)(ids).logits, load(whole)(ids).logits)
+    assert verify(sharded) == 14
+
+
+def test_a_shard_left_by_an_index_does_not_stay(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run into the same folder replaces the checkpoint, old shards and all."""
+    monkeypatch.setattr(files, "SHARD_BYTES", 100_000)
+    prune_here(llama, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert list(digests(tmp_path / "out" / "checkpoint")) == ["model.safetensors"]
+    assert not (tmp_path / "out" / "checkpoint" / INDEX).exists()
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["method"]["metric"] == "magnitude"
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def fail_after(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, calls: int, fault: BaseException) -> None:
+    """The call after ``calls`` good ones raises."""
+    original, count = getattr(owner, name), 0
+
+    def wrapper(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > calls:
+            raise fault
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(("name", "calls"), [("write", 0), ("write", 9), ("copy", 0), ("copy", 2), ("finish", 0)])
+def test_a_full_disk_leaves_nothing_finished(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, name: str, calls: int
+) -> None:
+    fail_after(monkeypatch, CheckpointWriter, name, calls, FULL)
+    with pytest.raises(AceError, match="No space left on device") as caught:
+        prune_here(llama, tmp_path / "out", "metric=wanda")
+    assert "\n" not in str(caught.value)
+    assert finished_looking(tmp_path / "out") == []
+    monkeypatch.undo()
+    report = prune_here(llama, tmp_path / "out", "metric=wanda")  # and the next try succeeds
+    assert verify(Path(report.checkpoint)) == 14
+
+
+def test_a_full_disk_while_writing_the_small_files(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_after(monkeypatch, pruned, "copy_other_files", 0, FULL)
+    with pytest.raises(AceError, match="No space left on device"):
+        prune_here(llama, tmp_path / "out", "metric=wanda")
+    assert not (tmp_path / "out" / "checkpoint").exists()
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def test_a_failed_second_run_does_not_take_the_first_one_s_checkpoint(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_here(llama, tmp_path / "out", "metric=wanda")
+    before = digests(tmp_path / "out" / "checkpoint")
+    fail_after(monkeypatch, CheckpointWriter, "write", 3, FULL)
+    with pytest.raises(AceError):
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert digests(tmp_path / "out" / "checkpoint") == before
+    assert verify(tmp_path / "out" / "checkpoint") == 14
+
+
+def test_a_bad_model_leaves_nothing(own_llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    edit(own_llama, "model.layers.1.mlp.up_proj.weight", lambda weight: weight * float("nan"))
+    with pytest.raises(AceError, match="NaN or Inf"):
+        prune_here(own_llama, tmp_path / "out", "metric=magnitude")
+    assert finished_looking(tmp_path / "out") == []
+    assert not (tmp_path / "out" / "checkpoint.partial").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_overwritten(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    (tmp_path / "out" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint" / "thesis.txt").write_text("years of work")
+    with pytest.raises(AceError, match="checkpoint"):
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert (tmp_path / "out" / "checkpoint" / "thesis.txt").read_text() == "years of work"
+
+
+def test_no_room_is_said_before_anything_is_written(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(AceError, match="free"):
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("propagate", ["sublayer", "block", "dense"])
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), FULL], ids=["interrupted", "disk full"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, fault: BaseException, propagate: str
+) -> None:
+    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
+    options = ("metric=wanda", f"propagate={propagate}")
+    prune_here(model, tmp_path / "straight", *options)
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 * 2 + 3, fault)  # inside the third block
+    with pytest.raises((AceError, KeyboardInterrupt)):
+        prune_here(model, tmp_path / "broken", *options)
+    monkeypatch.undo()
+    assert finished_looking(tmp_path / "broken") == []
+    report = prune_here(model, tmp_path / "broken", *options)
+    assert digests(tmp_path / "broken" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+    assert len(report.slots) == 4 * 7
+    assert len(report.blocks) == 4
+
+
+def test_an_interrupted_run_of_another_method_is_not_continued(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, FULL)
+    with pytest.raises(AceError):
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    monkeypatch.undo()
+    prune_here(llama, tmp_path / "out", "metric=wanda")
+    prune_here(llama, tmp_path / "straight", "metric=wanda")
+    assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+# --- verify ----------------------------------------------------------------------------------------------------------
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def checkpoint(llama: Path, tmp_path: Path, prune_here: Prune) -> Path:
+    return Path(prune_here(llama, tmp_path / "pruned", "metric=wanda", "sparsity=2:4").checkpoint)
+
+
+def test_verify_sees_a_weight_too_many(checkpoint: Path) -> None:
+    assert verify(checkpoint) == 14
+    edit(checkpoint, UP, lambda weight: torch.where(weight == 0, 0.5, weight))
+    with pytest.raises(Violation, match=UP.replace(".", r"\.")):
+        verify(checkpoint)
+
+
+def test_verify_sees_a_weight_too_few(checkpoint: Path) -> None:
+    edit(checkpoint, UP, lambda weight: weight * (torch.arange(weight.shape[1]) > 3))
+    with pytest.raises(Violation, match="zeros"):
+        verify(checkpoint)
+
+
+def test_verify_sees_a_lost_weight_and_another_shape(checkpoint: Path) -> None:
+    edit(checkpoint, UP, lambda weight: weight[:, :32].contiguous())
+    with pytest.raises(Violation, match="shape"):
+        verify(checkpoint)
+    manifest = json.loads((checkpoint / "pruning.json").read_text())
+    manifest["slots"][0]["name"] = "lost.weight"
+    (checkpoint / "pruning.json").write_text(json.dumps(manifest))
+    with pytest.raises(Violation, match=r"lost\.weight|shape"):
+        verify(checkpoint)
+
+
+def test_verify_of_another_folder(llama: Path) -> None:
+    with pytest.raises(AceError, match=r"pruning\.json"):
+        verify(llama)
+
+
+def test_the_pruning_entry_is_neutral(checkpoint: Path) -> None:
+    """Engines refuse, or misread, quantization_config and sparsity_config."""
+    config = Checkpoint(checkpoint).config()
+    assert not {"quantization_config", "sparsity_config", "compression_config"} & config.keys()
+    entry = config["pruning"]
+    assert entry["method"] == "wanda"
+    assert entry["pattern"] == "2:4"
+    assert entry["sparsity"] == pytest.approx(0.5)
+    assert {"tool", "command", "calibration", "base_model", "repair", "allocation"} <= entry.keys()
+    assert load(checkpoint).config.model_type == "llama"
+    assert (checkpoint / "tokenizer.json").is_file()
+    assert (checkpoint / "generation_config.json").is_file()
+    assert "base_model" in (checkpoint / "README.md").read_text()
