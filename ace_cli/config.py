@@ -103,6 +103,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
     except AceError as fault:
         faults.append(str(fault).rstrip("."))
+    if pattern is not None and (reason := parts.allocation.refusal(pattern)):
+        faults.append(f"allocation={registry.name_of('allocation', parts.allocation)}: {reason}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
         faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
     if isinstance(pattern, NofM) and parts.scope is Scope.layer:

@@ -107,7 +107,7 @@ def replay(model: StreamedModel, batches: list[Batch], blocks: int, clock: Clock
     """Bring ``batches`` to where they were after ``blocks`` finished blocks, whose weights ``model`` reads."""
     for index in range(blocks):
         with clock("replay"), torch.inference_mode(), model.loaded(model.blocks[index]):
-            _advance(model, index, batches)
+            advance(model, index, batches)
 
 
 def _write_block(
@@ -146,7 +146,7 @@ class _BlockJob:
         self.clock = clock
         self.facts: list[SlotFacts] = []
         self._weights: dict[str, Tensor] = {}
-        self._observer = _Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
+        self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
 
     def run(self, last: bool) -> None:
         """Prune every slot and move the hidden states on; the ``last`` block's outputs are not needed."""
@@ -156,7 +156,7 @@ class _BlockJob:
             self._run_sublayer(last)
         else:
             dense = self.recipe.propagate is Propagate.dense
-            with self.clock("observe"), _hooked(self.block.slots, self._watch, before=False):
+            with self.clock("observe"), hooked(self.block.slots, self._watch, before=False):
                 for batch in self.batches:
                     out_BLH = self._forward(batch)
                     if dense:
@@ -164,7 +164,7 @@ class _BlockJob:
             self._prune(self.block.slots)
             if not dense and not last:
                 with self.clock("forward"):
-                    _advance(self.model, self.index, self.batches)
+                    advance(self.model, self.index, self.batches)
 
     def take_weights(self) -> dict[str, Tensor]:
         """Slot name -> pruned weight as it is stored, on the CPU; handed over once."""
@@ -184,7 +184,7 @@ class _BlockJob:
                 if last and not left:
                     raise _Stop
 
-            with self.clock("observe"), _hooked(self.block.slots, prune_now, before=True):
+            with self.clock("observe"), hooked(self.block.slots, prune_now, before=True):
                 out_BLH = self._forward(self.batches[0])
                 if out_BLH is not None:
                     self.batches[0].hidden_BLH = out_BLH
@@ -194,7 +194,7 @@ class _BlockJob:
             left = [slot for slot in left if slot not in group]
         if len(self.batches) > 1 and not last:
             with self.clock("forward"):
-                _advance(self.model, self.index, self.batches)
+                advance(self.model, self.index, self.batches)
 
     def _observe_group(self, left: list[Slot]) -> list[Slot]:
         """Observe the first slots of ``left`` that the block reaches, those that read one tensor together."""
@@ -209,7 +209,7 @@ class _BlockJob:
                 group.append(slot)
             self._note(slot, x)
 
-        with self.clock("observe"), _hooked(left, note_first, before=True):
+        with self.clock("observe"), hooked(left, note_first, before=True):
             for batch in self.batches:
                 inputs.clear()
                 self._forward(batch)
@@ -222,7 +222,7 @@ class _BlockJob:
             out_BLH = self.model.forward(self.index, batch)
         except _Stop:
             return None
-        _check_finite(out_BLH, f"the output of {self.block.name}")
+        check_finite(out_BLH, f"the output of {self.block.name}")
         return out_BLH
 
     def _watch(self, slot: Slot, x: Tensor, y: Tensor) -> None:
@@ -240,18 +240,20 @@ class _BlockJob:
         tokens = max((statistic.tokens for statistic in seen), default=0)
         with self.clock("score"):
             dense_OI = _stored_weight(self.model, slot)
-            _check_finite(dense_OI, slot.name)
+            check_finite(dense_OI, slot.name)
             if metric.needs() and not tokens:
                 raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
             score_OI = metric.score(dense_OI, seen)
-            _check_finite(score_OI, f"the score of {slot.name}")
+            check_finite(score_OI, f"the score of {slot.name}")
         with self.clock("select"):
             keep_OI = pattern.keep(score_OI)
         with self.clock("repair"):
             try:
                 repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
             except ArithmeticError as fault:
-                raise AceError(f"{slot.name} cannot be repaired: {fault}", "Use more windows, or repair=none.") from fault
+                raise AceError(
+                    f"{slot.name} cannot be repaired: {fault}", "Use more windows, or repair=none."
+                ) from fault
         with self.clock("mask"):
             stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
@@ -264,7 +266,7 @@ class _BlockJob:
 
 
 @dataclass
-class _Observer:
+class Observer:
     """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only."""
 
     seen: dict[str, Seen]
@@ -295,7 +297,7 @@ class _Observer:
 
 
 @contextmanager
-def _hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> Iterator[None]:
+def hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> Iterator[None]:
     """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module."""
 
     def hook(slot: Slot) -> Callable[..., None]:
@@ -315,7 +317,7 @@ def _hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> I
             handle.remove()
 
 
-def _advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
+def advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
     for batch in batches:
         batch.hidden_BLH = model.forward(index, batch)
 
@@ -337,7 +339,7 @@ def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
 
 
-def _check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, what: str) -> None:
     """A sum in float64 is finite only if every value is: one pass, no temporary."""
     if not bool(values.sum(dtype=torch.float64).isfinite()):
         hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."

@@ -27,14 +27,15 @@ from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint, CheckpointWriter, read_json
 from ace_cli.model.pruned import MANIFEST, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.source import open_model
-from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import Ratio
+from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.patterns import Pattern, Ratio
 from ace_cli.plan import Plan, check_disk, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal
+from ace_cli.survey import survey
 from ace_cli.work import Work, find_unfinished, locked
 
 
@@ -68,11 +69,10 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
         source = open_model(config.model)
         model = StreamedModel(source, device, _dtype(config.dtype, device, source))
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
-    patterns = config.allocation.patterns(config.pattern, shapes)
-    recipe = Recipe(config.metric, patterns, config.repair, config.propagate)
-    needs_data = bool(recipe.metric.needs() or recipe.repair.needs())
+    needs_data = any(part.needs() for part in (config.metric, config.repair, config.allocation))
     tokens = config.calib.tokens if needs_data else 0
-    plan = make_plan(model, patterns, tokens, tokens)
+    # an allocation moves the weights to be pruned between blocks, but neither their number nor M
+    plan = make_plan(model, dict.fromkeys(shapes, config.pattern), tokens, tokens)
     _check_length(model, config, needs_data)
     check_disk(config.output_dir, plan.disk_bytes)
     terminal.plan(plan, _method_line(config), _calibration_line(config) if needs_data else "none needed")
@@ -95,7 +95,7 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
             work = Work(config.output_dir, identity)
             inner = Clock(phases.clock.synchronise)
             with phases("prune"):
-                _prune(config, model, recipe, windows_NL, work, inner, terminal, command, plan)
+                _prune(config, model, windows_NL, work, inner, terminal, command, plan)
             numbers = facts.Perplexity()
             if eval_NL is not None:
                 with phases("evaluate"):
@@ -133,7 +133,6 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
 def _prune(
     config: RunConfig,
     model: StreamedModel,
-    recipe: Recipe,
     windows_NL: Tensor | None,
     work: Work,
     clock: Clock,
@@ -153,7 +152,9 @@ def _prune(
             writer.left -= {key for block in model.blocks[:done] for key in block.keys.values()}
         with clock("embed"):
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
-        if batches and done:
+        patterns = _allocate(config, model, batches, clock, terminal)
+        recipe = Recipe(config.metric, patterns, config.repair, config.propagate)
+        if recipe.wanted and done:
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
         with terminal.progress("pruning", len(model.blocks), done) as step:
@@ -175,6 +176,18 @@ def _prune(
     except AceError:
         work.discard()  # the fault is in the model or the data: there is nothing to continue
         raise
+
+
+def _allocate(
+    config: RunConfig, model: StreamedModel, batches: list[Batch], clock: Clock, terminal: Terminal
+) -> dict[str, Pattern]:
+    """Slot name -> its pattern, after a look at the dense model if the allocation asks for one."""
+    blocks = [{slot.name: slot.shape for slot in block.slots} for block in model.blocks]
+    measures = [0.0] * len(blocks)
+    if config.allocation.surveys:
+        with clock("survey"), terminal.progress("surveying", len(blocks)) as step:
+            measures = survey(model, batches, config.allocation, lambda _: step())
+    return config.allocation.patterns(config.pattern, blocks, measures)
 
 
 def _evaluate(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ace_cli.allocation.base import Allocation
@@ -15,5 +15,12 @@ from ace_cli.registry import register
 class Uniform(Allocation):
     """Every slot loses the same share: the protocol of Wanda, RIA and ACE."""
 
-    def patterns(self, pattern: Pattern, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Pattern]:
-        return dict.fromkeys(shapes, pattern)
+    surveys = False
+
+    def refusal(self, pattern: Pattern) -> str | None:
+        return None
+
+    def patterns(
+        self, pattern: Pattern, blocks: Sequence[Mapping[str, tuple[int, int]]], measures: Sequence[float]
+    ) -> dict[str, Pattern]:
+        return {name: pattern for block in blocks for name in block}

@@ -1,0 +1,72 @@
+"""One look at the dense model before anything is pruned: the number that an allocation asks of every block."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ace_cli.allocation.base import Allocation
+from ace_cli.engine import Observer, advance, check_finite, hooked
+from ace_cli.errors import AceError
+from ace_cli.memory import Trimmer
+from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
+from ace_cli.statistics import Seen
+
+
+def survey(
+    model: StreamedModel,
+    batches: list[Batch],
+    allocation: Allocation,
+    on_block: Callable[[int], None] = lambda _: None,
+) -> list[float]:
+    """``allocation``'s measure of every block, dense weights and dense inputs; 0 for a block without slots.
+
+    Leaves ``batches`` as they are; runs no block at all where the allocation needs no inputs. ``on_block`` is called
+    with the index of each finished block. Raises AceError when a weight, an activation or a measure is not finite, or
+    no token reached a slot.
+    """
+    batches = [dataclasses.replace(batch) for batch in batches]  # hidden states are replaced, never changed in place
+    measures, trimmer = [], Trimmer()
+    with torch.inference_mode():
+        for index, block in enumerate(model.blocks):
+            with model.loaded(block):
+                seen = _observe(model, index, batches, allocation)
+                measures.append(_measure(block, seen, allocation) if block.slots else 0.0)
+            trimmer()
+            on_block(index)
+    return measures
+
+
+def _observe(model: StreamedModel, index: int, batches: list[Batch], allocation: Allocation) -> dict[str, Seen]:
+    """What the block's slots see, while the hidden states move on."""
+    block = model.blocks[index]
+    observer = Observer({slot.name: Seen(allocation.needs()) for slot in block.slots})
+
+    def watch(slot: Slot, x: Tensor, y: Tensor) -> None:
+        observer.update(slot, x, lambda: y)
+
+    if allocation.needs():
+        with hooked(block.slots, watch, before=False):
+            advance(model, index, batches)
+        for batch in batches:
+            check_finite(batch.hidden_BLH, f"the output of {block.name}")
+    return observer.seen
+
+
+def _measure(block: Block, seen: dict[str, Seen], allocation: Allocation) -> float:
+    for slot in block.slots:
+        check_finite(slot.weight_OI, slot.name)
+        if any(not statistic.tokens for statistic in seen[slot.name]):
+            raise AceError(
+                f"No calibration token reached {slot.name}.", "Use more windows, or allocation=alpha, atp or uniform."
+            )
+    measure = allocation.measure(
+        [slot.weight_OI.float() for slot in block.slots], [seen[slot.name] for slot in block.slots]
+    )
+    if not math.isfinite(measure):
+        raise AceError(f"The allocation finds no number for {block.name} (got {measure}).", "Use allocation=uniform.")
+    return measure
