@@ -251,9 +251,7 @@ class _BlockJob:
             try:
                 repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
             except ArithmeticError as fault:
-                raise AceError(
-                    f"{slot.name} cannot be repaired: {fault}", "Use more windows, or repair=none."
-                ) from fault
+                raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         with self.clock("mask"):
             stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
@@ -318,6 +316,7 @@ def hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> It
 
 
 def advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
+    """Replace the hidden states of ``batches`` by the outputs of loaded block ``index``."""
     for batch in batches:
         batch.hidden_BLH = model.forward(index, batch)
 
