@@ -21,7 +21,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.metrics.base import Metric
 from ace_cli.model.source import ModelConfig
-from ace_cli.patterns import NofM, Pattern, Scope, parse_sparsity
+from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
 from ace_cli.repair.base import Repair
 
@@ -33,6 +33,13 @@ class Dtype(Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class Permute(Enum):
+    """Whether inputs are reordered before N:M groups are laid on them."""
+
+    none = "none"
+    ria = "ria"
 
 
 @dataclass
@@ -48,6 +55,7 @@ class Schema:
     sparsity: Any = "0.5"
     scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
+    permute: Permute = Permute.none
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     dry_run: bool = False
@@ -66,6 +74,7 @@ class RunConfig:
     eval: Evaluation | NoEvaluation
     pattern: Pattern
     propagate: Propagate
+    permute: Permute
     device: str
     dtype: Dtype
     dry_run: bool
@@ -109,6 +118,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
     if isinstance(pattern, NofM) and parts.scope is Scope.layer:
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
+    if parts.permute is not Permute.none and isinstance(pattern, Ratio):
+        faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
     if faults or pattern is None:
         raise AceError("; ".join(faults) + ".")
     return RunConfig(
@@ -120,6 +131,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         eval=parts.eval,
         pattern=pattern,
         propagate=parts.propagate,
+        permute=parts.permute,
         device=parts.device,
         dtype=parts.dtype,
         dry_run=parts.dry_run,

@@ -21,7 +21,8 @@ from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.files import DTYPES, CheckpointWriter
 from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
-from ace_cli.patterns import Pattern
+from ace_cli.patterns import NofM, Pattern
+from ace_cli.permutation import Link, LinkFinder, best_order, kept_score, permute
 from ace_cli.propagate import Propagate
 from ace_cli.repair.base import Repair
 from ace_cli.statistics import Seen, Statistic
@@ -35,6 +36,7 @@ class Recipe:
     patterns: Mapping[str, Pattern]
     repair: Repair
     propagate: Propagate
+    permute: bool = False
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:
@@ -81,6 +83,8 @@ def prune(
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
         trimmer = Trimmer()
+        with clock("permute"):
+            finder = LinkFinder(model) if recipe.permute and finished < len(model.blocks) else None
         ahead = background.submit(model.read, model.blocks[finished]) if finished < len(model.blocks) else None
         for index in range(finished, len(model.blocks)):
             block, before = model.blocks[index], sum(clock.seconds.values())
@@ -92,6 +96,9 @@ def prune(
             job = _BlockJob(model, index, batches, recipe, clock)
             with torch.inference_mode(), model.loaded(block, tensors):
                 del tensors
+                if finder is not None:
+                    with clock("permute"):
+                        job.permutable(finder.links(index))
                 job.run(last=index == len(model.blocks) - 1)
             with clock("write"):
                 _check(written)
@@ -146,7 +153,17 @@ class _BlockJob:
         self.clock = clock
         self.facts: list[SlotFacts] = []
         self._weights: dict[str, Tensor] = {}
+        self._links: dict[str, Link] = {}  # by the consumer's slot
+        self._orders: dict[str, Tensor] = {}
         self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
+
+    def permutable(self, links: list[Link]) -> None:
+        """Let the inputs of these links' consumers be reordered, where their pattern is N:M and fits."""
+        for link in links:
+            name = self.block.keys[f"{link.consumer}.weight"]
+            pattern = self.recipe.patterns[name]
+            if isinstance(pattern, NofM) and link.misfit(pattern) is None:
+                self._links[name] = link
 
     def run(self, last: bool) -> None:
         """Prune every slot and move the hidden states on; the ``last`` block's outputs are not needed."""
@@ -177,12 +194,14 @@ class _BlockJob:
         left = list(self.block.slots)
         if len(self.batches) == 1:  # every input is complete when it arrives: prune inside the one forward
 
-            def prune_now(slot: Slot, x: Tensor) -> None:
+            def prune_now(slot: Slot, x: Tensor) -> Tensor | None:
                 self._note(slot, x)
                 self._prune([slot])
                 left.remove(slot)
                 if last and not left:
                     raise _Stop
+                order_I = self._orders.get(slot.name)  # what made this input ran before it was reordered
+                return None if order_I is None else x[..., order_I]
 
             with self.clock("observe"), hooked(self.block.slots, prune_now, before=True):
                 out_BLH = self._forward(self.batches[0])
@@ -234,6 +253,25 @@ class _BlockJob:
     def _prune(self, slots: list[Slot]) -> None:
         for slot in slots:
             self.facts.append(self._prune_slot(slot, self._observer.seen[slot.name]))
+        for slot in slots:  # only now: a producer may be pruned after its consumer
+            if slot.name in self._orders:
+                self._reorder_producers(self._links[slot.name], self._orders[slot.name])
+
+    def _reorder_producers(self, link: Link, order_I: Tensor) -> None:
+        """The rows of the producers, loaded and as they will be written; biases are written because of this."""
+        with self.clock("permute"):
+            for name, order_O in permute(self.block, link, order_I, columns=False).items():
+                key = self.block.keys[name]
+                stored = self._weights[key] if key in self._weights else self.model.checkpoint.read(key)
+                self._weights[key] = stored[order_O]
+
+    def _order(self, slot: Slot, score_OI: Tensor) -> Tensor | None:
+        """The order of the inputs that keeps more of the score; None to leave them as they are."""
+        pattern = self.recipe.patterns[slot.name]
+        if slot.name not in self._links or not isinstance(pattern, NofM):
+            return None
+        order_I = best_order(score_OI, self._links[slot.name].channels_RWC, pattern)
+        return None if torch.equal(order_I, order_I.sort().values) else order_I
 
     def _prune_slot(self, slot: Slot, seen: Seen) -> SlotFacts:
         metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
@@ -245,6 +283,15 @@ class _BlockJob:
                 raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
             score_OI = metric.score(dense_OI, seen)
             check_finite(score_OI, f"the score of {slot.name}")
+        diagnosis = metric.diagnose(seen)
+        with self.clock("permute"):
+            order_I = self._order(slot, score_OI)
+            if order_I is not None:
+                self._orders[slot.name] = order_I
+                assert isinstance(pattern, NofM)
+                as_it_was = kept_score(score_OI, pattern)
+                dense_OI, score_OI, seen = dense_OI[:, order_I], score_OI[:, order_I], seen.reordered(order_I)
+                diagnosis["permutation_gain"] = kept_score(score_OI, pattern) / as_it_was - 1
         with self.clock("select"):
             keep_OI = pattern.keep(score_OI)
         with self.clock("repair"):
@@ -257,7 +304,6 @@ class _BlockJob:
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
             slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
             self._weights[slot.name] = new_OI.cpu()
-        diagnosis = metric.diagnose(seen)
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
         return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes)
@@ -295,12 +341,15 @@ class Observer:
 
 
 @contextmanager
-def hooked(slots: list[Slot], function: Callable[..., None], before: bool) -> Iterator[None]:
-    """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module."""
+def hooked(slots: list[Slot], function: Callable[..., Tensor | None], before: bool) -> Iterator[None]:
+    """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module.
 
-    def hook(slot: Slot) -> Callable[..., None]:
-        def call(module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> None:
-            function(slot, args[0], *output)
+    What it returns, if anything, replaces the input or the output.
+    """
+
+    def hook(slot: Slot) -> Callable[..., Tensor | None]:
+        def call(module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> Tensor | None:
+            return function(slot, args[0], *output)
 
         return call
 

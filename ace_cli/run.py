@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ace_cli import __version__, memory
 from ace_cli.clock import Clock
-from ace_cli.config import Dtype, RunConfig
+from ace_cli.config import Dtype, Permute, RunConfig
 from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.errors import AceError
 from ace_cli.evaluation.base import Evaluation
@@ -122,6 +122,7 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
         **choices,
         "sparsity": f"{config.pattern!r}",
         "propagate": config.propagate.value,
+        "permute": config.permute.value,
         "calibration": fingerprint(windows_NL) if windows_NL is not None else "none",
         "device": str(model.device),
         "dtype": str(model.dtype),
@@ -153,7 +154,8 @@ def _prune(
         with clock("embed"):
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
         patterns = _allocate(config, model, batches, clock, terminal)
-        recipe = Recipe(config.metric, patterns, config.repair, config.propagate)
+        permute = config.permute is not Permute.none
+        recipe = Recipe(config.metric, patterns, config.repair, config.propagate, permute)
         if recipe.wanted and done:
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
@@ -278,7 +280,7 @@ def _method_line(config: RunConfig) -> str:
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
     others = [f"{group} {name_of(group, getattr(config, group))}" for group in ("repair", "allocation")]
     parts = [_with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
-    return ", ".join([*parts, f"propagate {config.propagate.value}"])
+    return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
 
 
 def _calibration_line(config: RunConfig) -> str:
@@ -300,6 +302,7 @@ def _summary(config: RunConfig, command: str, windows_NL: Tensor | None, sparsit
         "method": name_of("metric", config.metric),
         "repair": name_of("repair", config.repair),
         "allocation": name_of("allocation", config.allocation),
+        "permute": config.permute.value,
         "pattern": str(config.pattern),
         "sparsity": sparsity,
         "base_model": config.model.path,
@@ -365,7 +368,8 @@ def _report(
             "allocation": name_of("allocation", config.allocation),
             "allocation_options": _options(config.allocation), "pattern": str(config.pattern),
             "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
-            "propagate": config.propagate.value, "device": plan.device, "dtype": plan.dtype,
+            "propagate": config.propagate.value, "permute": config.permute.value,
+            "device": plan.device, "dtype": plan.dtype,
         },
         calibration=calibration,
         sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),

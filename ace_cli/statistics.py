@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,22 @@ class Statistic:
         """Add T tokens: inputs (T, I) and outputs (T, O) with bias, both float32; the slot's weight (O, I)."""
         raise NotImplementedError
 
+    def reordered(self, order_I: Tensor) -> Self:
+        """What it would have seen of x[order_I]: every axis of inputs, the I of a field's name, reordered."""
+        other = copy.copy(self)
+        for name, value in vars(self).items():
+            axes = [axis for axis, letter in enumerate(name.rpartition("_")[2]) if letter == "I"]
+            for axis in axes if value is not None else []:
+                values = getattr(other, name)
+                setattr(other, name, _reorder(values, axis, order_I))
+        return other
+
+
+def _reorder(values: Any, axis: int, order_I: Tensor) -> Any:
+    if isinstance(values, list):
+        return [_reorder(value, axis, order_I) for value in values]
+    return values.index_select(axis, order_I.to(values.device))
+
 
 S = TypeVar("S", bound=Statistic)
 
@@ -42,6 +58,12 @@ class Seen:
 
     def __iter__(self) -> Iterator[Statistic]:
         return iter(self._state.values())
+
+    def reordered(self, order_I: Tensor) -> Seen:
+        """The statistics of the inputs in another order, new input k = old input order_I[k]."""
+        other = Seen(())
+        other._state = {wanted: statistic.reordered(order_I) for wanted, statistic in self._state.items()}
+        return other
 
     def share(self, other: Seen) -> None:
         """Use ``other``'s input-only statistics: both slots read the same input."""
@@ -131,10 +153,10 @@ class TokenSquares(Statistic):
     Costs T x I x 4 bytes a slot: meant for short calibrations.
     """
 
-    _chunks: list[Tensor] = field(init=False, compare=False, repr=False)
+    _chunks_TI: list[Tensor] = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        self._chunks = [*(self._chunks if self.tokens else []), x_TI.square()]
+        self._chunks_TI = [*(self._chunks_TI if self.tokens else []), x_TI.square()]
         self.tokens += len(x_TI)
 
     @property
@@ -142,7 +164,7 @@ class TokenSquares(Statistic):
         """x_tj^2, float32 (T, I)."""
         import torch
 
-        return torch.cat(self._chunks)
+        return torch.cat(self._chunks_TI)
 
 
 @dataclass(unsafe_hash=True)
@@ -201,6 +223,11 @@ class Gram(Statistic):
 
     total_II: Tensor = field(init=False, compare=False, repr=False)
     factors: Any = field(default=None, init=False, compare=False, repr=False)
+
+    def reordered(self, order_I: Tensor) -> Self:
+        other = super().reordered(order_I)
+        other.factors = None  # of the old order
+        return other
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         total_II = x_TI.T @ x_TI
