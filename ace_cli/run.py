@@ -278,7 +278,7 @@ def _with_options(group: str, choice: Any) -> str:
 
 def _method_line(config: RunConfig) -> str:
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
-    others = [f"{group} {name_of(group, getattr(config, group))}" for group in ("repair", "allocation")]
+    others = [f"{group} {_with_options(group, getattr(config, group))}" for group in ("repair", "allocation")]
     parts = [_with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
     return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
 

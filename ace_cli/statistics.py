@@ -117,33 +117,22 @@ class SquareMoments(Statistic):
 
 @dataclass(unsafe_hash=True)
 class ShareMoments(Statistic):
-    """First and second moment of u = x_tj^2 / ||x_t||^2, or of x_tj^2 / ||a_t||^2 with ``of_output``, a = W x + b.
+    """First and second moment of u = x_tj^2 / ||x_t||^2, the share of an input in the size of its token.
 
-    The share of one input in the size of its token: no scale of a token, or of a slot's inputs, changes u.
-    ``first_I`` = sum_t u, ``second_I`` = sum_t u^2, float64. A token of size 0 adds nothing.
+    ``first_I`` = sum_t u, ``second_I`` = sum_t u^2, float64. No scale of a token changes u; one of size 0 adds nothing.
     """
 
-    of_output: bool = False
     first_I: Tensor = field(init=False, compare=False, repr=False)
     second_I: Tensor = field(init=False, compare=False, repr=False)
 
-    @property
-    def needs_output(self) -> bool:  # type: ignore[override]
-        return self.of_output
-
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        size_T1 = (y_TO if self.of_output else x_TI).square().sum(1, keepdim=True)
-        u_TI = x_TI.square() / size_T1.masked_fill(size_T1 == 0, float("inf"))
+        square_TI = x_TI.square()
+        size_T1 = square_TI.sum(1, keepdim=True)
+        u_TI = square_TI / size_T1.masked_fill(size_T1 == 0, float("inf"))
         first_I, second_I = u_TI.sum(0).double(), u_TI.square().sum(0).double()
         self.first_I = first_I if not self.tokens else self.first_I + first_I
         self.second_I = second_I if not self.tokens else self.second_I + second_I
         self.tokens += len(x_TI)
-
-    @property
-    def spread_I(self) -> Tensor:
-        """1 + Var[u_j] / E[u_j]^2 = E[u_j^2] / E[u_j]^2, float64 (I,); 1 for an input that is always 0."""
-        mean_I = self.first_I / self.tokens
-        return (self.second_I / self.tokens / mean_I.square().clamp(min=1e-60)).clamp(min=1)
 
 
 @dataclass(unsafe_hash=True)

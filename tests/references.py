@@ -118,23 +118,10 @@ def cosp(w: Matrix, x: Matrix, a: Matrix, mode: str) -> Matrix:
     return [[loss[i][j] * abs(value) * input_norm(x, j) for j, value in enumerate(row)] for i, row in enumerate(w)]
 
 
-def output_spread(x: Matrix, a: Matrix) -> list[float]:
-    """(1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / ||a_t||^2."""
-    v = [[value**2 / sum(p * p for p in a_t) for value in x_t] for x_t, a_t in zip(x, a, strict=True)]
-    spread = []
-    for j in range(len(x[0])):
-        column = [row[j] for row in v]
-        mean = sum(column) / len(column)
-        variance = sum((value - mean) ** 2 for value in column) / len(column)
-        spread.append((1 + variance / mean**2) ** 0.125)
-    return spread
-
-
 def ace(w: Matrix, x: Matrix, a: Matrix, mode: str, combine: str, norm: str, form: str, relative_too: bool) -> Matrix:
-    """product: S_cos S_var; replace: |W_ij| f_j L_ij; spread: S_cos times the spread; then relative over |W_ij|."""
+    """product: S_cos S_var; replace: |W_ij| f_j L_ij; relative: RIA's weight for one |W_ij|."""
     cos = cosine_loss(w, x, a, mode) if combine == "replace" else cosp(w, x, a, mode)
-    spread = output_spread(x, a)
-    var = [spread for _ in w] if combine == "spread" else varp(w, x, norm, form)
+    var = varp(w, x, norm, form)
     ratio = relative(w) if relative_too else magnitude(w)
     return [
         [c * v * r / abs(weight) for c, v, r, weight in zip(*rows, strict=True)]

@@ -10,7 +10,7 @@ from ace_cli.metrics.base import Metric
 from ace_cli.metrics.relative import relative_scale
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.registry import register
-from ace_cli.statistics import CosineTerm, SecondMoment, ShareMoments
+from ace_cli.statistics import CosineTerm, SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,41 +82,35 @@ class CosP(Metric):
 
 
 class Combine(Enum):
-    """How ACE joins the angle and the variance."""
+    """How ACE joins its two scores."""
 
-    spread = "spread"  # S_cos (1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / ||a_t||^2: VarP's variance, scale-free
     product = "product"  # S_cos S_var, "multiplies both importance scores element-wise" (digest)
-    replace = "replace"  # |W| f_j L: VarP's factor takes the place of the norm, as in Wanda+VarP
+    replace = "replace"  # VarP's factor takes the place of the norm in CosP, as it does in Wanda+VarP
 
 
 @register("metric", "ace")
 @dataclass
 class ACE(Metric):
-    """S_ij = R_ij sqrt(E[(A - a_i^2) x_j^2 / A^2]) (1 + Var[v_j] / E[v_j]^2)^(1/8), v_tj = x_tj^2 / A_t, A = ||a_t||^2.
+    """S_ij = S_cos_ij S_var_ij: CosP times RIA+VarP (digest of v1: "multiplies both importance scores element-wise").
 
-    R is RIA's relative weight (|W| with ``relative=false``), the root the angle by which removing the weight turns the
-    slot's output (CosP, exact to second order), the last factor the variance of the same normalised activations
-    (VarP). The paper's first version multiplies its two scores, |W| ||X_j|| L and |W| f_j: ``relative=false
-    mode=paper_abs combine=product norm=raw form=poly``.
+    By default S_cos = |W_ij| sqrt(E[(A - a_i^2) x_j^2 / A^2]), A = ||a||^2, the angle to second order, and
+    S_var = R_ij E[u_j]^(1/2) (1 + Var[u_j] / E[u_j]^2)^(1/8), R_ij RIA's relative weight: a product ranks as the
+    geometric mean of the two. The paper's first version, with |W_ij| in both: ``relative=false mode=paper_abs
+    norm=raw form=poly``. No scale of the inputs changes the mask where the slot has no bias.
     """
 
     mode: Mode = Mode.exact2
-    combine: Combine = Combine.spread
+    combine: Combine = Combine.product
     relative: bool = True
     norm: Norm = Norm.share
     form: Form = Form.norms
 
     def needs(self) -> tuple[Statistic, ...]:
-        spread = self.combine is Combine.spread
-        variance = (ShareMoments(of_output=True),) if spread else variance_needs(self.norm, self.form)
-        return (*cosine_needs(self.mode), *variance)
+        return (*cosine_needs(self.mode), *variance_needs(self.norm, self.form))
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        if self.combine is Combine.spread:
-            score_OI = cosine_score(self.mode, weight_OI, seen)
-            score_OI = score_OI * seen[ShareMoments(of_output=True)].spread_I.pow(0.125).float()
-        else:
-            variance_OI = weight_OI.abs() * variance_factor(self.norm, self.form, seen).float()
-            cosine = cosine_score if self.combine is Combine.product else cosine_loss
-            score_OI = variance_OI * cosine(self.mode, weight_OI, seen)
-        return score_OI * relative_scale(weight_OI) if self.relative else score_OI
+        variance_OI = weight_OI.abs() * variance_factor(self.norm, self.form, seen).float()
+        if self.relative:
+            variance_OI = variance_OI * relative_scale(weight_OI)
+        cosine = cosine_score if self.combine is Combine.product else cosine_loss
+        return variance_OI * cosine(self.mode, weight_OI, seen)
