@@ -58,6 +58,7 @@ class Schema:
     permute: Permute = Permute.none
     device: str = "auto"
     dtype: Dtype = Dtype.auto
+    keep_checkpoint: bool = True
     dry_run: bool = False
     output_dir: str = MISSING
 
@@ -77,6 +78,7 @@ class RunConfig:
     permute: Permute
     device: str
     dtype: Dtype
+    keep_checkpoint: bool
     dry_run: bool
     output_dir: Path
     output_dir_given: bool
@@ -134,6 +136,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         permute=parts.permute,
         device=parts.device,
         dtype=parts.dtype,
+        keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
         output_dir=output_dir,
         output_dir_given=output_dir_given,

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,8 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
             facts.save(report, config.output_dir / "report.json")
             (config.output_dir / "report.md").write_text(render(report), encoding="utf-8")
             work.close()
+            if not config.keep_checkpoint:
+                shutil.rmtree(work.final)
             terminal.result(report)
             terminal.say(f"Results: {config.output_dir}")
     except OSError as fault:
