@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ace_cli.memory import Trimmer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -19,12 +21,13 @@ def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int
     import torch
     from torch.nn.functional import cross_entropy
 
-    batches = list(model.batches(windows_NL))
+    batches, trimmer = list(model.batches(windows_NL)), Trimmer()
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):
             with model.loaded(block):
                 for batch in batches:
                     batch.hidden_BLH = model.forward(index, batch)
+            trimmer()
             on_block(index)
         losses = []
         with model.head_loaded():
@@ -32,4 +35,5 @@ def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int
                 for ids_L, hidden_LH in zip(batch.ids_BL, batch.hidden_BLH, strict=True):
                     logits_LV = model.logits(ids_L[None], hidden_LH[None])[0, :-1].float()
                     losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
+                    trimmer()
     return float(torch.stack(losses).mean().exp())
