@@ -40,7 +40,7 @@ def main() -> None:
     except CONFIGURATION_ERRORS as fault:
         sys.exit(_mend(explain(fault)))
     except KeyboardInterrupt:
-        sys.exit(_mend(AceError("Interrupted")))
+        sys.exit(_mend(AceError("Interrupted", "Repeat the command to continue; finished blocks are kept.")))
     if faults and not sweep.jobs:
         sys.exit(MEND)
     if sweep.jobs:

@@ -151,7 +151,8 @@ def parse_sparsity(value: object, scope: Scope) -> Pattern:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 60:
         n, m = divmod(value, 60)
         raise AceError(
-            f"sparsity={value}: YAML reads an unquoted {n}:{m} as a base-60 number.", f'Write it as "{n}:{m}".'
+            f"sparsity={value}: YAML reads an unquoted {n}:{m} as this base-60 number.",
+            f'Write it as "{n}:{m}"; a percentage as {value}%.',
         )
     text = str(value).strip()
     if group := re.fullmatch(r"(\d+):(\d+)", text):

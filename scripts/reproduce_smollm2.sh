@@ -17,7 +17,8 @@ prune() { # NAME OVERRIDES...: one sweep; finished ones are kept
 }
 patterns='sparsity=0.5,0.6,2:4,4:8'
 if [[ $parts == *metrics* ]]; then
-    prune metrics metric=magnitude,wanda,ria,varp,ria_varp,cosp,ace "$patterns"
+    prune metrics metric=wanda,ria,varp,ria_varp,cosp,ace "$patterns"
+    seeds=0 prune magnitude metric=magnitude "$patterns"
     prune wanda_128 metric=wanda "$patterns" calib.seq_len=128
 fi
 if [[ $parts == *recipes* ]]; then

@@ -75,5 +75,7 @@ class Calibration:
 
 def text_start(checkpoint: Checkpoint) -> int | None:
     """The token that the tokenizer puts before every text; None if it puts none."""
-    first, second = (load_tokenizer(checkpoint)(text)["input_ids"][:1] for text in ("a", "b"))
-    return int(first[0]) if first and first == second else None
+    tokenizer = load_tokenizer(checkpoint)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return int(whole[0]) if bare and whole[1 : 1 + len(bare)] == bare else None
