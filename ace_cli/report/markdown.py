@@ -84,9 +84,7 @@ def render(report: Report) -> str:
 def model_card(base: str, command: str, summary: dict[str, object]) -> str:
     """README.md of the checkpoint, with the hub's metadata."""
     facts = table(["", ""], [[name, str(value)] for name, value in summary.items() if name != "targets"])
-    hub = (
-        f"base_model: {base}\nbase_model_relation: finetune\n" if base.count("/") == 1 and base[0] not in "./~" else ""
-    )
+    hub = f"base_model: {base}\nbase_model_relation: finetune\n" if _is_hub_id(base) else ""
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub}tags:\n- pruning\n- sparsity\n"
         f"- {summary['method']}\n- '{summary['pattern']}'\n---\n\n# {base}, pruned\n\n"
@@ -101,8 +99,12 @@ def _calibration_line(report: Report) -> str:
         return "No calibration: the metric looks at weights alone."
     return (
         f"Calibration: {calibration.n_samples} windows of {calibration.seq_len} tokens from {calibration.source}, "
-        f"seed {calibration.seed}, fingerprint {calibration.fingerprint[:12]}."
+        f"{calibration.tokens:,} tokens through the model, seed {calibration.seed}, fingerprint {calibration.fingerprint[:12]}."
     )
+
+
+def _is_hub_id(path: str) -> bool:
+    return path.count("/") == 1 and path[0] not in "./~" and ":" not in path and not path.endswith(".gguf")
 
 
 def _number(value: float | None) -> str:
