@@ -99,7 +99,8 @@ def _calibration_line(report: Report) -> str:
         return "No calibration: the metric looks at weights alone."
     return (
         f"Calibration: {calibration.n_samples} windows of {calibration.seq_len} tokens from {calibration.source}, "
-        f"{calibration.tokens:,} tokens through the model, seed {calibration.seed}, fingerprint {calibration.fingerprint[:12]}."
+        f"{calibration.tokens:,} tokens through the model, seed {calibration.seed}, "
+        f"fingerprint {calibration.fingerprint[:12]}."
     )
 
 
