@@ -112,8 +112,6 @@ def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
     The stem is in memory while the windows are embedded, then blocks one at a time; scores and masks of the largest
     slot come on top of a block; hidden states stay throughout.
     """
-    from ace_cli.model.streamed import BATCH_TOKENS
-
     entries = model.checkpoint.tensors
     width = model.dtype.itemsize
     block = max(sum(entries[key].numel for key in block.keys.values()) for block in model.blocks) * width
@@ -121,7 +119,9 @@ def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
     largest = max(rows * columns for rows, columns in slots) * 4
     hidden_size = model.skeleton.config.get_text_config().hidden_size
     hidden = hidden_windows * hidden_size * width
-    active = min(hidden_windows, BATCH_TOKENS) * (4 * max(max(shape) for shape in slots) + 6 * hidden_size) * width
+    active = (
+        min(hidden_windows, model.batch_tokens) * (4 * max(max(shape) for shape in slots) + 6 * hidden_size) * width
+    )
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
     working = hidden + max(embeddings, block + 4 * largest + active)
     if model.device.type == "cpu":

@@ -1,35 +1,32 @@
 #!/usr/bin/env bash
 # The README's tables on SmolLM2-135M: metric x pattern, and recipes with repair and permutation, over seeds.
 #   CALIB=pages.jsonl EVAL=wiki.jsonl scripts/reproduce_smollm2.sh FOLDER
-# Both are files with a "text" column; without them the model writes its own. SEEDS (0,1,2), PARTS (metrics,recipes).
+# Both are files with a "text" column; without them the model writes its own. SEEDS (0,1,2) are calibration seeds,
+# ONLY="best wanda_128" runs those sweeps alone.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:?a folder for the results}
 seeds=${SEEDS:-0,1,2}
-parts=${PARTS:-metrics,recipes}
 calib=(calib=self)
 eval=(eval=self)
 [ -z "${CALIB:-}" ] || calib=(calib=text "calib.path=$CALIB")
 [ -z "${EVAL:-}" ] || eval=(eval=text "eval.path=$EVAL" eval.seq_len=1024 eval.max_windows=10)
 prune() { # NAME OVERRIDES...: one sweep; finished ones are kept
+    [[ " ${ONLY:-$1} " == *" $1 "* ]] || return 0
     [ -f "$out/$1/sweep.json" ] || "${ACE_PRUNE:-ace-prune}" -m model=smollm2 "${calib[@]}" "${eval[@]}" \
         calib.seed="$seeds" keep_checkpoint=false "output_dir=$out/$1" "${@:2}"
 }
 patterns='sparsity=0.5,0.6,2:4,4:8'
-if [[ $parts == *metrics* ]]; then
-    prune metrics metric=wanda,ria,varp,ria_varp,cosp,ace "$patterns"
-    seeds=0 prune magnitude metric=magnitude "$patterns"
-    prune wanda_128 metric=wanda "$patterns" calib.seq_len=128
-fi
-if [[ $parts == *recipes* ]]; then
-    three='sparsity=0.5,0.6,2:4'
-    prune sparsegpt_128 metric=sparsegpt "$three" calib.seq_len=128 propagate=block
-    prune wanda_admm_128 metric=wanda repair=admm repair.iterations=20 repair.shrinkage=0.1 repair.polish=0 "$three" \
-        calib.seq_len=128
-    prune best experiment=best "$three"
-    prune best_long experiment=best_long "$three"
-    prune ace_permuted metric=ace sparsity=2:4 permute=ria
-    prune best_permuted experiment=best sparsity=2:4 permute=ria
-    prune best_long_permuted experiment=best_long sparsity=2:4 permute=ria
-fi
+prune metrics metric=wanda,ria,varp,ria_varp,cosp,ace "$patterns"
+seeds=0 prune magnitude metric=magnitude "$patterns"
+prune wanda_128 metric=wanda "$patterns" calib.seq_len=128
+three='sparsity=0.5,0.6,2:4'
+prune sparsegpt_128 metric=sparsegpt "$three" calib.seq_len=128 propagate=block
+prune wanda_admm_128 metric=wanda repair=admm repair.iterations=20 repair.shrinkage=0.1 repair.polish=0 "$three" \
+    calib.seq_len=128
+prune best experiment=best "$three"
+prune best_long experiment=best_long "$three"
+prune ace_permuted metric=ace sparsity=2:4 permute=ria
+prune best_permuted experiment=best sparsity=2:4 permute=ria
+prune best_long_permuted experiment=best_long sparsity=2:4 permute=ria
 "${PYTHON:-python3}" "$root/scripts/table.py" "$out"

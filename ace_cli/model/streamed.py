@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from ace_cli.errors import AceError
 from ace_cli.model.files import Checkpoint
 
-#: Tokens that go through a block at once: enough to fill the matrix units, few enough that a 7B block's
-#: intermediates stay below a gigabyte. A constant, so that results do not depend on the memory at hand.
-BATCH_TOKENS = 4096
+#: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
+#: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
+#: depend on the memory at hand.
+BATCH_TOKENS = 16384
+BATCH_BYTES = 512 << 20
 
 
 @dataclass
@@ -87,6 +89,12 @@ class StreamedModel:
         self._returns_tuple = False
         _move_buffers(self.skeleton, device)
 
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that go through a block at once."""
+        widest = max((max(slot.shape) for slot in self.blocks[0].slots), default=1)
+        return min(BATCH_TOKENS, max(2048, BATCH_BYTES // (16 * widest)))
+
     def reading(self, checkpoint: Checkpoint) -> StreamedModel:
         """The same model with its weights read from another checkpoint of the same names."""
         other = copy.copy(self)
@@ -95,7 +103,7 @@ class StreamedModel:
 
     def batches(self, windows_NL: Tensor) -> Iterator[Batch]:
         """Split windows (N, L) into batches, embed them and capture how each block is called."""
-        step = max(1, BATCH_TOKENS // windows_NL.shape[1])
+        step = max(1, self.batch_tokens // windows_NL.shape[1])
         first: Batch | None = None
         with self._stem_loaded(head=False), torch.inference_mode():
             for ids_BL in torch.split(windows_NL.to(self.device), step):
