@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, first_line
 from ace_cli.report.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -39,6 +40,12 @@ def main() -> None:
         job()
     except CONFIGURATION_ERRORS as fault:
         sys.exit(_mend(explain(fault)))
+    except FileExistsError as fault:  # a file where Hydra wants the folder of a sweep
+        sys.exit(_mend(AceError(f"output_dir={fault.filename} is a file", "Name a folder.")))
+    except ValueError as fault:
+        if "override must be a string" not in str(fault):
+            raise
+        sys.exit(_mend(AceError("A group is set to null", "Name a choice, or none where it is offered.")))
     except KeyboardInterrupt:
         sys.exit(_mend(AceError("Interrupted", "Repeat the command to continue; finished blocks are kept.")))
     if faults and not sweep.jobs:
@@ -66,6 +73,11 @@ def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list
         faults.append(explain(fault))
         _mend(faults[-1])
         outcome = str(faults[-1])
+    except Exception as fault:
+        if not many:
+            raise
+        traceback.print_exc()  # a bug: the other jobs go on
+        outcome = f"{type(fault).__name__}: {first_line(fault)}"
     if many and outcome is not None:
         sweep.folder = Path(hydra_config.sweep.dir).absolute()
         sweep.add(_overrides(), outcome)
@@ -84,8 +96,11 @@ def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
 
 def _with_custom_model(arguments: list[str]) -> list[str]:
     """``model.path=...`` alone means no card: the default card's choices are for its own model."""
-    names = {argument.partition("=")[0] for argument in arguments}
-    return [*arguments, "model=custom"] if "model.path" in names and "model" not in names else arguments
+    names = [argument.partition("=")[0] for argument in arguments]
+    if "model.path" not in names or "model" in names:
+        return arguments
+    place = names.index("model.path")
+    return [*arguments[:place], "model=custom", *arguments[place:]]
 
 
 def _overrides() -> list[str]:

@@ -105,8 +105,11 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
 
     ``output_dir_given``: the user named the folder; otherwise it is a new dated one.
     """
-    faults: list[str] = []
+    if faults := _unknown_options(config):
+        raise AceError("; ".join(faults))
     parts: Any = OmegaConf.to_object(config)
+    if not str(config.output_dir).strip():
+        faults.append("output_dir is empty: name a folder")
     for part in (parts.model, parts.metric, parts.allocation, parts.repair, parts.calib, parts.eval):
         faults += part.faults()
     pattern: Pattern | None = None
@@ -144,10 +147,19 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     )
 
 
+def _unknown_options(config: DictConfig) -> list[str]:
+    """Options that were added with + but that nothing reads."""
+    faults = [f"{key!s}: there is no such option" for key in config if key not in Schema.__dataclass_fields__]
+    for group in ("model", *registry.PACKAGES):
+        fields = getattr(OmegaConf.get_type(config[group]), "__dataclass_fields__", {})
+        faults += [f"{group}.{key!s}: there is no such option" for key in config[group] if key not in fields]
+    return faults
+
+
 def explain(fault: Exception) -> AceError:
     """A composition error of Hydra or OmegaConf as one line with a suggestion."""
     text = str(fault)
-    if match := re.search(r"Could not find '([\w./]+?)/([^'/]+)'", text):
+    if match := re.search(r"Could not find '([\w./]+?)/([^'/]*)'", text):
         group, name = match[1], match[2]
         return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, _offered(group)))
     cause: BaseException = fault

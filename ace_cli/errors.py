@@ -18,6 +18,15 @@ class AceError(Exception):
         self.hint = hint
 
 
+class TransientError(AceError):
+    """A fault that may be gone at the next try: what is finished stays on disk, to be continued."""
+
+
+def first_line(fault: BaseException) -> str:
+    """What an exception of another library says, in one line."""
+    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A suggestion for a misspelt ``name``: "Did you mean 'x'? Available: ..."."""
     options = sorted(known)

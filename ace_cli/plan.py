@@ -84,7 +84,8 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
 def check_disk(folder: Path, needed: int) -> None:
     """AceError unless the file system of ``folder`` has room for the checkpoint."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    reserved = sum(file.stat().st_blocks * 512 for file in folder.glob("checkpoint.partial/*"))
+    free = shutil.disk_usage(existing).free + reserved
     if free < needed * 1.01:
         raise AceError(
             f"The checkpoint needs {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free.",

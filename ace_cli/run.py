@@ -22,7 +22,7 @@ from ace_cli import __version__, memory
 from ace_cli.clock import Clock
 from ace_cli.config import Dtype, Permute, RunConfig
 from ace_cli.engine import BlockFacts, Recipe, prune, replay
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint, CheckpointWriter, read_json
@@ -62,8 +62,20 @@ DenseCache = dict[tuple[str, str, int, str], float]
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
+    try:
+        return _run(config, command, terminal, dense_cache)
+    except OSError as fault:
+        where = fault.filename or config.output_dir
+        raise AceError(
+            f"{fault.strerror or fault}: {where}.", "Mend it, then repeat the command: finished blocks are kept."
+        ) from fault
+
+
+def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     start = datetime.datetime.now(datetime.UTC)
     device = _device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None))
     _quiet_libraries()
     with phases("import"):
@@ -75,6 +87,7 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     plan = make_plan(model, dict.fromkeys(shapes, config.pattern), tokens, tokens)
     _check_length(model, config, needs_data)
+    _check_not_source(source, config.output_dir)
     check_disk(config.output_dir, plan.disk_bytes)
     terminal.plan(plan, _method_line(config), _calibration_line(config) if needs_data else "none needed")
     if config.dry_run:
@@ -89,31 +102,25 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
     identity = _identity(config, model, windows_NL)
     if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):
         config = dataclasses.replace(config, output_dir=unfinished)
-    try:
-        config.output_dir.mkdir(parents=True, exist_ok=True)
-        with locked(config.output_dir), terminal.logging_to(config.output_dir / "run.log"):
-            terminal.say(f"$ {command}")
-            work = Work(config.output_dir, identity)
-            inner = Clock(phases.clock.synchronise)
-            with phases("prune"):
-                _prune(config, model, windows_NL, work, inner, terminal, command, plan)
-            numbers = facts.Perplexity()
-            if eval_NL is not None:
-                with phases("evaluate"):
-                    numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
-            report = _report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
-            facts.save(report, config.output_dir / "report.json")
-            (config.output_dir / "report.md").write_text(render(report), encoding="utf-8")
-            work.close()
-            if not config.keep_checkpoint:
-                shutil.rmtree(work.final)
-            terminal.result(report)
-            terminal.say(f"Results: {config.output_dir}")
-    except OSError as fault:
-        where = fault.filename or config.output_dir
-        raise AceError(
-            f"{fault.strerror or fault}: {where}.", "Mend it, then repeat the command: finished blocks are kept."
-        ) from fault
+    config.output_dir.mkdir(parents=True, exist_ok=True)
+    with locked(config.output_dir), terminal.logging_to(config.output_dir / "run.log"):
+        terminal.say(f"$ {command}")
+        work = Work(config.output_dir, identity)
+        inner = Clock(phases.clock.synchronise)
+        with phases("prune"):
+            _prune(config, model, windows_NL, work, inner, terminal, command, plan)
+        numbers = facts.Perplexity()
+        if eval_NL is not None:
+            with phases("evaluate"):
+                numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+        report = _report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+        facts.save(report, config.output_dir / "report.json")
+        facts.write_whole(config.output_dir / "report.md", render(report))
+        work.close()
+        if not config.keep_checkpoint:
+            shutil.rmtree(work.final)
+        terminal.result(report)
+        terminal.say(f"Results: {config.output_dir}")
     return report
 
 
@@ -149,17 +156,21 @@ def _prune(
         terminal.say(work.news)
     if work.complete:
         return
-    done = len(work.finished)
     try:
         with clock("write"):
             writer = CheckpointWriter(model.checkpoint, work.partial)
+            if work.finished and not writer.continued:
+                terminal.say(f"{work.partial} is not as it was left: starting anew.")
+                work.restart()
+                writer = CheckpointWriter(model.checkpoint, work.partial)
+            done = len(work.finished)
             writer.left -= {key for block in model.blocks[:done] for key in block.keys.values()}
         with clock("embed"):
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
         patterns = _allocate(config, model, batches, clock, terminal)
         permute = config.permute is not Permute.none
         recipe = Recipe(config.metric, patterns, config.repair, config.propagate, permute)
-        if recipe.wanted and done:
+        if recipe.wanted and 0 < done < len(model.blocks):
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
         with terminal.progress("pruning", len(model.blocks), done) as step:
@@ -176,8 +187,10 @@ def _prune(
             ]
             summary = _summary(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
             card = model_card(config.model.path, command, summary)
-            write_metadata(model.checkpoint, work.partial, summary, slots, card)
+            write_metadata(model.checkpoint, work.partial, summary, slots, card, work.digest)
         work.publish()
+    except TransientError:
+        raise
     except AceError:
         work.discard()  # the fault is in the model or the data: there is nothing to continue
         raise
@@ -248,6 +261,16 @@ def _dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dty
     return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
+def _check_not_source(source: Checkpoint, output_dir: Path) -> None:
+    """Writing a checkpoint over the one being read would destroy it."""
+    folder = source.folder.resolve()
+    for name in ("checkpoint", "checkpoint.partial", "checkpoint.old"):
+        if folder.is_relative_to((output_dir / name).resolve()):
+            raise AceError(
+                f"The model lies in {output_dir / name}, where the result would go.", "Choose another output_dir."
+            )
+
+
 def _check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:
     limit = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     lengths = {"calib.seq_len": config.calib.length if needs_data else 0}
@@ -313,9 +336,11 @@ def _summary(config: RunConfig, command: str, windows_NL: Tensor | None, sparsit
     }
 
 
-def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan) -> list[str]:
+def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work) -> list[str]:
     slots = [slot for block in blocks for slot in block.slots]
     warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
+    if work.resumed:
+        warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
     flat = [slot.name for slot in slots if slot.diagnosis.get("spread", 2.0) < 1.05]
     if flat:
         warnings.append(
@@ -379,9 +404,9 @@ def _report(
         perplexity=numbers,
         seconds=seconds,
         phases=dict(inner.seconds),
-        tokens_per_second={"prune": tokens / seconds["prune"]} if tokens else {},
+        tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
         peak_memory_bytes=peaks,
-        bytes_on_disk={"dense": _weight_bytes(Path(plan.model)), "pruned": _weight_bytes(folder)},
+        bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(folder).file_bytes},
         checkpoint=str(folder),
         slots=[
             {
@@ -392,12 +417,8 @@ def _report(
             for slot in slots
         ],
         blocks=[{"name": block.name, "seconds": block.seconds} for block in blocks],
-        warnings=_warnings(config, blocks, plan),
+        warnings=_warnings(config, blocks, plan, work),
     )  # fmt: skip
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def _versions() -> dict[str, str]:

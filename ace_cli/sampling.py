@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, first_line
 from ace_cli.memory import Trimmer
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def continue_windows(
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        reason = first_line(fault)
         raise AceError(
             f"{checkpoint.folder} cannot be loaded to write text: {reason}", "Use text of your own."
         ) from fault

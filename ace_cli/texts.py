@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +72,7 @@ def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
             names = rows.column_names
             found = rows[column] if column in names else []
     except Exception as fault:  # files, hub and network each fail with errors of their own
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        reason = first_line(fault)
         hint = (
             "Is it a whole file of the kind its name says?"
             if Path(what).exists()
@@ -94,7 +94,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder)
     except Exception as fault:  # tokenizer backends fail with errors of their own
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        reason = first_line(fault)
         raise AceError(
             f"{checkpoint.folder} has no usable tokenizer: {reason}", "Only calib=self needs none."
         ) from fault

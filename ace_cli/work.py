@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import IO, Any
 
 from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.errors import AceError
+from ace_cli.model.files import read_json
 from ace_cli.model.pruned import MANIFEST
 
 _JOURNAL = "progress.jsonl"
@@ -35,15 +37,23 @@ class Work:
         self.partial = folder / "checkpoint.partial"
         self.identity = identity
         self.finished: list[BlockFacts] = []
+        self.resumed = False
         self.news = ""
         if self.final.exists() and not (self.final / MANIFEST).is_file():
             raise AceError(f"{self.final} exists and was not made by ace-prune.", "Choose another output_dir.")
         self._resume()
 
     @property
+    def digest(self) -> str:
+        """The identity in short, as the finished checkpoint keeps it."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
     def complete(self) -> bool:
-        """The checkpoint was renamed into place; only evaluation and report are missing."""
-        return bool(self.finished) and self.final.is_dir() and not self.partial.exists()
+        """This run's checkpoint was renamed into place; only evaluation and report are missing."""
+        if self.partial.exists() or not (self.final / MANIFEST).is_file():
+            return False
+        return bool(self.finished) and read_json(self.final / MANIFEST).get("identity") == self.digest
 
     def record(self, block: BlockFacts) -> None:
         """Note, durably, that a block's weights are on disk."""
@@ -53,7 +63,9 @@ class Work:
             os.fsync(journal.fileno())
 
     def publish(self) -> None:
-        """Rename the whole checkpoint into place."""
+        """Rename the whole checkpoint into place; the reports of an older one go with it."""
+        for name in ("report.json", "report.md"):
+            (self.folder / name).unlink(missing_ok=True)
         old = self.folder / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)
         if self.final.exists():
@@ -66,9 +78,9 @@ class Work:
         (self.folder / _JOURNAL).unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Drop what cannot be continued."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Drop what cannot be continued: the journal first, so that it never tells of blocks that are gone."""
         self.close()
+        shutil.rmtree(self.partial, ignore_errors=True)
 
     def _resume(self) -> None:
         identity, blocks = _read_journal(self.folder)
@@ -80,8 +92,14 @@ class Work:
             if self.complete or blocks:
                 self.news = f"Continuing in {self.folder}: {len(blocks)} blocks are done."
             if self.complete or self.partial.is_dir():
+                self.resumed = bool(blocks)
                 return
-        self.finished = []
+            self.news = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin with nothing done."""
+        self.finished, self.resumed = [], False
         self.discard()
         self.partial.mkdir()
         with open(self.folder / _JOURNAL, "w", encoding="utf-8") as journal:
@@ -102,10 +120,7 @@ def locked(folder: Path) -> Iterator[None]:
     with open(folder / ".lock", "w") as stream:
         if not _try_lock(stream):
             raise AceError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
+        yield  # the file stays: unlinking it would let two others lock two different files
 
 
 def _is_locked(folder: Path) -> bool:

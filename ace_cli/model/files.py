@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, TransientError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ class Checkpoint:
             while done < entry.nbytes:
                 count = file.readinto(view[done : done + (1 << 30)])
                 if not count:
-                    raise AceError(f"{entry.file} ended while reading {name}.", "Fetch the file again.")
+                    raise TransientError(f"{entry.file} ended while reading {name}.", "Fetch the file again.")
                 done += count
         return data.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
 
@@ -117,12 +117,17 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.nbytes for entry in self.tensors.values())
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum(file.stat().st_size for file in {entry.file for entry in self.tensors.values()})
+
     def _shards(self) -> list[Path]:
-        index = self.folder / INDEX
-        if index.is_file():
-            shards = [self.folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        else:
-            shards = sorted(self.folder.glob("*.safetensors"))
+        """model.safetensors alone if it is there, else what the index names, else every safetensors file."""
+        if (self.folder / "model.safetensors").is_file():
+            return [self.folder / "model.safetensors"]
+        shards = [self.folder / name for name in sorted(set(weight_map(self.folder / INDEX).values()))]
+        shards = shards or sorted(self.folder.glob("*.safetensors"))
         if not shards:
             raise AceError(f"{self.folder} has no *.safetensors file.", "Is the download complete?")
         if missing := [shard.name for shard in shards if not shard.is_file()]:
@@ -130,9 +135,20 @@ class Checkpoint:
         return shards
 
     def _check_index(self) -> None:
-        index = self.folder / INDEX
-        if index.is_file() and (lost := set(read_json(index)["weight_map"]) - set(self.tensors)):
+        if not (self.folder / "model.safetensors").is_file() and (
+            lost := set(weight_map(self.folder / INDEX)) - set(self.tensors)
+        ):
             raise AceError(f"{self.folder}: no shard holds {sorted(lost)[0]}.", "Fetch the files again.")
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name from an index; empty where there is no index."""
+    if not index.is_file():
+        return {}
+    content = read_json(index)
+    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+        raise AceError(f"{index} has no weight_map.", "Fetch the file again.")
+    return cast("dict[str, str]", content["weight_map"])
 
 
 def read_json(file: Path) -> Any:
@@ -180,6 +196,8 @@ class CheckpointWriter:
         self.source = source
         self.folder = folder
         self.left = set(source.tensors)
+        #: False if a file had to be begun: whatever an earlier writer put there is gone.
+        self.continued = True
         self._place: dict[str, tuple[Path, int]] = {}
         for file, entries in _shard_plan(source).items():
             self._begin(folder / file, entries)
@@ -208,7 +226,7 @@ class CheckpointWriter:
                 while left:
                     piece = read.read(min(left, _COPY_BYTES))
                     if not piece:
-                        raise AceError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
+                        raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
                     _write_all(write, memoryview(piece))
                     left -= len(piece)
             self.left.discard(name)
@@ -235,8 +253,18 @@ class CheckpointWriter:
         text += b" " * (-len(text) % 8)  # data starts aligned, as the reference implementation has it
         for entry in entries:
             self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
-        if not file.exists():
-            _reserve(file, len(text).to_bytes(8, "little") + text, 8 + len(text) + offset)
+        start, size = len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
+        if not _begun(file, start, size):
+            self.continued = False
+            _reserve(file, start, size)
+
+
+def _begun(file: Path, start: bytes, size: int) -> bool:
+    """Whether ``file`` is there with this header and size."""
+    if not file.is_file() or file.stat().st_size != size:
+        return False
+    with open(file, "rb") as stream:
+        return stream.read(len(start)) == start
 
 
 def _reserve(file: Path, start: bytes, size: int) -> None:

@@ -20,14 +20,22 @@ MANIFEST = "pruning.json"
 
 
 def write_metadata(
-    source: Checkpoint, folder: Path, summary: dict[str, Any], slots: Iterable[dict[str, Any]], card: str
+    source: Checkpoint,
+    folder: Path,
+    summary: dict[str, Any],
+    slots: Iterable[dict[str, Any]],
+    card: str,
+    identity: str = "",
 ) -> None:
-    """Everything but the weights: configuration, tokenizer, index, manifest and model card."""
+    """Everything but the weights: configuration, tokenizer, index, manifest and model card.
+
+    ``identity`` tells the run that made it from any other.
+    """
     write_index(source, folder)
     copy_other_files(source.folder, folder)
     config = {**source.config(), "pruning": summary}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    manifest = {"schema_version": 1, **summary, "slots": list(slots)}
+    manifest = {"schema_version": 1, "identity": identity, **summary, "slots": list(slots)}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 

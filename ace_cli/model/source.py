@@ -10,13 +10,14 @@ import importlib.util
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ace_cli.errors import AceError
-from ace_cli.model.files import INDEX, Checkpoint, copy_other_files, read_json
+from ace_cli.errors import AceError, first_line
+from ace_cli.model.files import INDEX, Checkpoint, copy_other_files, weight_map
 
 
 class ImportDtype(Enum):
@@ -75,7 +76,10 @@ def cache_folder() -> Path:
 
 def _package_file(config: ModelConfig) -> Path:
     name, _, file = config.path.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
     if found is None or not found.submodule_search_locations:
         raise AceError(f"The Python package '{name}' that carries this model is not installed.", config.install or "")
     path = Path(next(iter(found.submodule_search_locations))) / file
@@ -93,7 +97,7 @@ def _download(config: ModelConfig) -> Path:
         if not _has_safetensors(folder):
             folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=[*wanted, "*.bin"]))
     except Exception as fault:  # the hub client raises a different family of errors for each layer below it
-        reason = str(fault).strip().splitlines()[0]
+        reason = first_line(fault)
         raise AceError(
             f"model.path={config.path} is no local folder and the hub did not give it: {reason}",
             "Check the name, the network, and `hf auth login` for gated models.",
@@ -106,10 +110,10 @@ def _has_safetensors(folder: Path) -> bool:
 
 
 def _bin_files(folder: Path) -> list[Path]:
-    index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    return sorted(folder.glob("pytorch_model.bin"))
+    named = sorted(set(weight_map(folder / "pytorch_model.bin.index.json").values()))
+    if missing := [name for name in named if not (folder / name).is_file()]:
+        raise AceError(f"{folder} lacks {', '.join(missing)} named in its index.", "Fetch the files again.")
+    return [folder / name for name in named] or sorted(folder.glob("pytorch_model.bin"))
 
 
 def _cached(key: str, make: Callable[[Path], None]) -> Path:
@@ -155,7 +159,7 @@ def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
-        reason = (str(fault).strip() or type(fault).__name__).splitlines()[0]
+        reason = first_line(fault)
         raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault
     # The weights are plain now; these two make transformers refuse to save them as such.
     model.hf_quantizer = None
@@ -169,19 +173,20 @@ def _import_bin(source: Path, files: list[Path], folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    weight_map: dict[str, str] = {}
+    places: dict[str, str] = {}
     for number, file in enumerate(files, 1):
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are not
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as fault:
-            reason = str(fault).strip().splitlines()[0]
+            reason = first_line(fault)
             raise AceError(f"{file} cannot be read safely: {reason}", "Convert it to safetensors first.") from fault
         name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
         # Tied tensors share memory, which safetensors refuses: each gets its own copy.
         save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(state, name)
+        places |= dict.fromkeys(state, name)
     copy_other_files(source, folder)
     if len(files) > 1:
         import json
 
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2))
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, first_line
 from ace_cli.model.files import Checkpoint
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
@@ -286,15 +286,15 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if "quantization_config" in checkpoint.config():
-        method = checkpoint.config()["quantization_config"].get("quant_method", "unknown")
+    if quantization := checkpoint.config().get("quantization_config"):
+        method = quantization.get("quant_method", "unknown")
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except (ValueError, KeyError, OSError) as fault:
-        reason = str(fault).strip().splitlines()[0]
+    except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
+        reason = first_line(fault)
         raise AceError(
             f"transformers cannot build the model of {checkpoint.folder}: {reason}",
             "Only causal language models that transformers knows without remote code can be pruned.",

@@ -83,4 +83,11 @@ class Report:
 
 def save(report: Report, file: Path) -> None:
     """Write report.json."""
-    file.write_text(json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a text file so that it is whole or absent."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

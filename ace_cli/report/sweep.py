@@ -36,6 +36,8 @@ class Sweep:
                 "report": str(Path(outcome.checkpoint).parent / "report.json"),
             }
         self.jobs.append(job)
+        if self.folder is not None:  # after every job: a sweep that is cut off leaves the table of what it did
+            self.write()
 
     @property
     def failed(self) -> int:
@@ -45,6 +47,7 @@ class Sweep:
     def write(self) -> list[str]:
         """sweep.json and sweep.md in the sweep's folder; returns the tables, one for each evaluation protocol."""
         assert self.folder is not None
+        self.folder.mkdir(parents=True, exist_ok=True)
         tables = self._tables()
         content = {"schema_version": SCHEMA_VERSION, "jobs": self.jobs}
         (self.folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ class Terminal:
     @contextmanager
     def logging_to(self, file: Path) -> Iterator[None]:
         """Also write everything to ``file``."""
-        with open(file, "w", encoding="utf-8") as stream:
+        with open(file, "a", encoding="utf-8") as stream:
             self._log = Console(file=stream, width=160, highlight=False)
             try:
                 yield
