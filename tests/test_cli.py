@@ -220,3 +220,17 @@ def test_prune_and_verify_as_programs(command: Command, llama: Path, documents: 
 
 def test_verify_of_a_folder_that_is_none(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("verify", tmp_path / "nothing", cwd=tmp_path), "nothing")
+
+
+@pytest.mark.parametrize("text", ["+foo=1", "+calib.n_sample=3", "metric=null", "metric=", "output_dir="])
+def test_options_that_nothing_reads_are_refused(command: Command, tmp_path: Path, text: str) -> None:
+    done = command("__main__", "model.path=org/name", text, cwd=tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_flags_may_follow_the_path(command: Command, tmp_path: Path) -> None:
+    done = command("__main__", "model.path=org/name", "metric=wanda", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "path: org/name" in done.stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,61 @@ def test_an_interrupted_run_of_another_method_is_not_continued(
     prune_here(llama, tmp_path / "out", "metric=wanda")
     prune_here(llama, tmp_path / "straight", "metric=wanda")
     assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+def test_lost_shards_are_not_trusted(tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The journal tells of finished blocks, but the file that held them is gone."""
+    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 * 2 + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(model, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    (tmp_path / "out" / "checkpoint.partial" / "model.safetensors").unlink()
+    prune_here(model, tmp_path / "out", "metric=wanda")
+    prune_here(model, tmp_path / "straight", "metric=wanda")
+    assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+def test_an_older_checkpoint_is_not_taken_for_the_unfinished_one(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prune_here(llama, tmp_path / "out", "metric=varp", "sparsity=2:4")
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=magnitude", "sparsity=1:4")
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "checkpoint.partial")
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "sparsity=1:4")
+    assert report.sparsity.achieved == pytest.approx(0.75)
+
+
+def test_a_finished_checkpoint_is_only_evaluated(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended between the checkpoint and its report."""
+    monkeypatch.setattr("ace_cli.run._report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    before = digests(tmp_path / "out" / "checkpoint")
+    fail_after(monkeypatch, CheckpointWriter, "write", 0, AssertionError("pruned again"))
+    report = prune_here(llama, tmp_path / "out", "metric=wanda")
+    assert digests(tmp_path / "out" / "checkpoint") == before
+    assert any("interrupted" in warning for warning in report.warnings)
+    assert report.tokens_per_second == {}
+
+
+def test_a_model_is_never_overwritten_by_its_own_result(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    prune_here(llama, tmp_path / "out", "metric=wanda")
+    before = digests(tmp_path / "out" / "checkpoint")
+    with pytest.raises(AceError, match="where the result would go"):
+        prune_here(tmp_path / "out" / "checkpoint", tmp_path / "out", "metric=magnitude", "sparsity=1:4")
+    assert digests(tmp_path / "out" / "checkpoint") == before
+
+
+def test_stray_files_beside_the_model_are_not_read(own_llama: Path) -> None:
+    shutil.copy(own_llama / "model.safetensors", own_llama / "model_old.safetensors")
+    assert {entry.file.name for entry in Checkpoint(own_llama).tensors.values()} == {"model.safetensors"}
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
