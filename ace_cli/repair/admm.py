@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import factors_of, finish, refit, row_errors
+from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit, row_errors
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -52,11 +52,7 @@ class Admm(Repair):
 
     def faults(self) -> list[str]:
         """Every field out of range, in words."""
-        found = []
-        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
-            found.append(
-                f"repair.shrinkage is {self.shrinkage}: give 0 or more, such as 0.1, or null for inputs / tokens"
-            )
+        found = pull_faults("shrinkage", self.shrinkage, self.tolerance)
         if not 0 < self.rho < float("inf"):
             found.append(f"repair.rho is {self.rho}: give a positive number, such as 1")
         if not 0 <= self.mask_iterations <= self.iterations:
@@ -67,8 +63,6 @@ class Admm(Repair):
             found.append(f"repair.polish is {self.polish}: give 0 or more, such as 30")
         if self.iterations + self.polish < 1:
             found.append("repair.iterations and repair.polish are both 0: raise one, or use repair=none")
-        if not 0 <= self.tolerance < 1:
-            found.append(f"repair.tolerance is {self.tolerance}: give 0 up to 1, such as 0.01")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ace_cli.patterns import Pattern, Ratio, Scope
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import Factors, factors_of, finish, refit
+from ace_cli.repair.least_squares import Factors, factors_of, finish, pull_faults, refit
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -62,15 +62,11 @@ class SparseGPT(Repair):
 
     def faults(self) -> list[str]:
         """Every field out of range, in words."""
-        found = []
-        if self.damping is not None and not 0 <= self.damping < float("inf"):
-            found.append(f"repair.damping is {self.damping}: give 0 or more, such as 0.01, or null for inputs / tokens")
+        found = pull_faults("damping", self.damping, self.tolerance)
         if self.block_columns < 1:
             found.append(f"repair.block_columns is {self.block_columns}: give 1 or more, such as 128")
         if self.refit_steps < 0:
             found.append(f"repair.refit_steps is {self.refit_steps}: give 0 or more, such as 30")
-        if not 0 <= self.tolerance < 1:
-            found.append(f"repair.tolerance is {self.tolerance}: give 0 up to 1, such as 0.01")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:

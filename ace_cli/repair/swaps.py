@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import factors_of, finish, refit
+from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -49,16 +49,10 @@ class Swaps(Repair):
 
     def faults(self) -> list[str]:
         """Every field out of range, in words."""
-        found = []
-        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
-            found.append(
-                f"repair.shrinkage is {self.shrinkage}: give 0 or more, such as 0.1, or null for inputs / tokens"
-            )
+        found = pull_faults("shrinkage", self.shrinkage, self.tolerance)
         for name, least in (("rounds", 1), ("at_once", 1), ("candidates", 0), ("refit_steps", 0)):
             if getattr(self, name) < least:
                 found.append(f"repair.{name} is {getattr(self, name)}: give {least} or more")
-        if not 0 <= self.tolerance < 1:
-            found.append(f"repair.tolerance is {self.tolerance}: give 0 up to 1, such as 0.01")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:
