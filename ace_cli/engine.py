@@ -6,6 +6,7 @@ Reading the next block and writing the last one happen on one background thread 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -46,7 +47,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SlotFacts:
-    """What became of one slot; ``tokens`` is what its statistics saw."""
+    """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took."""
 
     name: str
     shape: tuple[int, int]
@@ -54,6 +55,7 @@ class SlotFacts:
     tokens: int
     diagnosis: dict[str, float]
     notes: list[str]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -274,6 +276,7 @@ class _BlockJob:
         return None if torch.equal(order_I, order_I.sort().values) else order_I
 
     def _prune_slot(self, slot: Slot, seen: Seen) -> SlotFacts:
+        start = time.perf_counter()
         metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
         tokens = max((statistic.tokens for statistic in seen), default=0)
         with self.clock("score"):
@@ -306,7 +309,8 @@ class _BlockJob:
             self._weights[slot.name] = new_OI.cpu()
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
-        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes)
+        seconds = time.perf_counter() - start
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds)
 
 
 @dataclass

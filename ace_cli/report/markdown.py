@@ -49,9 +49,10 @@ def render(report: Report) -> str:
     slots = [
         [
             slot["name"],
-            str(slot["shape"][0]) + " x " + str(slot["shape"][1]),
+            f"{slot['shape'][0]} x {slot['shape'][1]}",
             slot["pattern"],
             f"{slot['sparsity']:.4f}",
+            f"{slot['seconds']:.3f}",
         ]
         for slot in report.slots
     ]
@@ -76,7 +77,7 @@ def render(report: Report) -> str:
         + table(["", ""], [[k, str(v)] for k, v in (report.versions | report.hardware).items()]),
         "## Configuration\n\n```yaml\n" + report.config["yaml"].strip() + "\n```",
         "## Blocks\n\n" + table(["block", "seconds"], blocks),
-        "## Pruned weights\n\n" + table(["weight", "shape", "pattern", "zeros"], slots),
+        "## Pruned weights\n\n" + table(["weight", "shape", "pattern", "zeros", "seconds"], slots),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
