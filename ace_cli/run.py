@@ -127,6 +127,7 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
 def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
     """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
     choices = {group: _with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
+    versions = _versions()
     return {
         "model": model.checkpoint.fingerprint(),
         **choices,
@@ -137,7 +138,7 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
         "device": str(model.device),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
-        "versions": {name: _versions()[name] for name in ("ace-prune", "torch", "transformers")},
+        "versions": {name: versions[name] for name in ("ace-prune", "torch", "transformers")},
     }
 
 

@@ -87,14 +87,13 @@ class Work:
         if identity is not None and identity != self.identity:
             changed = [key for key in self.identity if identity.get(key) != self.identity[key]]
             self.news = f"An unfinished run lies in {self.folder}, but {', '.join(changed)} changed: starting anew."
-        elif identity is not None and (self.partial.is_dir() or self.final.is_dir()):
+        elif identity is not None:
             self.finished = blocks
-            if self.complete or blocks:
-                self.news = f"Continuing in {self.folder}: {len(blocks)} blocks are done."
             if self.complete or self.partial.is_dir():
                 self.resumed = bool(blocks)
+                if blocks:
+                    self.news = f"Continuing in {self.folder}: {len(blocks)} blocks are done."
                 return
-            self.news = ""
         self.restart()
 
     def restart(self) -> None:

@@ -74,7 +74,7 @@ class Batch:
 class StreamedModel:
     """A checkpoint whose blocks are run one at a time on ``device`` in ``dtype``.
 
-    Raises AceError when the class is unknown, blocks cannot be found, or weights are missing from the files.
+    Raises AceError when the class is unknown or its blocks cannot be found; ``faults`` tells of missing weights.
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
