@@ -4,57 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
-from ace_cli import __version__, memory
 from ace_cli.clock import Clock
 from ace_cli.config import Dtype, Permute, RunConfig
-from ace_cli.engine import BlockFacts, Recipe, prune, replay
+from ace_cli.engine import Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
-from ace_cli.model.files import Checkpoint, CheckpointWriter, read_json
-from ace_cli.model.pruned import MANIFEST, count_zeros, manifest_entry, write_metadata
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import count_zeros, manifest_entry, write_metadata
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import Batch, StreamedModel
-from ace_cli.patterns import Pattern, Ratio
+from ace_cli.patterns import Pattern
+from ace_cli.phases import Phases
 from ace_cli.plan import Plan, check_disk, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
+from ace_cli.report.assemble import calibration_line, make_report, method_line, summary_of, versions, with_options
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal
 from ace_cli.survey import survey
+from ace_cli.texts import fingerprint
 from ace_cli.work import Work, find_unfinished, locked
-
-
-@dataclasses.dataclass
-class Phases:
-    """Wall seconds and peak memory of the run's phases."""
-
-    clock: Clock
-    memory: dict[str, int] = dataclasses.field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        memory.trim()
-        memory.reset_peak()
-        with self.clock(name):
-            yield
-        self.memory[name] = max(self.memory.get(name, 0), memory.peak())
-
 
 #: Dense perplexities already measured by this process, by model and protocol: a sweep measures the dense model once.
 DenseCache = dict[tuple[str, str, int, str], float]
@@ -89,7 +68,7 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     _check_length(model, config, needs_data)
     _check_not_source(source, config.output_dir)
     check_disk(config.output_dir, plan.disk_bytes)
-    terminal.plan(plan, _method_line(config), _calibration_line(config) if needs_data else "none needed")
+    terminal.plan(plan, method_line(config), calibration_line(config) if needs_data else "none needed")
     if config.dry_run:
         return None
 
@@ -113,7 +92,7 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
         if eval_NL is not None:
             with phases("evaluate"):
                 numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
-        report = _report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+        report = make_report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
         work.close()
@@ -126,8 +105,8 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
 
 def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
     """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
-    choices = {group: _with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
-    versions = _versions()
+    choices = {group: with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
+    found = versions()
     return {
         "model": model.checkpoint.fingerprint(),
         **choices,
@@ -138,7 +117,7 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
         "device": str(model.device),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
-        "versions": {name: versions[name] for name in ("ace-prune", "torch", "transformers")},
+        "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers")},
     }
 
 
@@ -186,7 +165,7 @@ def _prune(
             slots = [
                 manifest_entry(name, shape, recipe.patterns[name], zeros[name]) for name, shape in plan.shapes.items()
             ]
-            summary = _summary(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
+            summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
             card = model_card(config.model.path, command, summary)
             write_metadata(model.checkpoint, work.partial, summary, slots, card, work.digest)
         work.publish()
@@ -231,11 +210,6 @@ def _evaluate(
         raise AceError(f"Perplexity is not finite (dense {dense}, pruned {after}).", "Try dtype=float32.")
     cache[key] = dense
     return facts.Perplexity(dense, after, after / dense, protocol)
-
-
-def fingerprint(ids_NL: Tensor) -> str:
-    """sha256 of token windows."""
-    return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()
 
 
 # --- checks and choices ------------------------------------------------------------------------------------------
@@ -289,164 +263,3 @@ def _quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-# --- words and numbers for the report ----------------------------------------------------------------------------
-
-
-def _options(choice: Any) -> dict[str, Any]:
-    return {name: getattr(value, "value", value) for name, value in vars(choice).items()}
-
-
-def _with_options(group: str, choice: Any) -> str:
-    options = ", ".join(f"{name}={value}" for name, value in _options(choice).items())
-    return name_of(group, choice) + (f" ({options})" if options else "")
-
-
-def _method_line(config: RunConfig) -> str:
-    scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
-    others = [f"{group} {_with_options(group, getattr(config, group))}" for group in ("repair", "allocation")]
-    parts = [_with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
-    return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
-
-
-def _calibration_line(config: RunConfig) -> str:
-    calib = config.calib
-    return f"{calib.n_samples} windows of {calib.seq_len} tokens, {_with_options('calib', calib)}"
-
-
-def _summary(config: RunConfig, command: str, windows_NL: Tensor | None, sparsity: float) -> dict[str, Any]:
-    """The "pruning" entry of config.json."""
-    calibration = "none"
-    if windows_NL is not None:
-        calibration = (
-            f"{name_of('calib', config.calib)}, {windows_NL.shape[0]} x {windows_NL.shape[1]} tokens, seed "
-            f"{config.calib.seed}, sha256 {fingerprint(windows_NL)[:16]}"
-        )
-    return {
-        "tool": f"ace-prune {__version__}",
-        "command": command,
-        "method": name_of("metric", config.metric),
-        "repair": name_of("repair", config.repair),
-        "allocation": name_of("allocation", config.allocation),
-        "permute": config.permute.value,
-        "pattern": str(config.pattern),
-        "sparsity": sparsity,
-        "base_model": config.model.path,
-        "calibration": calibration,
-    }
-
-
-def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work) -> list[str]:
-    slots = [slot for block in blocks for slot in block.slots]
-    warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
-    if work.resumed:
-        warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
-    flat = [slot.name for slot in slots if slot.diagnosis.get("spread", 2.0) < 1.05]
-    if flat:
-        warnings.append(
-            f"{len(flat)} of {len(slots)} weights see activations whose factors differ by less than 5 %: there, "
-            f"{name_of('metric', config.metric)} is magnitude pruning (first: {flat[0]})."
-        )
-    if plan.left_dense:
-        warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
-    return warnings
-
-
-def _report(
-    config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
-    windows_NL: Tensor | None, work: Work, numbers: facts.Perplexity, phases: Phases, inner: Clock,
-) -> facts.Report:  # fmt: skip
-    blocks, folder = work.finished, work.final
-    slots = [slot for block in blocks for slot in block.slots]
-    zeros = {slot["name"]: slot["zeros"] for slot in read_json(folder / MANIFEST)["slots"]}
-    pruned = sum(zeros.values())
-    seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}
-    seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
-    seconds["prune"] -= seconds["write"]
-    now = datetime.datetime.now(datetime.UTC)
-    seconds["total"] = (now - start).total_seconds()
-    tokens = windows_NL.numel() if windows_NL is not None else 0
-    calibration = None
-    if windows_NL is not None:
-        calibration = facts.CalibrationFacts(
-            name_of("calib", config.calib),
-            config.calib.n_samples,
-            config.calib.seq_len,
-            config.calib.seed,
-            tokens,
-            fingerprint(windows_NL),
-        )
-    peaks = {"host": max(phases.memory.values()), "device": 0, **phases.memory}
-    if model.device.type == "cuda":
-        peaks["device"] = torch.cuda.max_memory_allocated(model.device)
-    return facts.Report(
-        command=command,
-        created=start.isoformat(timespec="seconds"),
-        versions=_versions(),
-        hardware=_hardware(model.device),
-        config={"yaml": config.text},
-        model={
-            "path": config.model.path, "folder": plan.model, "architecture": plan.architecture,
-            "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(), "blocks": plan.blocks,
-            "slot_weights": plan.slot_weights, "coverage": plan.coverage, "left_dense": plan.left_dense,
-        },
-        method={
-            "metric": name_of("metric", config.metric), "metric_options": _options(config.metric),
-            "repair": name_of("repair", config.repair), "repair_options": _options(config.repair),
-            "allocation": name_of("allocation", config.allocation),
-            "allocation_options": _options(config.allocation), "pattern": str(config.pattern),
-            "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
-            "propagate": config.propagate.value, "permute": config.permute.value,
-            "device": plan.device, "dtype": plan.dtype,
-        },
-        calibration=calibration,
-        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
-        perplexity=numbers,
-        seconds=seconds,
-        phases=dict(inner.seconds),
-        tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
-        peak_memory_bytes=peaks,
-        bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(folder).file_bytes},
-        checkpoint=str(folder),
-        slots=[
-            {
-                **dataclasses.asdict(slot),
-                "zeros": zeros[slot.name],
-                "sparsity": zeros[slot.name] / (slot.shape[0] * slot.shape[1]),
-            }
-            for slot in slots
-        ],
-        blocks=[{"name": block.name, "seconds": block.seconds} for block in blocks],
-        warnings=_warnings(config, blocks, plan, work),
-    )  # fmt: skip
-
-
-def _versions() -> dict[str, str]:
-    names = ("torch", "transformers", "datasets", "safetensors", "hydra-core", "numpy")
-    return {
-        "ace-prune": __version__,
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
-    }
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "machine": platform.machine(),
-        "system": f"{platform.system()} {platform.release()}",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": psutil.virtual_memory().total,
-        **({"gpu": gpu} if gpu else {}),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")

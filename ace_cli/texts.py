@@ -5,6 +5,7 @@ Shared by calibration and evaluation.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -150,3 +151,8 @@ def consecutive_windows(text: str, tokenizer: Any, length: int, limit: int | Non
             "Lower eval.seq_len or give more text.",
         )
     return torch.as_tensor(ids[: count * length].view(count, length)[:limit].clone())
+
+
+def fingerprint(ids_NL: Tensor) -> str:
+    """sha256 of token windows."""
+    return hashlib.sha256(ids_NL.numpy().tobytes()).hexdigest()

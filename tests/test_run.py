@@ -240,7 +240,7 @@ def test_a_finished_checkpoint_is_only_evaluated(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ended between the checkpoint and its report."""
-    monkeypatch.setattr("ace_cli.run._report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("ace_cli.run.make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_here(llama, tmp_path / "out", "metric=wanda")
     monkeypatch.undo()

@@ -1,0 +1,206 @@
+"""What is known at the end of a run -> its report; and the words that the plan, the report and the model card share."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from ace_cli import __version__
+from ace_cli.clock import Clock
+from ace_cli.config import RunConfig
+from ace_cli.engine import BlockFacts, SlotFacts
+from ace_cli.model.files import Checkpoint, read_json
+from ace_cli.model.pruned import MANIFEST
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.patterns import Ratio
+from ace_cli.phases import Phases
+from ace_cli.plan import Plan
+from ace_cli.registry import name_of
+from ace_cli.report import facts
+from ace_cli.texts import fingerprint
+
+if TYPE_CHECKING:
+    from ace_cli.work import Work
+
+
+def make_report(
+    config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
+    windows_NL: Tensor | None, work: Work, numbers: facts.Perplexity, phases: Phases, inner: Clock,
+) -> facts.Report:  # fmt: skip
+    """The report of a run whose checkpoint is in place; ``inner`` holds the phases inside pruning and writing."""
+    slots = [slot for block in work.finished for slot in block.slots]
+    zeros = {slot["name"]: slot["zeros"] for slot in read_json(work.final / MANIFEST)["slots"]}
+    pruned = sum(zeros.values())
+    seconds = _seconds(start, phases, inner)
+    tokens = windows_NL.numel() if windows_NL is not None else 0
+    return facts.Report(
+        command=command,
+        created=start.isoformat(timespec="seconds"),
+        versions=versions(),
+        hardware=_hardware(model.device),
+        config={"yaml": config.text},
+        model=_model(config, model, plan),
+        method=_method(config, plan),
+        calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
+        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
+        perplexity=numbers,
+        seconds=seconds,
+        phases=dict(inner.seconds),
+        tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
+        peak_memory_bytes=_peaks(model.device, phases),
+        bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},
+        checkpoint=str(work.final),
+        slots=[_slot(slot, zeros[slot.name]) for slot in slots],
+        blocks=[{"name": block.name, "seconds": block.seconds} for block in work.finished],
+        warnings=_warnings(config, work.finished, plan, work),
+    )
+
+
+def _seconds(start: datetime.datetime, phases: Phases, inner: Clock) -> dict[str, float]:
+    seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}
+    seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
+    seconds["prune"] -= seconds["write"]
+    seconds["total"] = (datetime.datetime.now(datetime.UTC) - start).total_seconds()
+    return seconds
+
+
+def _model(config: RunConfig, model: StreamedModel, plan: Plan) -> dict[str, Any]:
+    return {
+        "path": config.model.path, "folder": plan.model, "architecture": plan.architecture,
+        "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(), "blocks": plan.blocks,
+        "slot_weights": plan.slot_weights, "coverage": plan.coverage, "left_dense": plan.left_dense,
+    }  # fmt: skip
+
+
+def _method(config: RunConfig, plan: Plan) -> dict[str, Any]:
+    choices: dict[str, Any] = {}
+    for group in ("metric", "repair", "allocation"):
+        choice = getattr(config, group)
+        choices |= {group: name_of(group, choice), f"{group}_options": _options(choice)}
+    return {
+        **choices, "pattern": str(config.pattern),
+        "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
+        "propagate": config.propagate.value, "permute": config.permute.value,
+        "device": plan.device, "dtype": plan.dtype,
+    }  # fmt: skip
+
+
+def _calibration(config: RunConfig, windows_NL: Tensor) -> facts.CalibrationFacts:
+    calib = config.calib
+    return facts.CalibrationFacts(
+        name_of("calib", calib), calib.n_samples, calib.seq_len, calib.seed, windows_NL.numel(), fingerprint(windows_NL)
+    )
+
+
+def _peaks(device: torch.device, phases: Phases) -> dict[str, int]:
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    return {"host": max(phases.memory.values()), "device": on_device, **phases.memory}
+
+
+def _slot(slot: SlotFacts, zeros: int) -> dict[str, Any]:
+    return {**dataclasses.asdict(slot), "zeros": zeros, "sparsity": zeros / (slot.shape[0] * slot.shape[1])}
+
+
+def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work) -> list[str]:
+    slots = [slot for block in blocks for slot in block.slots]
+    warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
+    if work.resumed:
+        warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
+    flat = [slot.name for slot in slots if slot.diagnosis.get("spread", 2.0) < 1.05]
+    if flat:
+        warnings.append(
+            f"{len(flat)} of {len(slots)} weights see activations whose factors differ by less than 5 %: there, "
+            f"{name_of('metric', config.metric)} is magnitude pruning (first: {flat[0]})."
+        )
+    if plan.left_dense:
+        warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
+    return warnings
+
+
+def versions() -> dict[str, str]:
+    """Of this tool, Python and the libraries that decide results."""
+    names = ("torch", "transformers", "datasets", "safetensors", "hydra-core", "numpy")
+    return {
+        "ace-prune": __version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in names},
+    }
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "machine": platform.machine(),
+        "system": f"{platform.system()} {platform.release()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        **({"gpu": gpu} if gpu else {}),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+# --- words --------------------------------------------------------------------------------------------------------
+
+
+def _options(choice: Any) -> dict[str, Any]:
+    return {name: getattr(value, "value", value) for name, value in vars(choice).items()}
+
+
+def with_options(group: str, choice: Any) -> str:
+    """A choice as the plan names it: "varp (norm=share, form=norms, wpow=1)"."""
+    options = ", ".join(f"{name}={value}" for name, value in _options(choice).items())
+    return name_of(group, choice) + (f" ({options})" if options else "")
+
+
+def method_line(config: RunConfig) -> str:
+    """Metric, pattern, repair, allocation and orders in one line."""
+    scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
+    others = [f"{group} {with_options(group, getattr(config, group))}" for group in ("repair", "allocation")]
+    parts = [with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
+    return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
+
+
+def calibration_line(config: RunConfig) -> str:
+    """The windows asked for, in one line."""
+    calib = config.calib
+    return f"{calib.n_samples} windows of {calib.seq_len} tokens, {with_options('calib', calib)}"
+
+
+def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, sparsity: float) -> dict[str, Any]:
+    """The "pruning" entry of config.json."""
+    calibration = "none"
+    if windows_NL is not None:
+        calibration = (
+            f"{name_of('calib', config.calib)}, {windows_NL.shape[0]} x {windows_NL.shape[1]} tokens, seed "
+            f"{config.calib.seed}, sha256 {fingerprint(windows_NL)[:16]}"
+        )
+    return {
+        "tool": f"ace-prune {__version__}",
+        "command": command,
+        "method": name_of("metric", config.metric),
+        "repair": name_of("repair", config.repair),
+        "allocation": name_of("allocation", config.allocation),
+        "permute": config.permute.value,
+        "pattern": str(config.pattern),
+        "sparsity": sparsity,
+        "base_model": config.model.path,
+        "calibration": calibration,
+    }
