@@ -27,7 +27,7 @@ from ace_cli.repair.base import Repair
 
 
 class Dtype(Enum):
-    """The dtype of computation. auto: float32 on a CPU, the stored dtype elsewhere."""
+    """The dtype of computation. auto: the stored one; float32 on a CPU without units for it."""
 
     auto = "auto"
     float32 = "float32"

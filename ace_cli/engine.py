@@ -105,8 +105,11 @@ def prune(
             with clock("write"):
                 _check(written)
             trimmer()
+            with clock("mask"):
+                weights = job.take_weights()
             facts = BlockFacts(index, block.name, job.facts, sum(clock.seconds.values()) - before)
-            written = background.submit(_write_block, writer, block, job.take_weights(), facts, on_disk)
+            written = background.submit(_write_block, writer, block, weights, facts, on_disk)
+            del weights
             yield facts
         with clock("write"):
             _check(written)
@@ -157,6 +160,7 @@ class _BlockJob:
         self._weights: dict[str, Tensor] = {}
         self._links: dict[str, Link] = {}  # by the consumer's slot
         self._orders: dict[str, Tensor] = {}
+        self._finite = FiniteChecks(self.model.device)
         self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
 
     def permutable(self, links: list[Link]) -> None:
@@ -186,9 +190,15 @@ class _BlockJob:
                     advance(self.model, self.index, self.batches)
 
     def take_weights(self) -> dict[str, Tensor]:
-        """Slot name -> pruned weight as it is stored, on the CPU; handed over once."""
+        """Slot name -> pruned weight as it is stored, on the CPU; handed over once.
+
+        Here, once a block, a device is waited for: until now nothing has looked at what it computes.
+        """
+        self._finite.settle()
+        for fact in self.facts:
+            fact.diagnosis.update((name, float(value)) for name, value in fact.diagnosis.items())
         weights, self._weights = self._weights, {}
-        return weights
+        return {name: weight.cpu() for name, weight in weights.items()}
 
     # --- sublayer order ------------------------------------------------------------------------------------------
 
@@ -243,7 +253,7 @@ class _BlockJob:
             out_BLH = self.model.forward(self.index, batch)
         except _Stop:
             return None
-        check_finite(out_BLH, f"the output of {self.block.name}")
+        self._finite.expect(out_BLH, f"the output of {self.block.name}")
         return out_BLH
 
     def _watch(self, slot: Slot, x: Tensor, y: Tensor) -> None:
@@ -281,12 +291,11 @@ class _BlockJob:
         tokens = max((statistic.tokens for statistic in seen), default=0)
         with self.clock("score"):
             dense_OI = _stored_weight(self.model, slot)
-            check_finite(dense_OI, slot.name)
             if metric.needs() and not tokens:
                 raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
             score_OI = metric.score(dense_OI, seen)
-            check_finite(score_OI, f"the score of {slot.name}")
-        diagnosis = metric.diagnose(seen)
+            self._finite.expect(score_OI, f"{slot.name} or the score of its weights")
+        diagnosis: dict[str, Any] = {**metric.diagnose(seen)}
         with self.clock("permute"):
             order_I = self._order(slot, score_OI)
             if order_I is not None:
@@ -306,7 +315,7 @@ class _BlockJob:
             stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
             slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
-            self._weights[slot.name] = new_OI.cpu()
+            self._weights[slot.name] = new_OI
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
         seconds = time.perf_counter() - start
@@ -335,11 +344,11 @@ class Observer:
         due = [statistic for statistic in seen if statistic.needs_output or not follows]
         if not due:
             return
-        x_TI = x.reshape(-1, x.shape[-1]).float()
+        x_TI = x.reshape(-1, x.shape[-1])
         y_TO = x_TI
         if any(statistic.needs_output for statistic in due):
             y = output()
-            y_TO = y.reshape(-1, y.shape[-1]).float()
+            y_TO = y.reshape(-1, y.shape[-1])
         for statistic in due:
             statistic.update(x_TI, y_TO, slot.weight_OI)
 
@@ -391,8 +400,36 @@ def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
 
 
+class FiniteChecks:
+    """Expects tensors without NaN or Inf. On a CPU a fault is raised at once; a device is asked once, by ``settle``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._at_once = device.type == "cpu"
+        self._expected: list[tuple[Tensor, str]] = []
+
+    def expect(self, values: Tensor, what: str) -> None:
+        """Note ``values``; ``what`` names them in the error."""
+        if self._at_once:
+            check_finite(values, what)
+        else:
+            self._expected.append((values.isfinite().all(), what))
+
+    def settle(self) -> None:
+        """Raise AceError for the first tensor that was not finite."""
+        if self._expected:
+            finite = torch.stack([flag for flag, _ in self._expected]).tolist()
+            for fine, (_, what) in zip(finite, self._expected, strict=True):
+                if not fine:
+                    _refuse(what)
+        self._expected.clear()
+
+
 def check_finite(values: Tensor, what: str) -> None:
-    """A sum in float64 is finite only if every value is: one pass, no temporary."""
-    if not bool(values.sum(dtype=torch.float64).isfinite()):
-        hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
-        raise AceError(f"NaN or Inf in {what}.", hint)
+    """AceError unless every value is finite. Their sum tells, but for one of finite values that overflows."""
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        _refuse(what)
+
+
+def _refuse(what: str) -> None:
+    hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
+    raise AceError(f"NaN or Inf in {what}.", hint)

@@ -1,4 +1,4 @@
-"""Which weights stay: scores -> keep. Exact counts, stable ties, the same choice on every device.
+"""Which weights stay: what a sparsity means, how many weights it takes, whether a weight obeys it.
 
 Shapes: O outputs, I inputs, G groups. Among equal scores the weight with the smaller index is pruned first: exactly
 "sort ascending and stably, prune the first k".
@@ -14,12 +14,10 @@ from math import floor
 from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
+from ace_cli.selection import keep_largest, keep_n_of_m
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: Rows are handled in chunks of about this many scores, so that intermediates stay in the processor's caches.
-_CHUNK = 1 << 18
 
 
 class Scope(Enum):
@@ -66,13 +64,8 @@ class Ratio(Pattern):
         return rows * floor(columns * self.p) if self.scope is Scope.row else floor(rows * columns * self.p)
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        import torch
-
-        if self.scope is Scope.layer:
-            flat_1N = score_OI.reshape(1, -1)
-            return _keep_largest(flat_1N, floor(flat_1N.shape[1] * self.p)).view_as(score_OI)
-        k = floor(score_OI.shape[1] * self.p)
-        return torch.cat([_keep_largest(chunk_RI, k) for chunk_RI in _row_chunks(score_OI)])
+        compared_RN = score_OI.reshape(1, -1) if self.scope is Scope.layer else score_OI
+        return keep_largest(compared_RN, floor(compared_RN.shape[1] * self.p)).view(score_OI.shape)
 
     def violation(self, weight_OI: Tensor) -> str | None:
         if self.scope is Scope.layer:
@@ -108,30 +101,7 @@ class NofM(Pattern):
         return rows * columns * (self.m - self.n) // self.m
 
     def keep(self, score_OI: Tensor) -> Tensor:
-        import torch
-
-        groups = self._keep_groups if self.m <= 8 else self._keep_groups_sorted
-        return torch.cat([groups(chunk_RI.reshape(-1, self.m)).view_as(chunk_RI) for chunk_RI in _row_chunks(score_OI)])
-
-    def _keep_groups(self, score_GM: Tensor) -> Tensor:
-        """A weight stays if fewer than n of its group beat it: m (m - 1) / 2 comparisons of whole columns."""
-        import torch
-
-        columns = [column_G.contiguous() for column_G in score_GM.unbind(1)]
-        beaten_by: list[Tensor | int] = [0] * self.m
-        for i in range(self.m):
-            for j in range(i + 1, self.m):
-                later_wins_G = columns[j] >= columns[i]
-                beaten_by[i] = later_wins_G.byte() + beaten_by[i]
-                beaten_by[j] = (~later_wins_G).byte() + beaten_by[j]
-        return torch.stack([torch.as_tensor(count_G) < self.n for count_G in beaten_by], dim=1)
-
-    def _keep_groups_sorted(self, score_GM: Tensor) -> Tensor:
-        """The same by a stable sort, cheaper where m is large."""
-        import torch
-
-        order_GM = score_GM.sort(dim=1, stable=True).indices[:, : self.m - self.n]
-        return score_GM.new_ones(score_GM.shape, dtype=torch.bool).scatter_(1, order_GM, False)
+        return keep_n_of_m(score_OI, self.n, self.m)
 
     def violation(self, weight_OI: Tensor) -> str | None:
         nonzero_GM = (weight_OI != 0).short().reshape(-1, self.m)
@@ -169,41 +139,8 @@ def parse_sparsity(value: object, scope: Scope) -> Pattern:
     return Ratio(p, scope)
 
 
-def _keep_largest(score_RN: Tensor, k: int) -> Tensor:
-    """bool (R, N): all but the k smallest of each row, ties by index."""
-    import torch
-
-    if k == 0:
-        return score_RN.new_ones(score_RN.shape, dtype=torch.bool)
-    threshold_R1 = _kth_smallest(score_RN, k)
-    keep_RN = score_RN > threshold_R1
-    short_R = score_RN.shape[1] - k - _count_true(keep_RN)
-    if bool((tied := short_R > 0).any()):  # several weights share the threshold: the last of them stay
-        equal_RN = score_RN[tied] == threshold_R1[tied]
-        from_the_end_RN = equal_RN.flip(1).cumsum(1).flip(1)
-        keep_RN[tied] |= equal_RN & (from_the_end_RN <= short_R[tied, None])
-    return keep_RN
-
-
-def _kth_smallest(score_RN: Tensor, k: int) -> Tensor:
-    """The k-th smallest of each row, (R, 1): an order statistic, so any exact algorithm gives the same."""
-    if score_RN.device.type != "cpu":
-        return score_RN.kthvalue(k, dim=1, keepdim=True).values
-    import numpy as np
-
-    # introselect with vector instructions: four times faster than torch's kthvalue, fourteen than a stable sort
-    kth_R = np.partition(score_RN.numpy(), k - 1, axis=1)[:, k - 1]
-    return score_RN.new_tensor(kth_R)[:, None]
-
-
 def _count_true(flag_RN: Tensor) -> Tensor:
     """How many are true in each row, int32 (R,); twice as fast as a sum of bools."""
     import torch
 
     return flag_RN.view(torch.uint8).sum(1, dtype=torch.int32)
-
-
-def _row_chunks(score_OI: Tensor) -> tuple[Tensor, ...]:
-    import torch
-
-    return torch.split(score_OI, max(1, _CHUNK // score_OI.shape[1]))

@@ -85,7 +85,7 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     with locked(config.output_dir), terminal.logging_to(config.output_dir / "run.log"):
         terminal.say(f"$ {command}")
         work = Work(config.output_dir, identity)
-        inner = Clock(phases.clock.synchronise)
+        inner = Clock()  # without waiting for a device: what it still computes counts where its result is needed
         with phases("prune"):
             _prune(config, model, windows_NL, work, inner, terminal, command, plan)
         numbers = facts.Perplexity()
@@ -229,11 +229,16 @@ def _device(name: str) -> torch.device:
 def _dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
     if choice is not Dtype.auto:
         return getattr(torch, choice.value)  # type: ignore[no-any-return]
-    if device.type == "cpu":
+    if device.type == "cpu" and not _has_bfloat16_units():
         return torch.float32
-    stored = {"F16": torch.float16, "BF16": torch.bfloat16}
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16} if device.type != "cpu" else {"BF16": torch.bfloat16}
     kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
     return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def _has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones; without such units it is slower."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _check_not_source(source: Checkpoint, output_dir: Path) -> None:

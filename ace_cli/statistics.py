@@ -24,7 +24,10 @@ class Statistic:
     tokens = 0
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        """Add T tokens: inputs (T, I) and outputs (T, O) with bias, both float32; the slot's weight (O, I)."""
+        """Add T tokens: inputs (T, I), outputs (T, O) with bias and the slot's weight (O, I), in the compute dtype.
+
+        What is summed is at least float32.
+        """
         raise NotImplementedError
 
     def reordered(self, order_I: Tensor) -> Self:
@@ -72,6 +75,19 @@ class Seen:
                 self._state[wanted] = statistic
 
 
+#: Values worked on at a time on a CPU: what is made of them stays in its caches.
+_PIECE = 1 << 16
+
+
+def _pieces(x_TI: Tensor) -> Iterator[Tensor]:
+    """Some tokens at a time, float32."""
+    import torch
+
+    tokens = max(1, _PIECE // x_TI.shape[1]) if x_TI.device.type == "cpu" else len(x_TI)
+    for piece_TI in torch.split(x_TI, max(1, tokens)):
+        yield piece_TI.float()
+
+
 @dataclass(unsafe_hash=True)
 class SecondMoment(Statistic):
     """``total_I`` = sum over tokens of x_tj^2, float64 (I,). Wanda's statistic."""
@@ -79,9 +95,10 @@ class SecondMoment(Statistic):
     total_I: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        total_I = x_TI.square().sum(0).double()
-        self.total_I = total_I if not self.tokens else self.total_I + total_I
-        self.tokens += len(x_TI)
+        for piece_TI in _pieces(x_TI):
+            total_I = piece_TI.square().sum(0).double()
+            self.total_I = total_I if not self.tokens else self.total_I + total_I
+            self.tokens += len(piece_TI)
 
     @property
     def mean_I(self) -> Tensor:
@@ -103,16 +120,16 @@ class SquareMoments(Statistic):
     above_one: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        v_TI = x_TI.square()
-        above = (v_TI >= 1).sum()
-        first_I, second_I = v_TI.sum(0).double(), v_TI.square().sum(0).double()
-        largest = v_TI.max()
-        if not self.tokens:
-            self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
-        else:
-            self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
-            self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
-        self.tokens += len(x_TI)
+        for piece_TI in _pieces(x_TI):
+            v_TI = piece_TI.square()
+            above, largest = (v_TI >= 1).sum(), v_TI.max()
+            first_I, second_I = v_TI.sum(0).double(), v_TI.square_().sum(0).double()
+            if not self.tokens:
+                self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
+            else:
+                self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
+                self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
+            self.tokens += len(piece_TI)
 
 
 @dataclass(unsafe_hash=True)
@@ -126,13 +143,14 @@ class ShareMoments(Statistic):
     second_I: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        square_TI = x_TI.square()
-        size_T1 = square_TI.sum(1, keepdim=True)
-        u_TI = square_TI / size_T1.masked_fill(size_T1 == 0, float("inf"))
-        first_I, second_I = u_TI.sum(0).double(), u_TI.square().sum(0).double()
-        self.first_I = first_I if not self.tokens else self.first_I + first_I
-        self.second_I = second_I if not self.tokens else self.second_I + second_I
-        self.tokens += len(x_TI)
+        for piece_TI in _pieces(x_TI):
+            square_TI = piece_TI.square()
+            size_T1 = square_TI.sum(1, keepdim=True)
+            u_TI = square_TI.div_(size_T1.masked_fill_(size_T1 == 0, float("inf")))
+            first_I, second_I = u_TI.sum(0).double(), u_TI.square_().sum(0).double()
+            self.first_I = first_I if not self.tokens else self.first_I + first_I
+            self.second_I = second_I if not self.tokens else self.second_I + second_I
+            self.tokens += len(piece_TI)
 
 
 @dataclass(unsafe_hash=True)
@@ -145,7 +163,7 @@ class TokenSquares(Statistic):
     _chunks_TI: list[Tensor] = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        self._chunks_TI = [*(self._chunks_TI if self.tokens else []), x_TI.square()]
+        self._chunks_TI = [*(self._chunks_TI if self.tokens else []), x_TI.float().square()]
         self.tokens += len(x_TI)
 
     @property
@@ -176,6 +194,7 @@ class CosineTerm(Statistic):
     needs_output = True
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        x_TI, y_TO = x_TI.float(), y_TO.float()
         A_T1 = y_TO.square().sum(1, keepdim=True)
         largest_T1 = x_TI.square().sum(1, keepdim=True) * weight_OI.float().square().sum()
         has_direction = ((1e-12 * largest_T1 < A_T1) & (A_T1 > 0)).squeeze(1)
@@ -219,6 +238,7 @@ class Gram(Statistic):
         return other
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        x_TI = x_TI.float()
         total_II = x_TI.T @ x_TI
         self.total_II = total_II if not self.tokens else self.total_II.add_(total_II)
         self.tokens += len(x_TI)

@@ -8,7 +8,7 @@ from math import floor
 import pytest
 import torch
 
-from ace_cli import patterns
+from ace_cli import patterns, selection
 from ace_cli.errors import AceError
 from ace_cli.patterns import NofM, Ratio, Scope, parse_sparsity
 
@@ -81,17 +81,28 @@ def test_n_of_m(kind: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 24, 25, 49, 10_000])
 def test_row_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int) -> None:
     """24 columns: chunks of less than a row, one row, two rows and a bit, more than all."""
-    monkeypatch.setattr(patterns, "_CHUNK", chunk)
+    monkeypatch.setattr(selection, "_CHUNK", chunk)
     score_OI = SCORES[kind](11, 24)
     assert torch.equal(Ratio(Fraction(1, 2)).keep(score_OI), reference_ratio(score_OI, Fraction(1, 2)))
     assert torch.equal(NofM(2, 4).keep(score_OI), reference_groups(score_OI, 2, 4))
     assert torch.equal(NofM(5, 12).keep(score_OI), reference_groups(score_OI, 5, 12))
 
 
+@pytest.mark.parametrize("kind", SCORES)
+def test_devices_choose_as_the_cpu_does(kind: str) -> None:
+    """The same functions on torch tensors: what runs where the scores are not in a CPU's memory."""
+    score_RN = SCORES[kind](7, 96)
+    for k in (1, 29, 95):
+        keep_RN = selection._without_smallest(score_RN, k)
+        assert torch.equal(keep_RN, reference_ratio(score_RN, Fraction(k, 96)))
+    for n, m in ((2, 4), (3, 8), (5, 12)):
+        assert torch.equal(selection._beating_all_but(score_RN, n, m), reference_groups(score_RN, n, m))
+
+
 def test_more_scores_than_one_chunk() -> None:
     """The real chunk size, with a last chunk of a single row and ties across its border."""
     columns = 1 << 14
-    rows = patterns._CHUNK // columns + 1
+    rows = selection._CHUNK // columns + 1
     score_OI = (random_scores(rows, columns) * 1000).round()
     keep_OI = Ratio(Fraction(1, 2)).keep(score_OI)
     order_OI = score_OI.sort(dim=1, stable=True).indices[:, : columns // 2]

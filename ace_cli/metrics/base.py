@@ -37,6 +37,9 @@ class Metric:
         """The repair that belongs to this metric, given the one asked for."""
         return repair
 
-    def diagnose(self, seen: Seen) -> dict[str, float]:
-        """Numbers about one slot's statistics that show when the metric does not do what its name says."""
+    def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
+        """Numbers about one slot's statistics that show when the metric does not do what its name says.
+
+        Tensors of one element are read when the block is done: until then no device is waited for.
+        """
         return {}

@@ -75,13 +75,13 @@ def _normalised(norm: Norm, v_TI: Tensor) -> Tensor:
     return v_TI / (size_T1 + lam).clamp(min=1e-30)
 
 
-def diagnosis(norm: Norm, form: Form, seen: Seen) -> dict[str, float]:
+def diagnosis(norm: Norm, form: Form, seen: Seen) -> dict[str, Tensor | float]:
     """``spread``: largest over median f_j; near 1 the metric is magnitude pruning. ``above_one``: share of |x| >= 1."""
     factor_I = variance_factor(norm, form, seen)
-    facts = {"spread": float(factor_I.max() / factor_I.median().clamp(min=1e-300))}
+    facts: dict[str, Tensor | float] = {"spread": factor_I.max() / factor_I.median().clamp(min=1e-300)}
     for statistic in seen:
         if isinstance(statistic, SquareMoments):
-            facts["above_one"] = float(statistic.above_one / (statistic.tokens * len(statistic.first_I)))
+            facts["above_one"] = statistic.above_one / (statistic.tokens * len(statistic.first_I))
     return facts
 
 
@@ -110,7 +110,7 @@ class VarP(Metric):
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         return weight_OI.abs() ** self.wpow * variance_factor(self.norm, self.form, seen).float()
 
-    def diagnose(self, seen: Seen) -> dict[str, float]:
+    def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)
 
 
@@ -131,5 +131,5 @@ class RIAVarP(Metric):
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         return relative_weight(weight_OI) * variance_factor(self.norm, self.form, seen).float()
 
-    def diagnose(self, seen: Seen) -> dict[str, float]:
+    def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)

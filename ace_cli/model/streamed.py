@@ -114,8 +114,14 @@ class StreamedModel:
                 yield batch
 
     def read(self, block: Block) -> dict[str, Tensor]:
-        """The block's tensors by parameter name, as stored, on the CPU. May run on another thread."""
-        return {name: self.checkpoint.read(key) for name, key in block.keys.items()}
+        """The block's tensors by parameter name, as stored, on the CPU. May run on another thread.
+
+        For a CUDA device in pinned memory, from where copies do not wait.
+        """
+        tensors = {name: self.checkpoint.read(key) for name, key in block.keys.items()}
+        if self.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
 
     @contextmanager
     def loaded(self, block: Block, tensors: dict[str, Tensor] | None = None) -> Iterator[None]:
@@ -208,8 +214,8 @@ class StreamedModel:
         for name in list(tensors):
             tensor = tensors.pop(name)
             if tensor.is_floating_point():
-                tensor = tensor.to(self.device, self.dtype)
-            _assign(module, name, tensor.to(self.device))
+                tensor = tensor.to(self.device, non_blocking=True).to(self.dtype)
+            _assign(module, name, tensor.to(self.device, non_blocking=True))
 
     @contextmanager
     def _stem_loaded(self, head: bool) -> Iterator[None]:
