@@ -20,8 +20,10 @@ from ace_cli.clock import Clock
 from ace_cli.errors import AceError
 from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
+from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import DTYPES, CheckpointWriter
-from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
+from ace_cli.model.slots import Slot, View
+from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.patterns import NofM, Pattern
 from ace_cli.permutation import Link, LinkFinder, best_order, kept_score, permute
 from ace_cli.propagate import Propagate
@@ -31,13 +33,19 @@ from ace_cli.statistics import Seen, Statistic
 
 @dataclass(frozen=True)
 class Recipe:
-    """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name."""
+    """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name.
+
+    An expert is observed on the tokens routed to it; on all of its layer's if ``all_experts``, or if those routed to it
+    are fewer than ``min_tokens``.
+    """
 
     metric: Metric
     patterns: Mapping[str, Pattern]
     repair: Repair
     propagate: Propagate
     permute: bool = False
+    all_experts: bool = False
+    min_tokens: int = 1
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:
@@ -47,7 +55,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class SlotFacts:
-    """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took."""
+    """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took.
+
+    ``routed``: of an expert, how many of the calibration tokens the model sends to it.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -56,6 +67,7 @@ class SlotFacts:
     diagnosis: dict[str, float]
     notes: list[str]
     seconds: float
+    routed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -131,9 +143,9 @@ def _write_block(
 ) -> None:
     for name, weight in weights.items():
         writer.write(name, weight)
-    writer.copy(sorted(set(block.keys.values()) - weights.keys()))
+    writer.copy(sorted(set(block.files) - weights.keys()))
     weights.clear()
-    writer.sync(block.keys.values())
+    writer.sync(block.files)
     on_disk(facts)
 
 
@@ -161,12 +173,12 @@ class _BlockJob:
         self._links: dict[str, Link] = {}  # by the consumer's slot
         self._orders: dict[str, Tensor] = {}
         self._finite = FiniteChecks(self.model.device)
-        self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.slots})
+        self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.layers})
 
     def permutable(self, links: list[Link]) -> None:
         """Let the inputs of these links' consumers be reordered, where their pattern is N:M and fits."""
         for link in links:
-            name = self.block.keys[f"{link.consumer}.weight"]
+            name = self.block.parts[f"{link.consumer}.weight"][0].key
             pattern = self.recipe.patterns[name]
             if isinstance(pattern, NofM) and link.misfit(pattern) is None:
                 self._links[name] = link
@@ -178,19 +190,10 @@ class _BlockJob:
         elif self.recipe.propagate is Propagate.sublayer:
             self._run_sublayer(last)
         else:
-            dense = self.recipe.propagate is Propagate.dense
-            with self.clock("observe"), hooked(self.block.slots, self._watch, before=False):
-                for batch in self.batches:
-                    out_BLH = self._forward(batch)
-                    if dense:
-                        batch.hidden_BLH = out_BLH
-            self._prune(self.block.slots)
-            if not dense and not last:
-                with self.clock("forward"):
-                    advance(self.model, self.index, self.batches)
+            self._run_whole(last)
 
     def take_weights(self) -> dict[str, Tensor]:
-        """Slot name -> pruned weight as it is stored, on the CPU; handed over once.
+        """File tensor -> its content with pruned weights in it, on the CPU; handed over once.
 
         Here, once a block, a device is waited for: until now nothing has looked at what it computes.
         """
@@ -200,37 +203,74 @@ class _BlockJob:
         weights, self._weights = self._weights, {}
         return {name: weight.cpu() for name, weight in weights.items()}
 
+    # --- block order -----------------------------------------------------------------------------------------------
+
+    def _run_whole(self, last: bool) -> None:
+        """Observe the whole dense block, then prune it."""
+        dense = self.recipe.propagate is Propagate.dense
+        calls: dict[int, list[ExpertCall]] = {}
+
+        def keep(experts: Experts, call: ExpertCall) -> None:
+            calls.setdefault(id(experts), []).append(call)
+
+        with (
+            self.clock("observe"),
+            hooked(self.block.layers, self._watch, before=False),
+            reached(self.block.experts, keep),
+        ):
+            for batch in self.batches:
+                out_BLH = self._forward(batch)
+                if dense:
+                    batch.hidden_BLH = out_BLH
+        self._prune(self.block.layers)
+        for experts in self.block.experts:
+            self._prune_experts(experts, calls.pop(id(experts), []), together=True)
+        if not dense and not last:
+            with self.clock("forward"):
+                advance(self.model, self.index, self.batches)
+
     # --- sublayer order ------------------------------------------------------------------------------------------
 
     def _run_sublayer(self, last: bool) -> None:
         left = list(self.block.slots)
         if len(self.batches) == 1:  # every input is complete when it arrives: prune inside the one forward
 
+            def done(slots: list[Slot]) -> None:
+                left[:] = [slot for slot in left if slot not in slots]
+                if last and not left:
+                    raise _Stop
+
             def prune_now(slot: Slot, x: Tensor) -> Tensor | None:
                 self._note(slot, x)
                 self._prune([slot])
-                left.remove(slot)
-                if last and not left:
-                    raise _Stop
+                done([slot])
                 order_I = self._orders.get(slot.name)  # what made this input ran before it was reordered
                 return None if order_I is None else x[..., order_I]
 
-            with self.clock("observe"), hooked(self.block.slots, prune_now, before=True):
+            def prune_experts_now(experts: Experts, call: ExpertCall) -> None:
+                self._prune_experts(experts, [call])
+                done(experts.slots)
+
+            with (
+                self.clock("observe"),
+                hooked(self.block.layers, prune_now, before=True),
+                reached(self.block.experts, prune_experts_now),
+            ):
                 out_BLH = self._forward(self.batches[0])
                 if out_BLH is not None:
                     self.batches[0].hidden_BLH = out_BLH
         while left:  # several batches: stop each at the first slots not yet pruned
-            group = self._observe_group(left)
-            self._prune(group)
+            group = self._prune_group(left)
             left = [slot for slot in left if slot not in group]
         if len(self.batches) > 1 and not last:
             with self.clock("forward"):
                 advance(self.model, self.index, self.batches)
 
-    def _observe_group(self, left: list[Slot]) -> list[Slot]:
-        """Observe the first slots of ``left`` that the block reaches, those that read one tensor together."""
+    def _prune_group(self, left: list[Slot]) -> list[Slot]:
+        """Observe and prune the first of ``left`` that the block reaches: those that read one tensor, or experts."""
         group: list[Slot] = []
         inputs: list[Tensor] = []
+        calls: list[tuple[Experts, ExpertCall]] = []
 
         def note_first(slot: Slot, x: Tensor) -> None:
             if inputs and inputs[0] is not x:
@@ -240,11 +280,45 @@ class _BlockJob:
                 group.append(slot)
             self._note(slot, x)
 
-        with self.clock("observe"), hooked(left, note_first, before=True):
+        def note_experts(experts: Experts, call: ExpertCall) -> None:
+            if not inputs:
+                calls.append((experts, call))
+            raise _Stop
+
+        names = {slot.name for slot in left}
+        layers = [slot for slot in self.block.layers if slot.name in names]
+        experts_left = [experts for experts in self.block.experts if experts.slots[0].name in names]
+        with self.clock("observe"), hooked(layers, note_first, before=True), reached(experts_left, note_experts):
             for batch in self.batches:
                 inputs.clear()
                 self._forward(batch)
-        return group or left  # slots that no token reaches are refused, by name, when they are pruned
+        if calls:
+            self._prune_experts(calls[0][0], [call for _, call in calls])
+            return calls[0][0].slots
+        self._prune(group or left)  # slots that no token reaches are refused, by name, when they are pruned
+        return group or left
+
+    # --- experts -------------------------------------------------------------------------------------------------
+
+    def _prune_experts(self, experts: Experts, calls: list[ExpertCall], together: bool = False) -> None:
+        """One expert after the other, each from its own tokens: what leads into it, then what leads out of it.
+
+        ``together``: both from what the dense expert computes.
+        """
+        for expert in range(experts.count):
+            routed = experts.tokens(calls, expert)
+            everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
+            stages = experts.stages(expert)
+            for stage in [[slot for slots in stages for slot in slots]] if together else stages:
+                observer = Observer({slot.name: Seen(self.recipe.wanted) for slot in stage})
+
+                def note(slot: Slot, x: Tensor, observer: Observer = observer) -> None:
+                    observer.update(slot, x, lambda: slot.output(x))
+
+                with self.clock("observe"):
+                    for call in calls:
+                        experts.show(call, expert, everyone, stage, note)
+                self.facts += [self._prune_slot(slot, observer.seen[slot.name], routed) for slot in stage]
 
     # --- shared --------------------------------------------------------------------------------------------------
 
@@ -260,7 +334,7 @@ class _BlockJob:
         self._observer.update(slot, x, lambda: y)
 
     def _note(self, slot: Slot, x: Tensor) -> None:
-        self._observer.update(slot, x, lambda: slot.module.forward(x))
+        self._observer.update(slot, x, lambda: slot.output(x))
 
     def _prune(self, slots: list[Slot]) -> None:
         for slot in slots:
@@ -272,10 +346,11 @@ class _BlockJob:
     def _reorder_producers(self, link: Link, order_I: Tensor) -> None:
         """The rows of the producers, loaded and as they will be written; biases are written because of this."""
         with self.clock("permute"):
+            slots = {slot.name: slot for slot in self.block.slots}
             for name, order_O in permute(self.block, link, order_I, columns=False).items():
-                key = self.block.keys[name]
-                stored = self._weights[key] if key in self._weights else self.model.checkpoint.read(key)
-                self._weights[key] = stored[order_O]
+                key = self.block.parts[name][0].key
+                rows = slots[key].in_file(self._stored(key)) if key in slots else self._stored(key)
+                rows.copy_(rows[order_O])
 
     def _order(self, slot: Slot, score_OI: Tensor) -> Tensor | None:
         """The order of the inputs that keeps more of the score; None to leave them as they are."""
@@ -285,12 +360,31 @@ class _BlockJob:
         order_I = best_order(score_OI, self._links[slot.name].channels_RWC, pattern)
         return None if torch.equal(order_I, order_I.sort().values) else order_I
 
-    def _prune_slot(self, slot: Slot, seen: Seen) -> SlotFacts:
+    def _stored(self, key: str) -> Tensor:
+        """A tensor of the files that will be written anew, as far as it is known."""
+        if key not in self._weights:
+            self._weights[key] = self.model.checkpoint.read(key).to(self.model.device)
+        return self._weights[key]
+
+    def _store(self, slot: Slot, new_OI: Tensor) -> None:
+        if slot.in_file == View():
+            self._weights[slot.key] = new_OI
+        else:
+            slot.in_file(self._stored(slot.key)).copy_(new_OI)
+
+    def _stored_weight(self, slot: Slot) -> Tensor:
+        """The slot's weight as the file has it, float32 (O, I): read again where the compute dtype has fewer digits."""
+        stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.key].dtype][0])
+        if self.model.dtype in (torch.float32, stored):
+            return slot.weight_OI.float().contiguous()
+        return slot.in_file(self._stored(slot.key)).to(self.model.device, torch.float32).contiguous()
+
+    def _prune_slot(self, slot: Slot, seen: Seen, routed: int | None = None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
         tokens = max((statistic.tokens for statistic in seen), default=0)
         with self.clock("score"):
-            dense_OI = _stored_weight(self.model, slot)
+            dense_OI = self._stored_weight(slot)
             if metric.needs() and not tokens:
                 raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
             score_OI = metric.score(dense_OI, seen)
@@ -312,14 +406,14 @@ class _BlockJob:
             except ArithmeticError as fault:
                 raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         with self.clock("mask"):
-            stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.name].dtype][0])
+            stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.key].dtype][0])
             new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
-            slot.module.weight = nn.Parameter(new_OI.to(self.model.dtype), requires_grad=False)
-            self._weights[slot.name] = new_OI
+            slot.put(new_OI)
+            self._store(slot, new_OI)
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
         seconds = time.perf_counter() - start
-        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds)
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds, routed)
 
 
 @dataclass
@@ -377,18 +471,25 @@ def hooked(slots: list[Slot], function: Callable[..., Tensor | None], before: bo
             handle.remove()
 
 
+@contextmanager
+def reached(layers: list[Experts], function: Callable[[Experts, ExpertCall], None]) -> Iterator[None]:
+    """Call ``function(experts, call)`` before each call of each layer of experts."""
+
+    def hook(experts: Experts) -> Callable[..., None]:
+        return lambda module, args, kwargs: function(experts, experts.call(args, kwargs))
+
+    handles = [experts.module.register_forward_pre_hook(hook(experts), with_kwargs=True) for experts in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
     """Replace the hidden states of ``batches`` by the outputs of loaded block ``index``."""
     for batch in batches:
         batch.hidden_BLH = model.forward(index, batch)
-
-
-def _stored_weight(model: StreamedModel, slot: Slot) -> Tensor:
-    """The slot's weight as the file has it, float32 (O, I): read again where the compute dtype has fewer digits."""
-    dtype = model.checkpoint.tensors[slot.name].dtype
-    if model.dtype in (torch.float32, getattr(torch, DTYPES[dtype][0])):
-        return slot.weight_OI.float()
-    return model.checkpoint.read(slot.name).to(model.device, torch.float32)
 
 
 def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
+from ace_cli.model.slots import Slot
+from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.patterns import NofM
 
 #: Groups of M that are assigned among each other at once; wider slots are split, as in RIA's ``--fast``.
@@ -167,18 +168,20 @@ def permute(block: Block, link: Link, order_I: Tensor, columns: bool = True) -> 
     slots = _by_module(block)
     changed = {}
     for name, order_O in link.row_orders(order_I, {name: slot.shape[0] for name, slot in slots.items()}).items():
-        for leaf, value in list(
-            slots[name].module.named_parameters(recurse=False)
-        ):  # weight and, if there is one, bias
-            _replace(slots[name], leaf, value[order_O.to(value.device)])
+        for leaf in dict(slots[name].module.named_parameters(recurse=False)):  # weight and, if there is one, bias
+            _reorder(slots[name], leaf, order_O, 0)
             changed[f"{name}.{leaf}"] = order_O
     if columns:
-        weight_OI = slots[link.consumer].weight_OI
-        _replace(slots[link.consumer], "weight", weight_OI[:, order_I.to(weight_OI.device)])
+        _reorder(slots[link.consumer], "weight", order_I, 1)
     return changed
 
 
-def _replace(slot: Slot, leaf: str, value: Tensor) -> None:
+def _reorder(slot: Slot, leaf: str, order: Tensor, axis: int) -> None:
+    """Replace a parameter by a reordered copy; ``axis`` counts as in (O, I)."""
+    value = getattr(slot.module, leaf)
+    if slot.in_module.transposed and value.dim() == 2:
+        axis = 1 - axis
+    value = value.index_select(axis, order.to(value.device))
     setattr(slot.module, leaf, nn.Parameter(value, requires_grad=False))
 
 
@@ -334,8 +337,8 @@ class LinkFinder:
 
 
 def _by_module(block: Block) -> dict[str, Slot]:
-    """The slots by their module's name inside the block."""
-    slots = {id(slot.module): slot for slot in block.slots}
+    """The slots that are a layer's whole weight, by their module's name inside the block."""
+    slots = {id(slot.module): slot for slot in block.layers if slot.in_module.rows is None}
     return {name: slots[id(module)] for name, module in block.module.named_modules() if id(module) in slots}
 
 
@@ -385,7 +388,7 @@ class _Noise:
 
 
 @contextmanager
-def _forwards(functions: dict[nn.Linear, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _forwards(functions: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """The modules compute these functions instead of their own."""
     for module, function in functions.items():
         module.__dict__["forward"] = function  # found before the class's own

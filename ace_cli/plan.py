@@ -54,9 +54,9 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
     coverage, left = _coverage(model)
     if coverage < MINIMUM_COVERAGE:
         raise AceError(
-            f"Only {coverage:.0%} of the block weights of {type(model.skeleton).__name__} are nn.Linear; the rest "
+            f"Only {coverage:.0%} of the block weights of {type(model.skeleton).__name__} can be pruned; the rest "
             f"is in {', '.join(left)}.",
-            "This layout is not supported yet.",
+            "Give its class a row in STORED_TRANSPOSED of ace_cli/model/slots.py, or exclude it to leave it dense.",
         )
     if faults := model.faults():
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
@@ -94,17 +94,12 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
-    """Share of the blocks' matrices (two or more dimensions) that are slots, and the names of the others."""
-    slots = {id(slot.module.weight) for block in model.blocks for slot in block.slots}
-    covered, whole, left = 0, 0, set()
-    for block in model.blocks:
-        for name, weight in block.module.named_parameters():
-            if weight.dim() >= 2:
-                whole += weight.numel()
-                covered += weight.numel() if id(weight) in slots else 0
-                if id(weight) not in slots:
-                    left.add(re.sub(r"\.\d+(?=\.)", ".*", f"{block.name}.{name}"))
-    return covered / max(1, whole), sorted(left)
+    """Share of the blocks' matrices that are pruned or left as the user said, and the names of those left, with why."""
+    covered = sum(rows * columns for block in model.blocks for rows, columns in (slot.shape for slot in block.slots))
+    left = {name: left for block in model.blocks for name, left in block.left.items()}
+    chosen = sum(left.count for left in left.values() if left.chosen)
+    names = {f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({left.why})" for name, left in left.items()}
+    return (covered + chosen) / max(1, covered + sum(left.count for left in left.values())), sorted(names)
 
 
 def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
@@ -115,7 +110,7 @@ def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
     """
     entries = model.checkpoint.tensors
     width = model.dtype.itemsize
-    block = max(sum(entries[key].numel for key in block.keys.values()) for block in model.blocks) * width
+    block = max(sum(entries[key].numel for key in block.files) for block in model.blocks) * width
     slots = [slot.shape for block_ in model.blocks for slot in block_.slots]
     largest = max(rows * columns for rows, columns in slots) * 4
     hidden_size = model.skeleton.config.get_text_config().hidden_size

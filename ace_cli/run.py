@@ -19,7 +19,7 @@ from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import count_zeros, manifest_entry, write_metadata
+from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.patterns import Pattern
@@ -144,7 +144,7 @@ def _prune(
                 work.restart()
                 writer = CheckpointWriter(model.checkpoint, work.partial)
             done = len(work.finished)
-            writer.left -= {key for block in model.blocks[:done] for key in block.keys.values()}
+            writer.left -= {key for block in model.blocks[:done] for key in block.files}
         with clock("embed"):
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
         patterns = _allocate(config, model, batches, clock, terminal)
@@ -160,14 +160,14 @@ def _prune(
         with clock("write"):
             writer.finish()
         with clock("verify"):
-            zeros = count_zeros(Checkpoint(work.partial, bare=True), recipe.patterns)
+            slots = [slot for block in model.blocks for slot in block.slots]
+            pruned = {slot.name: Pruned(slot.key, slot.in_file, recipe.patterns[slot.name]) for slot in slots}
+            zeros = count_zeros(Checkpoint(work.partial, bare=True), pruned)
         with clock("write"):
-            slots = [
-                manifest_entry(name, shape, recipe.patterns[name], zeros[name]) for name, shape in plan.shapes.items()
-            ]
+            entries = [manifest_entry(slot, recipe.patterns[slot.name], zeros[slot.name]) for slot in slots]
             summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
             card = model_card(config.model.path, command, summary)
-            write_metadata(model.checkpoint, work.partial, summary, slots, card, work.digest)
+            write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
         work.publish()
     except TransientError:
         raise

@@ -13,7 +13,8 @@ from ace_cli.allocation.base import Allocation
 from ace_cli.engine import Observer, advance, check_finite, hooked
 from ace_cli.errors import AceError
 from ace_cli.memory import Trimmer
-from ace_cli.model.streamed import Batch, Block, Slot, StreamedModel
+from ace_cli.model.slots import Slot
+from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.statistics import Seen
 
 

@@ -26,7 +26,8 @@ from ace_cli.engine import Recipe, prune
 from ace_cli.errors import AceError
 from ace_cli.metrics.wanda import Wanda
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import count_zeros
+from ace_cli.model.pruned import Pruned, count_zeros
+from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
@@ -457,7 +458,8 @@ def test_a_surveyed_model_is_pruned_as_allocated(tiny: Path, tmp_path: Path, rul
     recipe = Recipe(Wanda(), patterns, NoRepair(), Propagate.sublayer)
     assert len(list(prune(model, batches, recipe, writer, Clock()))) == 4
     writer.finish()
-    zeros = count_zeros(Checkpoint(tmp_path, bare=True), patterns)
+    written = {name: Pruned(name, View(), pattern_) for name, pattern_ in patterns.items()}
+    zeros = count_zeros(Checkpoint(tmp_path, bare=True), written)
     smallest = min(rows for block in blocks for rows, _ in block.values())
     assert 0 <= everywhere(pattern, blocks) - sum(zeros.values()) < smallest
     assert sum(zeros.values()) == pruned(patterns, blocks)

@@ -18,8 +18,18 @@ COMMON: dict[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
+MOE: dict[str, Any] = {
+    "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+#: Multi-head latent attention, and a dense first layer.
+LATENT: dict[str, Any] = {
+    "first_k_dense_replace": 1, "kv_lora_rank": 16, "q_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+    "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
+}  # fmt: skip
+
 #: model_type -> what it needs beyond COMMON; None takes a key away.
-FAMILIES: dict[str, dict[str, Any]] = {
+DENSE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
@@ -47,7 +57,26 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "glm": {},
     "nemotron": {},
+    "ministral": {},
+    "exaone4": {"sliding_window": 8},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2, "max_seq_len": 128},
+    "gpt2": {"n_inner": 96},
 }  # fmt: skip
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": MOE,
+    "qwen3_moe": MOE,
+    "olmoe": MOE,
+    "deepseek_v2": {**MOE, **LATENT},
+    "deepseek_v3": {**MOE, **LATENT},
+    "glm4_moe": {**MOE, "first_k_dense_replace": 1},
+    "granitemoe": {"num_local_experts": 4},
+    "phimoe": {"num_local_experts": 4},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 8},
+}  # fmt: skip
+
+FAMILIES = DENSE | EXPERTS
 
 
 def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Path:
@@ -90,7 +119,9 @@ def token_windows(count: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """transformers' own model; fails when a weight is missing or left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, output_loading_info=True, experts_implementation="eager"
+    )
     problems = {name: info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(name)}
     assert not problems, problems
     return model.eval()

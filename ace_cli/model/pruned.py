@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ace_cli.errors import AceError
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
+from ace_cli.model.slots import Slot, View
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "pruning.json"
 
@@ -40,28 +45,46 @@ def write_metadata(
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def manifest_entry(name: str, shape: tuple[int, int], pattern: Pattern, zeros: int) -> dict[str, Any]:
-    """One pruned weight, as pruning.json records it. Ratios are kept exact ("1/2")."""
-    entry: dict[str, Any] = {"name": name, "shape": list(shape), "pattern": str(pattern), "zeros": zeros}
+def manifest_entry(slot: Slot, pattern: Pattern, zeros: int) -> dict[str, Any]:
+    """One pruned weight, as pruning.json records it. Ratios are kept exact ("1/2").
+
+    Where the weight is not the stored tensor as it stands: ``tensor`` is its name, ``expert`` its place in it, and it
+    is stored (inputs, outputs) if ``transposed``.
+    """
+    entry: dict[str, Any] = {"name": slot.name, "shape": list(slot.shape), "pattern": str(pattern), "zeros": zeros}
     if isinstance(pattern, Ratio):
         entry |= {"pattern": str(pattern.p), "scope": pattern.scope.value}
-    return entry
+    if slot.in_file.index is not None:
+        entry |= {"tensor": slot.key, "expert": slot.in_file.index}
+    return entry | ({"transposed": True} if slot.in_file.transposed else {})
 
 
 class Violation(Exception):
     """A stored weight that is not what it should be."""
 
 
-def count_zeros(checkpoint: Checkpoint, patterns: Mapping[str, Pattern]) -> dict[str, int]:
+@dataclass(frozen=True)
+class Pruned:
+    """Where a pruned weight lies in the files, and what it must look like."""
+
+    key: str
+    in_file: View
+    pattern: Pattern
+
+
+def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[str, int]:
     """Re-read every pruned weight: name -> its zeros. Raises Violation at the first that breaks its pattern."""
     zeros = {}
-    for name, pattern in patterns.items():
-        if name not in checkpoint.tensors:
-            raise Violation(f"{name}: not in the checkpoint")
-        weight_OI = checkpoint.read(name)
-        if problem := pattern.violation(weight_OI):
-            raise Violation(f"{name} breaks {pattern}: {problem}")
-        zeros[name] = int((weight_OI == 0).view(-1).byte().sum())
+    last: tuple[str, Tensor] | None = None
+    for name, weight in pruned.items():
+        if weight.key not in checkpoint.tensors:
+            raise Violation(f"{weight.key}: not in the checkpoint")
+        if last is None or last[0] != weight.key:  # one tensor may hold many experts
+            last = (weight.key, checkpoint.read(weight.key))
+        weight_OI = weight.in_file(last[1])
+        if problem := weight.pattern.violation(weight_OI):
+            raise Violation(f"{name} breaks {weight.pattern}: {problem}")
+        zeros[name] = int((weight_OI == 0).reshape(-1).byte().sum())
     return zeros
 
 
@@ -73,14 +96,28 @@ def verify(folder: Path) -> int:
     if not (folder / MANIFEST).is_file():
         raise AceError(f"{folder} has no {MANIFEST}.", "Give the checkpoint folder of an ace-prune run.")
     slots = {slot["name"]: slot for slot in read_json(folder / MANIFEST)["slots"]}
+    pruned = {name: Pruned(slot.get("tensor", name), _view(slot), _pattern(slot)) for name, slot in slots.items()}
     checkpoint = Checkpoint(folder)
     for name, slot in slots.items():
-        if name in checkpoint.tensors and list(checkpoint.tensors[name].shape) != slot["shape"]:
-            raise Violation(f"{name}: shape {list(checkpoint.tensors[name].shape)}, pruned as {slot['shape']}")
-    for name, zeros in count_zeros(checkpoint, {name: _pattern(slot) for name, slot in slots.items()}).items():
+        found = _shape(checkpoint, pruned[name])
+        if found is not None and list(found) != slot["shape"]:
+            raise Violation(f"{name}: shape {list(found)}, pruned as {slot['shape']}")
+    for name, zeros in count_zeros(checkpoint, pruned).items():
         if zeros != slots[name]["zeros"]:
             raise Violation(f"{name}: {zeros:,} zeros, {slots[name]['zeros']:,} were written")
     return len(slots)
+
+
+def _view(slot: dict[str, Any]) -> View:
+    return View(slot.get("expert"), slot.get("transposed", False))
+
+
+def _shape(checkpoint: Checkpoint, weight: Pruned) -> tuple[int, ...] | None:
+    """The stored weight's shape, None if it is not there."""
+    import torch
+
+    entry = checkpoint.tensors.get(weight.key)
+    return weight.in_file.shape_in(torch.empty(entry.shape, device="meta")) if entry else None
 
 
 def _pattern(slot: dict[str, Any]) -> Pattern:

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
+from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.mapping import Conversion, Mapping
+from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
 #: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
@@ -27,31 +30,31 @@ BATCH_BYTES = 512 << 20
 
 
 @dataclass
-class Slot:
-    """One prunable weight, seen as a (O, I) matrix. ``name`` is its name in the checkpoint's files."""
-
-    name: str
-    module: nn.Linear
-
-    @property
-    def weight_OI(self) -> Tensor:
-        """The weight in the compute dtype; on the meta device until its block is loaded."""
-        return self.module.weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, I)."""
-        return self.module.weight.shape[0], self.module.weight.shape[1]
-
-
-@dataclass
 class Block:
-    """A decoder block. ``keys``: parameter name inside the block -> name in the files."""
+    """A decoder block. ``parts``: parameter name inside the block -> the tensors of the files that make it.
+
+    ``slots`` are pruned, ``left`` is not (name in the files -> why); ``experts`` are the layers whose slots no module
+    shows.
+    """
 
     name: str
     module: nn.Module
-    keys: dict[str, str]
+    parts: dict[str, list[Part]]
+    conversions: list[Conversion] = field(default_factory=list)
     slots: list[Slot] = field(default_factory=list)
+    left: dict[str, Left] = field(default_factory=dict)
+    experts: list[Experts] = field(default_factory=list)
+
+    @property
+    def files(self) -> list[str]:
+        """The block's tensors in the files, each once."""
+        plain = [part.key for parts in self.parts.values() for part in parts]
+        return list(dict.fromkeys([*plain, *(key for made in self.conversions for key in made.keys)]))
+
+    @property
+    def layers(self) -> list[Slot]:
+        """The slots whose module is called with their input."""
+        return [slot for slot in self.slots if slot.in_module.index is None]
 
 
 @dataclass
@@ -77,14 +80,18 @@ class StreamedModel:
     Raises AceError when the class is unknown or its blocks cannot be found; ``faults`` tells of missing weights.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, selection: Selection | None = None
+    ) -> None:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint, dtype)
-        self._keys = _file_keys(self.skeleton, checkpoint)
-        self.blocks = self._find_blocks()
+        self._mapping = Mapping(self.skeleton, checkpoint)
+        self.blocks = self._find_blocks(selection or Selection())
         inside = tuple(f"{block.name}." for block in self.blocks)
+        inner = {id(made) for block in self.blocks for made in block.conversions}
+        self._stem_conversions = [made for made in self._mapping.conversions("") if id(made) not in inner]
         self._stem = [name for name in self._state() if not name.startswith(inside)]
         self._returns_tuple = False
         _move_buffers(self.skeleton, device)
@@ -114,13 +121,13 @@ class StreamedModel:
                 yield batch
 
     def read(self, block: Block) -> dict[str, Tensor]:
-        """The block's tensors by parameter name, as stored, on the CPU. May run on another thread.
+        """The block's tensors by their names in the files, as stored, on the CPU. May run on another thread.
 
         For a CUDA device in pinned memory, from where copies do not wait.
         """
-        tensors = {name: self.checkpoint.read(key) for name, key in block.keys.items()}
+        tensors = {key: self.checkpoint.read(key) for key in block.files}
         if self.device.type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+            tensors = {key: tensor.pin_memory() for key, tensor in tensors.items()}
         return tensors
 
     @contextmanager
@@ -129,11 +136,14 @@ class StreamedModel:
 
         Empties ``tensors``: weights converted to the compute dtype are not kept twice.
         """
-        self._fill(block.module, tensors if tensors is not None else self.read(block))
+        tensors = tensors if tensors is not None else self.read(block)
+        for name, parts in block.parts.items():
+            self._fill(block.module, name, parts, tensors)
+        self._convert(block.conversions, tensors)
         try:
             yield
         finally:
-            _empty(block.module, block.keys)
+            _empty(block.module, block.module.state_dict())
 
     def forward(self, index: int, batch: Batch) -> Tensor:
         """Run loaded block ``index`` on the batch: hidden states (B, L, H) out. Call inside inference mode."""
@@ -166,20 +176,16 @@ class StreamedModel:
     def faults(self) -> list[str]:
         """Where the files do not hold what the model needs, one line each."""
         tied = self.skeleton.all_tied_weights_keys
-        faults = []
-        for name, tensor in self._state().items():
-            if name not in self._keys:
-                faults += [f"no weight for {name}"] if name not in tied else []
-            elif (found := self.checkpoint.tensors[self._keys[name]].shape) != tuple(tensor.shape):
-                faults.append(f"{self._keys[name]} is {found} in the file, {tuple(tensor.shape)} in the model")
-        return faults
+        state = self._state()
+        missing = [f"no weight for {name}" for name in state if name not in self._mapping and name not in tied]
+        return missing + self._mapping.misfits(state)
 
     # --- finding the parts -------------------------------------------------------------------------------------
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.skeleton.state_dict(keep_vars=True))
 
-    def _find_blocks(self) -> list[Block]:
+    def _find_blocks(self, selection: Selection) -> list[Block]:
         names = set(self.skeleton._no_split_modules or ())
         lists = [
             (name, module)
@@ -194,28 +200,40 @@ class StreamedModel:
                 "This model family is not supported yet.",
             )
         list_name, modules = lists[0]
-        return [self._block(f"{list_name}.{index}", module) for index, module in enumerate(modules)]
+        blocks = [self._block(f"{list_name}.{index}", module, selection) for index, module in enumerate(modules)]
+        selection.check(name for block in blocks for name in (*(slot.name for slot in block.slots), *block.left))
+        return blocks
 
-    def _block(self, name: str, module: nn.Module) -> Block:
-        keys = {}
-        for inner in module.state_dict():
-            if key := self._keys.get(f"{name}.{inner}"):
-                keys[inner] = key
-        slots = [
-            Slot(keys[f"{inner}.weight"], linear)
-            for inner, linear in module.named_modules()
-            if isinstance(linear, nn.Linear) and f"{inner}.weight" in keys
+    def _block(self, name: str, module: nn.Module, selection: Selection) -> Block:
+        parts = {inner: stored for inner in module.state_dict() if (stored := self._mapping.parts(f"{name}.{inner}"))}
+        found = find_slots(module, parts, selection)
+        stacked = [slot for slot in found.slots if slot.in_module.index is not None]
+        experts = [
+            Experts(holder, [slot for slot in stacked if slot.module is holder])
+            for holder in dict.fromkeys(slot.module for slot in stacked)
         ]
-        return Block(name, module, keys, slots)
+        return Block(name, module, parts, self._mapping.conversions(f"{name}."), found.slots, found.left, experts)
 
     # --- filling and emptying ----------------------------------------------------------------------------------
 
-    def _fill(self, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-        for name in list(tensors):
-            tensor = tensors.pop(name)
-            if tensor.is_floating_point():
-                tensor = tensor.to(self.device, non_blocking=True).to(self.dtype)
-            _assign(module, name, tensor.to(self.device, non_blocking=True))
+    def _fill(self, root: nn.Module, name: str, parts: list[Part], tensors: dict[str, Tensor]) -> None:
+        """Put a parameter together; empties ``tensors`` of what it takes."""
+        if parts[0].place == View():
+            _assign(root, name, self._cast(tensors.pop(parts[0].key)))
+            return
+        whole = torch.empty(root.get_parameter(name).shape, dtype=self.dtype, device=self.device)
+        for part in parts:
+            part.place(whole).copy_(tensors.pop(part.key), non_blocking=True)
+        _assign(root, name, whole)
+
+    def _convert(self, conversions: list[Conversion], tensors: dict[str, Tensor]) -> None:
+        for conversion in conversions:
+            for name, tensor in conversion.run(self.skeleton, tensors).items():
+                _assign(self.skeleton, name, self._cast(tensor))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device, non_blocking=True)
+        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     @contextmanager
     def _stem_loaded(self, head: bool) -> Iterator[None]:
@@ -225,8 +243,12 @@ class StreamedModel:
         names = [name for name in self._stem if not name.startswith(tuple(skipped))]
         tied = dict(self.skeleton.all_tied_weights_keys)
         for name in names:
-            if name in self._keys and name not in tied:
-                self._fill(self.skeleton, {name: self.checkpoint.read(self._keys[name])})
+            if name in self._mapping and name not in tied:
+                parts = self._mapping.parts(name)
+                if parts:
+                    self._fill(self.skeleton, name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
+        for conversion in self._stem_conversions:
+            self._convert([conversion], {key: self.checkpoint.read(key) for key in conversion.keys})
         state = self._state()
         for name in names:
             if name in tied:
@@ -298,7 +320,7 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
@@ -306,21 +328,6 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             "Only causal language models that transformers knows without remote code can be pruned.",
         ) from fault
     return model.eval()
-
-
-def _file_keys(skeleton: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name in the model -> name in the files, by transformers' own renaming rules."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    state = skeleton.state_dict()
-    renamings = [rule for rule in get_model_conversion_mapping(skeleton) if isinstance(rule, WeightRenaming)]
-    keys = {}
-    for key in checkpoint.tensors:
-        name, _ = rename_source_key(key, renamings, [], skeleton.base_model_prefix, state)
-        if name in state:
-            keys[name] = key
-    return keys
 
 
 def _move_buffers(root: nn.Module, device: torch.device) -> None:
