@@ -56,6 +56,8 @@ class Schema:
     scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
     permute: Permute = Permute.none
+    include: Any = None
+    exclude: Any = None
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     keep_checkpoint: bool = True
@@ -76,6 +78,8 @@ class RunConfig:
     pattern: Pattern
     propagate: Propagate
     permute: Permute
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
     device: str
     dtype: Dtype
     keep_checkpoint: bool
@@ -125,6 +129,9 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
     if parts.permute is not Permute.none and isinstance(pattern, Ratio):
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
+    for name in ("include", "exclude"):
+        if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
+            faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")
     if faults or pattern is None:
         raise AceError("; ".join(faults) + ".")
     return RunConfig(
@@ -137,6 +144,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         pattern=pattern,
         propagate=parts.propagate,
         permute=parts.permute,
+        include=_globs(parts.include),
+        exclude=_globs(parts.exclude),
         device=parts.device,
         dtype=parts.dtype,
         keep_checkpoint=parts.keep_checkpoint,
@@ -145,6 +154,11 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         output_dir_given=output_dir_given,
         text=OmegaConf.to_yaml(config),
     )
+
+
+def _globs(value: Any) -> tuple[Any, ...]:
+    """One glob or a list of them."""
+    return () if value is None else tuple(value) if isinstance(value, list) else (value,)
 
 
 def _unknown_options(config: DictConfig) -> list[str]:

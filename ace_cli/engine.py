@@ -310,15 +310,9 @@ class _BlockJob:
             everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
             stages = experts.stages(expert)
             for stage in [[slot for slots in stages for slot in slots]] if together else stages:
-                observer = Observer({slot.name: Seen(self.recipe.wanted) for slot in stage})
-
-                def note(slot: Slot, x: Tensor, observer: Observer = observer) -> None:
-                    observer.update(slot, x, lambda: slot.output(x))
-
                 with self.clock("observe"):
-                    for call in calls:
-                        experts.show(call, expert, everyone, stage, note)
-                self.facts += [self._prune_slot(slot, observer.seen[slot.name], routed) for slot in stage]
+                    seen = observe_expert(experts, expert, stage, calls, everyone, self.recipe.wanted)
+                self.facts += [self._prune_slot(slot, seen[slot.name], routed) for slot in stage]
 
     # --- shared --------------------------------------------------------------------------------------------------
 
@@ -445,6 +439,21 @@ class Observer:
             y_TO = y.reshape(-1, y.shape[-1])
         for statistic in due:
             statistic.update(x_TI, y_TO, slot.weight_OI)
+
+
+def observe_expert(
+    experts: Experts,
+    expert: int,
+    stage: list[Slot],
+    calls: list[ExpertCall],
+    everyone: bool,
+    wanted: tuple[Statistic, ...],
+) -> dict[str, Seen]:
+    """What the slots ``stage`` of one expert see of the tokens routed to it, or of ``everyone``'s; by slot name."""
+    observer = Observer({slot.name: Seen(wanted) for slot in stage})
+    for call in calls:
+        experts.show(call, expert, everyone, stage, lambda slot, x: observer.update(slot, x, lambda: slot.output(x)))
+    return observer.seen
 
 
 @contextmanager

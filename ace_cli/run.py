@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import Dtype, Permute, RunConfig
 from ace_cli.engine import Recipe, prune, replay
@@ -20,6 +22,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
+from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.patterns import Pattern
@@ -59,7 +62,8 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     _quiet_libraries()
     with phases("import"):
         source = open_model(config.model)
-        model = StreamedModel(source, device, _dtype(config.dtype, device, source))
+        selection = Selection(config.include, config.exclude)
+        model = StreamedModel(source, device, _dtype(config.dtype, device, source), selection)
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     needs_data = any(part.needs() for part in (config.metric, config.repair, config.allocation))
     tokens = config.calib.tokens if needs_data else 0
@@ -113,6 +117,8 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
         "sparsity": f"{config.pattern!r}",
         "propagate": config.propagate.value,
         "permute": config.permute.value,
+        "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
+        "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": fingerprint(windows_NL) if windows_NL is not None else "none",
         "device": str(model.device),
         "dtype": str(model.dtype),
@@ -149,7 +155,10 @@ def _prune(
             batches = list(model.batches(windows_NL)) if windows_NL is not None else []
         patterns = _allocate(config, model, batches, clock, terminal)
         permute = config.permute is not Permute.none
-        recipe = Recipe(config.metric, patterns, config.repair, config.propagate, permute)
+        recipe = Recipe(
+            config.metric, patterns, config.repair, config.propagate, permute,
+            config.calib.experts is ExpertTokens.all, config.calib.min_tokens,
+        )  # fmt: skip
         if recipe.wanted and 0 < done < len(model.blocks):
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)

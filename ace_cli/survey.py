@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ace_cli.allocation.base import Allocation
-from ace_cli.engine import Observer, advance, check_finite, hooked
+from ace_cli.engine import Observer, advance, check_finite, hooked, observe_expert, reached
 from ace_cli.errors import AceError
 from ace_cli.memory import Trimmer
+from ace_cli.model.experts import ExpertCall
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.statistics import Seen
@@ -45,17 +46,27 @@ def survey(
 def _observe(model: StreamedModel, index: int, batches: list[Batch], allocation: Allocation) -> dict[str, Seen]:
     """What the block's slots see, while the hidden states move on."""
     block = model.blocks[index]
-    observer = Observer({slot.name: Seen(allocation.needs()) for slot in block.slots})
+    observer = Observer({slot.name: Seen(allocation.needs()) for slot in block.layers})
+    calls: dict[int, list[ExpertCall]] = {}
 
     def watch(slot: Slot, x: Tensor, y: Tensor) -> None:
         observer.update(slot, x, lambda: y)
 
     if allocation.needs():
-        with hooked(block.slots, watch, before=False):
+        with (
+            hooked(block.layers, watch, before=False),
+            reached(block.experts, lambda experts, call: calls.setdefault(id(experts), []).append(call)),
+        ):
             advance(model, index, batches)
         for batch in batches:
             check_finite(batch.hidden_BLH, f"the output of {block.name}")
-    return observer.seen
+    seen = observer.seen
+    for experts in block.experts:
+        for expert in range(experts.count):
+            slots = [slot for stage in experts.stages(expert) for slot in stage]
+            idle = not experts.tokens(calls.get(id(experts), []), expert)  # seen on all tokens rather than on none
+            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, allocation.needs())
+    return seen
 
 
 def _measure(block: Block, seen: dict[str, Seen], allocation: Allocation) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.sampling import CALIBRATION, continue_windows
@@ -14,6 +15,13 @@ if TYPE_CHECKING:
     from ace_cli.model.files import Checkpoint
 
 
+class ExpertTokens(Enum):
+    """Which tokens an expert is observed on."""
+
+    routed = "routed"
+    all = "all"
+
+
 @dataclass
 class Calibration:
     """``n_samples`` token windows of ``seq_len``; the same seed gives the same windows.
@@ -21,6 +29,9 @@ class Calibration:
     ``start_token`` puts the text-start token first in every window, where the tokenizer adds one to every text: a model
     that never saw a text without it is observed as it works. ``continue_to`` lets the model write each window on to
     that length. ``pack`` then lays the windows end to end in rows of that many tokens: fewer first positions.
+
+    ``experts``: an expert of a mixture is observed on the tokens ``routed`` to it, or on ``all``; on all of them, too,
+    where fewer than ``min_tokens`` are routed to it.
     """
 
     n_samples: int = 128
@@ -29,6 +40,8 @@ class Calibration:
     start_token: bool = True
     continue_to: int | None = None
     pack: int | None = None
+    experts: ExpertTokens = ExpertTokens.routed
+    min_tokens: int = 32
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
@@ -37,6 +50,8 @@ class Calibration:
             faults.append(f"calib.n_samples={self.n_samples}: must be at least 1")
         if self.seq_len < 2:
             faults.append(f"calib.seq_len={self.seq_len}: must be at least 2")
+        if self.min_tokens < 1:
+            faults.append(f"calib.min_tokens={self.min_tokens}: must be at least 1")
         if self.seed < 0:
             faults.append(f"calib.seed={self.seed}: must not be negative")
         if self.continue_to is not None and self.continue_to <= self.seq_len:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
+from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import RunConfig
 from ace_cli.engine import BlockFacts, SlotFacts
@@ -120,6 +121,12 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
         warnings.append(
             f"{len(flat)} of {len(slots)} weights see activations whose factors differ by less than 5 %: there, "
             f"{name_of('metric', config.metric)} is magnitude pruning (first: {flat[0]})."
+        )
+    few = [slot.name for slot in slots if slot.routed is not None and slot.routed < config.calib.min_tokens]
+    if few and config.calib.experts is ExpertTokens.routed:
+        warnings.append(
+            f"Fewer than {config.calib.min_tokens} tokens are routed to the experts of {len(few)} of {len(slots)} "
+            f"weights: they were observed on all tokens of their layer (first: {few[0]})."
         )
     if plan.left_dense:
         warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
