@@ -34,9 +34,10 @@ from ace_cli.report.terminal import Terminal
 from ace_cli.survey import survey
 from ace_cli.texts import fingerprint
 from ace_cli.work import Work, find_unfinished, locked
+from ace_cli.zero_shot import harness
 
-#: Dense perplexities already measured by this process, by model and protocol: a sweep measures the dense model once.
-DenseCache = dict[tuple[str, str, int, str], float]
+#: What this process already measured, by model and protocol: a sweep measures the dense model once.
+DenseCache = dict[tuple[Any, ...], Any]
 
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
@@ -77,6 +78,8 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     # before hours of pruning: a missing evaluation text is found now
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
         eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
+    with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
+        tasks = harness.load(config.eval)
 
     identity = _identity(config, model, windows_NL)
     if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):
@@ -92,7 +95,12 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
         if eval_NL is not None:
             with phases("evaluate"):
                 numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+        zero_shot = None
+        if tasks is not None:
+            with phases("evaluate"):
+                zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache)
         report = make_report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+        report.zero_shot = zero_shot
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
         work.close()

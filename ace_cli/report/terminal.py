@@ -12,10 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ace_cli.report.markdown import gigabytes, perplexity_rows, protocol_line
+from ace_cli.report.zero_shot import task_head, task_line, task_rows
 
 if TYPE_CHECKING:
     from ace_cli.plan import Plan
-    from ace_cli.report.facts import Report
+    from ace_cli.report.facts import Report, ZeroShot
 
 
 class Terminal:
@@ -82,6 +83,16 @@ class Terminal:
         else:
             yield
 
+    def tasks(self, zero_shot: ZeroShot) -> None:
+        """The zero-shot scores and their protocol."""
+        table = Table()
+        for number, name in enumerate(task_head(zero_shot)):
+            table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+        for row in task_rows(zero_shot):
+            table.add_row(*row)
+        self.say(table)
+        self.say(task_line(zero_shot))
+
     def result(self, report: Report) -> None:
         """The table and the warnings."""
         table = Table(title_justify="left")
@@ -91,6 +102,8 @@ class Terminal:
             table.add_row(*row)
         self.say(table)
         self.say(protocol_line(report))
+        if report.zero_shot is not None:
+            self.tasks(report.zero_shot)
         seconds, memory = report.seconds, report.peak_memory_bytes
         rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(
