@@ -93,6 +93,24 @@ class ZeroShot:
 
 
 @dataclass
+class TextScores:
+    """Perplexity by model under one protocol."""
+
+    protocol: Protocol
+    models: dict[str, float]
+
+
+@dataclass
+class Comparison:
+    """What ace-eval measured: models side by side. A model stands only under the protocols it was measured by."""
+
+    models: list[str]
+    perplexity: list[TextScores]
+    zero_shot: ZeroShot | None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
 class Report:
     """Everything that is known of a run. Seconds, bytes, and counts of weights unless a name says otherwise."""
 

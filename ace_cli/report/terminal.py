@@ -12,11 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ace_cli.report.markdown import gigabytes, perplexity_rows, protocol_line
-from ace_cli.report.zero_shot import task_head, task_line, task_rows
+from ace_cli.report.zero_shot import (
+    comparison_head,
+    comparison_lines,
+    comparison_rows,
+    task_head,
+    task_line,
+    task_rows,
+)
 
 if TYPE_CHECKING:
     from ace_cli.plan import Plan
-    from ace_cli.report.facts import Report, ZeroShot
+    from ace_cli.report.facts import Comparison, Report, ZeroShot
 
 
 class Terminal:
@@ -85,13 +92,22 @@ class Terminal:
 
     def tasks(self, zero_shot: ZeroShot) -> None:
         """The zero-shot scores and their protocol."""
+        self._scores(task_head(zero_shot), task_rows(zero_shot))
+        self.say(task_line(zero_shot))
+
+    def comparison(self, comparison: Comparison) -> None:
+        """Models side by side, and the protocols."""
+        self._scores(comparison_head(comparison), comparison_rows(comparison))
+        for line in comparison_lines(comparison):
+            self.say(line)
+
+    def _scores(self, head: list[str], rows: list[list[str]]) -> None:
         table = Table()
-        for number, name in enumerate(task_head(zero_shot)):
+        for number, name in enumerate(head):
             table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-        for row in task_rows(zero_shot):
+        for row in rows:
             table.add_row(*row)
         self.say(table)
-        self.say(task_line(zero_shot))
 
     def result(self, report: Report) -> None:
         """The table and the warnings."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ace_cli.report.facts import Score, ZeroShot
+from ace_cli.report.facts import Comparison, Score, ZeroShot
 
 
 def task_head(facts: ZeroShot) -> list[str]:
@@ -20,6 +20,34 @@ def task_rows(facts: ZeroShot) -> list[list[str]]:
     if facts.average:
         rows.append([f"average of {len(facts.tasks)}", "acc", "", *_cells(facts, facts.average)])
     return rows
+
+
+def comparison_head(facts: Comparison) -> list[str]:
+    """The columns of ``comparison_rows``: one for each model."""
+    return ["measure", "metric", "items", *facts.models]
+
+
+def comparison_rows(facts: Comparison) -> list[list[str]]:
+    """A row for each perplexity protocol, then the tasks."""
+    rows = [
+        [
+            text.protocol.dataset, "perplexity", f"{text.protocol.windows} x {text.protocol.seq_len}",
+            *(f"{text.models[name]:.3f}" if name in text.models else "" for name in facts.models),
+        ]
+        for text in facts.perplexity
+    ]  # fmt: skip
+    return rows + (task_rows(facts.zero_shot) if facts.zero_shot else [])
+
+
+def comparison_lines(facts: Comparison) -> list[str]:
+    """The protocols, one line each."""
+    texts = [
+        f"Perplexity on {text.protocol.dataset}: {'all' if text.protocol.all_windows else 'the first'} "
+        f"{text.protocol.windows} windows of {text.protocol.seq_len} tokens without overlap, computed in "
+        f"{text.protocol.dtype}, tokens {text.protocol.fingerprint[:8]}."
+        for text in facts.perplexity
+    ]
+    return texts + ([task_line(facts.zero_shot)] if facts.zero_shot else [])
 
 
 def task_line(facts: ZeroShot) -> str:

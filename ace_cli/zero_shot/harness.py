@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import logging
@@ -27,9 +28,6 @@ LOCAL_TASKS = Path(__file__).parent / "local"
 AVERAGED = "acc"
 #: lm-eval's own seed for choosing examples, for tasks that show any.
 EXAMPLES_SEED = 1234
-
-#: One model's scores: task -> metric -> score.
-Scores = dict[str, dict[str, facts.Score]]
 
 
 @dataclass
@@ -93,20 +91,20 @@ def compare(
 ) -> facts.ZeroShot:
     """The same items by each model, by the models' labels. ``cache`` keeps scores by model and protocol."""
     cache = cache if cache is not None else {}
-    scores: dict[str, Scores] = {}
+    found: list[list[facts.TaskFacts]] = []
     seconds: dict[str, float] = {}
     for label, model in models.items():
-        key = ("tasks", model.checkpoint.fingerprint(), tasks.protocol, f"{model.dtype} {model.device}")
+        key = ("tasks", label, model.checkpoint.fingerprint(), tasks.protocol, f"{model.dtype} {model.device}")
         start = time.perf_counter()
         if key not in cache:
             cache[key] = _measure(tasks, model, terminal, label)
             seconds[label] = time.perf_counter() - start
-        scores[label] = cache[key]
-    names = list(next(iter(scores.values())))
+        found.append(cache[key])
+    merged = [_merged(of_task) for of_task in zip(*found, strict=True)]
     dtypes = sorted({str(model.dtype).removeprefix("torch.") for model in models.values()})
     return facts.ZeroShot(
-        tasks=[_task_facts(tasks, name, scores) for name in names],
-        average=_averages(scores),
+        tasks=merged,
+        average=_averages(merged, list(models)),
         limit=tasks.options.limit,
         dtype=", ".join(dtypes),
         lm_eval=importlib.metadata.version("lm_eval"),
@@ -114,7 +112,8 @@ def compare(
     )
 
 
-def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str) -> Scores:
+def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str) -> list[facts.TaskFacts]:
+    """One model's scores, under its label."""
     from lm_eval.evaluator import evaluate
 
     from ace_cli.zero_shot.streamed_lm import StreamedLM
@@ -124,7 +123,14 @@ def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str)
     scores = {name: _scores(found["results"][name]) for name in tasks.loaded["tasks"]}
     if lost := [name for name, task in scores.items() if not all(math.isfinite(s.value) for s in task.values())]:
         raise AceError(f"{label}: the scores of {', '.join(lost)} are not finite.", "Try dtype=float32.")
-    return scores
+    return [_task_facts(tasks, name, label, of_task) for name, of_task in scores.items()]
+
+
+def _merged(of_task: tuple[facts.TaskFacts, ...]) -> facts.TaskFacts:
+    """The same task by several models."""
+    metrics = of_task[0].scores
+    together = {metric: {k: v for task in of_task for k, v in task.scores[metric].items()} for metric in metrics}
+    return dataclasses.replace(of_task[0], scores=together)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, facts.Score]:
@@ -140,10 +146,9 @@ def _scores(result: dict[str, Any]) -> dict[str, facts.Score]:
     return scores
 
 
-def _task_facts(tasks: Tasks, name: str, scores: dict[str, Scores]) -> facts.TaskFacts:
+def _task_facts(tasks: Tasks, name: str, label: str, scores: dict[str, facts.Score]) -> facts.TaskFacts:
     task = tasks.loaded["tasks"][name]
     items = len({instance.doc_id for instance in task.instances})
-    metrics = list(next(iter(scores.values()))[name])
     return facts.TaskFacts(
         name=name,
         data=_data(tasks, task, name),
@@ -152,7 +157,7 @@ def _task_facts(tasks: Tasks, name: str, scores: dict[str, Scores]) -> facts.Tas
         shots=int(task.get_config("num_fewshot")),
         version=str(task.VERSION),
         fingerprint=_fingerprint(task.instances),
-        scores={metric: {label: model[name][metric] for label, model in scores.items()} for metric in metrics},
+        scores={metric: {label: score} for metric, score in scores.items()},
     )
 
 
@@ -171,13 +176,13 @@ def _fingerprint(instances: list[Any]) -> str:
     return digest.hexdigest()
 
 
-def _averages(scores: dict[str, Scores]) -> dict[str, facts.Score]:
+def _averages(tasks: list[facts.TaskFacts], labels: list[str]) -> dict[str, facts.Score]:
     """The mean of accuracies, by model; empty where a task has none. Errors of unlike tasks are independent."""
+    if len(tasks) < 2 or any(AVERAGED not in task.scores for task in tasks):
+        return {}
     averages = {}
-    for label, tasks in scores.items():
-        accuracies = [metrics[AVERAGED] for metrics in tasks.values() if AVERAGED in metrics]
-        if len(accuracies) == len(tasks) > 1:
-            variance = sum((score.stderr or 0.0) ** 2 for score in accuracies)
-            mean = sum(score.value for score in accuracies) / len(accuracies)
-            averages[label] = facts.Score(mean, math.sqrt(variance) / len(accuracies))
+    for label in labels:
+        scores = [task.scores[AVERAGED][label] for task in tasks]
+        error = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in scores)) / len(scores)
+        averages[label] = facts.Score(sum(score.value for score in scores) / len(scores), error)
     return averages
