@@ -28,6 +28,7 @@ DONE, FAILED, MEND = 0, 1, 2
 def main() -> None:
     """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
     sys.argv[1:] = _with_custom_model(sys.argv[1:])
     store_schemas()
     sweep = Sweep()

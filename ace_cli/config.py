@@ -104,6 +104,18 @@ def config_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def named_model(name: str) -> ModelConfig:
+    """What ``model=NAME`` (a card) or ``model.path=NAME`` means. Raises AceError when it is neither."""
+    cards = {file.stem: file for file in (config_folder() / "model").glob("*.yaml")}
+    model = ModelConfig(path=name)
+    if name in cards:
+        card: Any = OmegaConf.load(cards[name])
+        model = ModelConfig(**OmegaConf.to_container(card.get("model", card)))  # type: ignore[arg-type]
+    if faults := model.faults():
+        raise AceError(faults[0], "" if "/" in name else did_you_mean(name, cards))
+    return model
+
+
 def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -> RunConfig:
     """Plain objects from a composed configuration. Raises AceError that names every fault at once.
 

@@ -31,15 +31,24 @@ from ace_cli.plan import Plan, check_disk, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
-from ace_cli.report.assemble import calibration_line, make_report, method_line, summary_of, versions, with_options
+from ace_cli.report.assemble import (
+    calibration_line,
+    make_report,
+    method_line,
+    protocol_of,
+    summary_of,
+    versions,
+    with_options,
+)
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal
 from ace_cli.survey import survey
 from ace_cli.texts import fingerprint
 from ace_cli.work import Work, find_unfinished, locked
+from ace_cli.zero_shot import harness
 
-#: Dense perplexities already measured by this process, by model and protocol: a sweep measures the dense model once.
-DenseCache = dict[tuple[str, str, int, str], float]
+#: What this process already measured, by model and protocol: a sweep measures the dense model once.
+DenseCache = dict[tuple[Any, ...], Any]
 
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
@@ -55,15 +64,15 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
 
 def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     start = datetime.datetime.now(datetime.UTC)
-    device = _device(config.device)
+    device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None))
-    _quiet_libraries()
+    quiet_libraries()
     with phases("import"):
         source = open_model(config.model)
         selection = Selection(config.include, config.exclude)
-        model = StreamedModel(source, device, _dtype(config.dtype, device, source), selection)
+        model = StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     needs_data = any(part.needs() for part in (config.metric, config.repair, config.allocation))
     tokens = config.calib.tokens if needs_data else 0
@@ -81,6 +90,8 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     # before hours of pruning: a missing evaluation text is found now
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
         eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
+    with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
+        tasks = harness.load(config.eval)
 
     identity = _identity(config, model, windows_NL)
     if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):
@@ -96,7 +107,12 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
         if eval_NL is not None:
             with phases("evaluate"):
                 numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+        zero_shot = None
+        if tasks is not None:
+            with phases("evaluate"):
+                zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache)
         report = make_report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+        report.zero_shot = zero_shot
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
         work.close()
@@ -202,11 +218,7 @@ def _evaluate(
 ) -> facts.Perplexity:
     """Dense and pruned perplexity from their files, same windows, same dtype."""
     assert isinstance(config.eval, Evaluation)
-    protocol = facts.Protocol(
-        dataset=config.eval.dataset, seq_len=eval_NL.shape[1], windows=len(eval_NL),
-        all_windows=config.eval.max_windows is None or len(eval_NL) < config.eval.max_windows,
-        tokens=eval_NL.numel(), dtype=str(model.dtype).removeprefix("torch."), fingerprint=fingerprint(eval_NL),
-    )  # fmt: skip
+    protocol = protocol_of(config.eval, eval_NL, model.dtype)
     key = (model.checkpoint.fingerprint(), protocol.fingerprint, protocol.seq_len, f"{protocol.dtype} {model.device}")
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     todo = [("pruned", pruned)] if key in cache else [("dense", model), ("pruned", pruned)]
@@ -224,7 +236,8 @@ def _evaluate(
 # --- checks and choices ------------------------------------------------------------------------------------------
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """``auto``: a GPU where there is one. Raises AceError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
@@ -235,7 +248,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
+def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
+    """``auto``: the stored 16-bit dtype where it is computed fast, else float32."""
     if choice is not Dtype.auto:
         return getattr(torch, choice.value)  # type: ignore[no-any-return]
     if device.type == "cpu" and not _has_bfloat16_units():
@@ -270,7 +284,7 @@ def _check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> 
             raise AceError(f"{name}={length}: the model has {limit} positions.", f"Use {name}={limit} or less.")
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Our own bar is the only one, and other libraries' remarks about files they read are not for the user."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     import transformers

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.evaluation.tasks import TaskOptions
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Evaluation:
+class Evaluation(TaskOptions):
     """Windows of ``seq_len`` tokens, at most ``max_windows`` of them (all when null), for perplexity."""
 
     seq_len: int = 2048
@@ -23,7 +25,7 @@ class Evaluation:
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
-        faults = []
+        faults = super().faults()
         if self.seq_len < 2:
             faults.append(f"eval.seq_len={self.seq_len}: must be at least 2")
         if self.max_windows is not None and self.max_windows < 1:

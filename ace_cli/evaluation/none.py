@@ -1,17 +1,14 @@
-"""No evaluation."""
+"""No perplexity."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ace_cli.evaluation.tasks import TaskOptions
 from ace_cli.registry import register
 
 
 @register("eval", "none")
 @dataclass
-class NoEvaluation:
-    """Prune only."""
-
-    def faults(self) -> list[str]:
-        """Nothing to set, nothing to get wrong."""
-        return []
+class NoEvaluation(TaskOptions):
+    """Prune only, or measure tasks alone."""

@@ -8,7 +8,7 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +119,12 @@ class StreamedModel:
                     batch.calls = [_share(call, old) for call, old in zip(batch.calls, first.calls, strict=True)]
                 first = first or batch
                 yield batch
+
+    def embedded(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """Batches of any shapes, each token ids (B, L), ready for block 0."""
+        with self._stem_loaded(head=False), torch.inference_mode():
+            for ids_BL in batches:
+                yield self._capture(ids_BL.to(self.device))
 
     def read(self, block: Block) -> dict[str, Tensor]:
         """The block's tensors by their names in the files, as stored, on the CPU. May run on another thread.

@@ -19,6 +19,7 @@ from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import RunConfig
 from ace_cli.engine import BlockFacts, SlotFacts
+from ace_cli.evaluation.base import Evaluation
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
@@ -64,6 +65,15 @@ def make_report(
         blocks=[{"name": block.name, "seconds": block.seconds} for block in work.finished],
         warnings=_warnings(config, work.finished, plan, work),
     )
+
+
+def protocol_of(evaluation: Evaluation, windows_NL: Tensor, dtype: torch.dtype) -> facts.Protocol:
+    """What must be equal for two perplexities to be compared."""
+    return facts.Protocol(
+        dataset=evaluation.dataset, seq_len=windows_NL.shape[1], windows=len(windows_NL),
+        all_windows=evaluation.max_windows is None or len(windows_NL) < evaluation.max_windows,
+        tokens=windows_NL.numel(), dtype=str(dtype).removeprefix("torch."), fingerprint=fingerprint(windows_NL),
+    )  # fmt: skip
 
 
 def _seconds(start: datetime.datetime, phases: Phases, inner: Clock) -> dict[str, float]:

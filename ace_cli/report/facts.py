@@ -56,6 +56,61 @@ class CalibrationFacts:
 
 
 @dataclass
+class Score:
+    """A metric's mean over a task's items and its standard error, as lm-eval gives them (fractions, not per cent)."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass
+class TaskFacts:
+    """A zero-shot task. ``scores``: metric -> model ("dense", "pruned") -> score.
+
+    Scores compare only if ``fingerprint``, of every prompt and answer, is equal.
+    """
+
+    name: str
+    data: str
+    items: int
+    all_items: bool
+    shots: int
+    version: str
+    fingerprint: str
+    scores: dict[str, dict[str, Score]]
+
+
+@dataclass
+class ZeroShot:
+    """lm-eval's tasks, in the same run on the same items. ``average``: model -> mean accuracy over the tasks."""
+
+    tasks: list[TaskFacts]
+    average: dict[str, Score]
+    limit: int | None
+    dtype: str
+    lm_eval: str
+    seconds: dict[str, float]
+
+
+@dataclass
+class TextScores:
+    """Perplexity by model under one protocol."""
+
+    protocol: Protocol
+    models: dict[str, float]
+
+
+@dataclass
+class Comparison:
+    """What ace-eval measured: models side by side. A model stands only under the protocols it was measured by."""
+
+    models: list[str]
+    perplexity: list[TextScores]
+    zero_shot: ZeroShot | None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass
 class Report:
     """Everything that is known of a run. Seconds, bytes, and counts of weights unless a name says otherwise."""
 
@@ -78,6 +133,7 @@ class Report:
     slots: list[dict[str, Any]]
     blocks: list[dict[str, Any]]
     warnings: list[str] = field(default_factory=list)
+    zero_shot: ZeroShot | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ace_cli.report.facts import Report
+from ace_cli.report.facts import Report, ZeroShot
+from ace_cli.report.zero_shot import task_head, task_line, task_rows
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -41,6 +42,11 @@ def protocol_line(report: Report) -> str:
     )
 
 
+def task_part(zero_shot: ZeroShot) -> str:
+    """The zero-shot scores and their protocol."""
+    return table(task_head(zero_shot), task_rows(zero_shot)) + "\n\n" + task_line(zero_shot)
+
+
 def render(report: Report) -> str:
     """report.md."""
     seconds = [[name, f"{value:.2f}"] for name, value in report.seconds.items()]
@@ -62,6 +68,7 @@ def render(report: Report) -> str:
         f"```\n{report.command}\n```",
         table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
         protocol_line(report),
+        task_part(report.zero_shot) if report.zero_shot else "",
         "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",

@@ -9,6 +9,7 @@ from typing import Any
 
 from ace_cli.report.facts import Report
 from ace_cli.report.markdown import table
+from ace_cli.report.zero_shot import percent, task_protocol
 
 SCHEMA_VERSION = 1
 
@@ -33,6 +34,7 @@ class Sweep:
                 "sparsity": outcome.sparsity.achieved,
                 "seconds": outcome.seconds,
                 "peak_memory_bytes": outcome.peak_memory_bytes,
+                "tasks": _tasks(outcome),
                 "report": str(Path(outcome.checkpoint).parent / "report.json"),
             }
         self.jobs.append(job)
@@ -65,6 +67,8 @@ class Sweep:
                 else f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seq_len']} tokens, "
                 f"{protocol['dtype']}, tokens {protocol['fingerprint'][:8]}"
             )  # fmt: skip
+            if tasks := job.get("tasks"):
+                title += f"; {tasks['protocol']}"
             groups.setdefault(title, []).append(job)
         return [f"## {title}\n\n" + _table(varied, jobs) for title, jobs in groups.items()]
 
@@ -72,16 +76,31 @@ class Sweep:
 def _table(varied: list[str], jobs: list[dict[str, Any]]) -> str:
     if "error" in jobs[0]:
         return table(["job", *varied, "error"], [[*_start(varied, job), job["error"]] for job in jobs])
-    head = ["job", *varied, "perplexity", "dense", "zeros", "prune s", "total s", "peak GB"]
+    tasks = _TASKS if jobs[0].get("tasks") else ()
+    head = ["job", *varied, "perplexity", "dense", *tasks, "zeros", "prune s", "total s", "peak GB"]
     rows = [
         [
-            *_start(varied, job), _number(job["perplexity"]), _number(job["dense"]), f"{job['sparsity']:.4f}",
+            *_start(varied, job), _number(job["perplexity"]), _number(job["dense"]),
+            *(job["tasks"][name] for name in tasks), f"{job['sparsity']:.4f}",
             f"{job['seconds']['prune'] + job['seconds']['write']:.1f}", f"{job['seconds']['total']:.1f}",
             f"{job['peak_memory_bytes']['host'] / 1e9:.2f}",
         ]
         for job in jobs
     ]  # fmt: skip
     return table(head, rows)
+
+
+#: Columns where a sweep runs zero-shot tasks.
+_TASKS = ("tasks", "dense tasks")
+
+
+def _tasks(outcome: Report) -> dict[str, str] | None:
+    """Mean accuracies as shown, and their protocol; None without tasks."""
+    if outcome.zero_shot is None:
+        return None
+    average = outcome.zero_shot.average
+    shown = {name: percent(average.get(model)) for name, model in zip(_TASKS, ("pruned", "dense"), strict=True)}
+    return {"protocol": task_protocol(outcome.zero_shot), **shown}
 
 
 def _start(varied: list[str], job: dict[str, Any]) -> list[str]:

