@@ -21,6 +21,7 @@ Array = Any
 #: Scores handled at a time on a CPU, so that intermediates stay in its caches; elsewhere few large pieces are better.
 _CHUNK = 1 << 17
 _CHUNK_ON_DEVICE = 1 << 24
+_CHUNKS_PER_THREAD = 8
 
 
 def keep_largest(score_RN: Tensor, k: int) -> Tensor:
@@ -38,7 +39,7 @@ def keep_n_of_m(score_RN: Tensor, n: int, m: int) -> Tensor:
 
 
 def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:
-    """``keep`` of chunks of rows, on all of a CPU's threads."""
+    """``keep`` of chunks of rows; on all of a CPU's threads where there are enough to pay for waking them."""
     torch = _torch()
     on_cpu = score_RN.device.type == "cpu"
     rows = max(1, (_CHUNK if on_cpu else _CHUNK_ON_DEVICE) // score_RN.shape[1])
@@ -51,12 +52,13 @@ def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:
         target[start : start + rows] = keep(source[start : start + rows])
 
     starts = range(0, len(source), rows)
-    if len(starts) == 1 or torch.get_num_threads() == 1:
+    threads = torch.get_num_threads()
+    if threads == 1 or len(starts) < _CHUNKS_PER_THREAD * threads:
         for start in starts:
             work(start)
     else:
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            list(threads.map(work, starts))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(work, starts))
     return keep_RN  # type: ignore[no-any-return]
 
 

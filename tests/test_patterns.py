@@ -88,6 +88,15 @@ def test_row_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, c
     assert torch.equal(NofM(5, 12).keep(score_OI), reference_groups(score_OI, 5, 12))
 
 
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    score_OI = random_scores(101, 24)
+    alone = [pattern.keep(score_OI) for pattern in (Ratio(Fraction(1, 3)), NofM(2, 4))]
+    monkeypatch.setattr(selection, "_CHUNK", 48)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    together = [pattern.keep(score_OI) for pattern in (Ratio(Fraction(1, 3)), NofM(2, 4))]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 @pytest.mark.parametrize("kind", SCORES)
 def test_devices_choose_as_the_cpu_does(kind: str) -> None:
     """The same functions on torch tensors: what runs where the scores are not in a CPU's memory."""
