@@ -33,6 +33,7 @@ class Plan:
     pruned_weights: int
     coverage: float
     left_dense: list[str]
+    copied: list[str]
     tokens: int
     device: str
     dtype: str
@@ -72,6 +73,7 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
         pruned_weights=sum(patterns[name].pruned(*shape) for name, shape in slots.items()),
         coverage=coverage,
         left_dense=left,
+        copied=[f"{path} ({type(other).__name__})" for path, other in model.others.items()],
         tokens=tokens,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -105,21 +107,23 @@ def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
 def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
     """Expected peak bytes while pruning, on the host and on the device.
 
-    The stem is in memory while the windows are embedded, then blocks one at a time; scores and masks of the largest
-    slot come on top of a block; hidden states stay throughout.
+    The stem is in memory while the windows are embedded, then blocks one at a time: computed with, and, as stored, what
+    of it is pruned and the next one that is read ahead. Scores and masks of the largest slot come on top, and hidden
+    states stay throughout; a second time while a layer of experts is shown to its experts one by one.
     """
     entries = model.checkpoint.tensors
     width = model.dtype.itemsize
     block = max(sum(entries[key].numel for key in block.files) for block in model.blocks) * width
+    stored = max(sum(entries[key].nbytes for key in block.files) for block in model.blocks)
     slots = [slot.shape for block_ in model.blocks for slot in block_.slots]
     largest = max(rows * columns for rows, columns in slots) * 4
     hidden_size = model.skeleton.config.get_text_config().hidden_size
-    hidden = hidden_windows * hidden_size * width
+    hidden = hidden_windows * hidden_size * width * (2 if any(block_.experts for block_ in model.blocks) else 1)
     active = (
         min(hidden_windows, model.batch_tokens) * (4 * max(max(shape) for shape in slots) + 6 * hidden_size) * width
     )
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
-    working = hidden + max(embeddings, block + 4 * largest + active)
+    working = hidden + max(embeddings, block + stored + 4 * largest + active)
     if model.device.type == "cpu":
-        return _LIBRARIES + working, 0
-    return _LIBRARIES + 2 * largest, working
+        return _LIBRARIES + working + stored, 0
+    return _LIBRARIES + 2 * stored, working

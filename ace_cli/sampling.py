@@ -36,11 +36,14 @@ def continue_windows(
     memory while it writes.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
+
+    from ace_cli.model.auto import auto_class
 
     dtype = torch.float32 if device == "cpu" else "auto"
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+        auto = auto_class(AutoConfig.from_pretrained(checkpoint.folder))
+        model = auto.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise
         reason = first_line(fault)
         raise AceError(

@@ -1,7 +1,8 @@
-"""Write a checkpoint of random bf16 weights in a given LLaMA shape, shard by shard: for timing and memory, not quality.
+"""Write a checkpoint of random bf16 weights in a given shape, shard by shard: for timing and memory, not quality.
 
 python scripts/make_synthetic.py FOLDER --shape 7b            13.5 GB, LLaMA-7B
 python scripts/make_synthetic.py FOLDER --shape 70b --blocks 4    the first four blocks of Llama-2-70B
+python scripts/make_synthetic.py FOLDER --shape 8x7b --blocks 3   9.2 GB, the first three blocks of Mixtral-8x7B
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ SHAPES = {
            "num_key_value_heads": 32, "vocab_size": 32000},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
             "num_key_value_heads": 8, "vocab_size": 32000},
+    "8x7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+             "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
@@ -39,7 +42,8 @@ def main() -> None:
 def write(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> None:
     """One shard a block, and one for embeddings, norm and head."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": str(dtype).removeprefix("torch."),
+    family = ("MixtralForCausalLM", "mixtral") if "num_local_experts" in shape else ("LlamaForCausalLM", "llama")
+    config = {"architectures": [family[0]], "model_type": family[1], "dtype": str(dtype).removeprefix("torch."),
               "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
               **shape}  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config, indent=2))
@@ -57,15 +61,25 @@ def write(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> None:
 
 
 def block(shape: dict[str, int], number: int) -> dict[str, tuple[int, ...]]:
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    hidden = shape["hidden_size"]
     narrow = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     sizes: dict[str, tuple[int, ...]] = {
         "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (narrow, hidden),
         "self_attn.v_proj": (narrow, hidden), "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner),
-        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,), **multilayer_perceptron(shape),
     }  # fmt: skip
     return {f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}
+
+
+def multilayer_perceptron(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, experts = shape["hidden_size"], shape["intermediate_size"], shape.get("num_local_experts", 0)
+    if not experts:
+        return {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    sizes: dict[str, tuple[int, ...]] = {"block_sparse_moe.gate": (experts, hidden)}
+    for expert in range(experts):
+        parts = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+        sizes |= {f"block_sparse_moe.experts.{expert}.{name}": size for name, size in parts.items()}
+    return sizes
 
 
 def stem(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:

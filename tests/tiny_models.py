@@ -85,14 +85,19 @@ def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: in
     settings = {name: value for name, value in settings.items() if value is not None}
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    randomise(model, seed)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights large enough that every part of a block matters, biases and norms among them."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.15 if parameter.dim() >= 2 else 0.1
             centre = 0.0 if parameter.dim() >= 2 else parameter.mean()
             parameter.copy_(centre + spread * torch.randn(parameter.shape, generator=generator))
-    model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 def add_tokenizer(folder: Path) -> Path:

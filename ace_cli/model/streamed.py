@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
+from ace_cli.model.auto import auto_class, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
@@ -88,8 +89,10 @@ class StreamedModel:
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint, dtype)
         self._mapping = Mapping(self.skeleton, checkpoint)
+        #: Towers for images and the like, by path: neither run nor pruned.
+        self.others = other_models(self.skeleton)
         self.blocks = self._find_blocks(selection or Selection())
-        inside = tuple(f"{block.name}." for block in self.blocks)
+        inside = (*(f"{block.name}." for block in self.blocks), *(f"{path}." for path in self.others))
         inner = {id(made) for block in self.blocks for made in block.conversions}
         self._stem_conversions = [made for made in self._mapping.conversions("") if id(made) not in inner]
         self._stem = [name for name in self._state() if not name.startswith(inside)]
@@ -196,14 +199,17 @@ class StreamedModel:
         lists = [
             (name, module)
             for name, module in self.skeleton.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) and {type(item).__name__ for item in module} <= names
+            if isinstance(module, nn.ModuleList)
+            and len(module)
+            and {type(item).__name__ for item in module} <= names
+            and not name.startswith(tuple(f"{path}." for path in self.others))
         ]
         if len(lists) != 1:
-            found = ", ".join(name for name, _ in lists) or "none"
+            kind = type(self.skeleton).__name__
             raise AceError(
-                f"{type(self.skeleton).__name__}: expected one list of decoder blocks of class "
-                f"{', '.join(sorted(names)) or '(none named)'}, found {found}.",
-                "This model family is not supported yet.",
+                f"{kind}: expected one list of decoder blocks of class {', '.join(sorted(names)) or '(none named)'}, "
+                f"found {', '.join(name for name, _ in lists) or 'none'}.",
+                f"This model family is not supported yet. Lists in it: {_lists(self.skeleton)}.",
             )
         list_name, modules = lists[0]
         blocks = [self._block(f"{list_name}.{index}", module, selection) for index, module in enumerate(modules)]
@@ -318,7 +324,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if quantization := checkpoint.config().get("quantization_config"):
         method = quantization.get("quant_method", "unknown")
@@ -326,14 +332,23 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager")
+            model = auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
             f"transformers cannot build the model of {checkpoint.folder}: {reason}",
-            "Only causal language models that transformers knows without remote code can be pruned.",
+            "Only language models that transformers knows without remote code can be pruned.",
         ) from fault
     return model.eval()
+
+
+def _lists(skeleton: nn.Module) -> str:
+    found = [
+        f"{name} of {len(module)} {type(module[0]).__name__}"
+        for name, module in skeleton.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    return ", ".join(found[:4]) or "none"
 
 
 def _move_buffers(root: nn.Module, device: torch.device) -> None:

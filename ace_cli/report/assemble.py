@@ -89,6 +89,7 @@ def _model(config: RunConfig, model: StreamedModel, plan: Plan) -> dict[str, Any
         "path": config.model.path, "folder": plan.model, "architecture": plan.architecture,
         "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(), "blocks": plan.blocks,
         "slot_weights": plan.slot_weights, "coverage": plan.coverage, "left_dense": plan.left_dense,
+        "copied": plan.copied,
     }  # fmt: skip
 
 
@@ -138,6 +139,8 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
             f"Fewer than {config.calib.min_tokens} tokens are routed to the experts of {len(few)} of {len(slots)} "
             f"weights: they were observed on all tokens of their layer (first: {few[0]})."
         )
+    if plan.copied:
+        warnings.append(f"Calibrated with text alone, the text decoder is pruned; as it was: {', '.join(plan.copied)}.")
     if plan.left_dense:
         warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
     return warnings

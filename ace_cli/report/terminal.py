@@ -63,6 +63,8 @@ class Terminal:
             + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
             + f", {gigabytes(plan.disk_bytes)} disk",
         }
+        if plan.copied:
+            rows["as it is"] = f"{', '.join(plan.copied)}: the text decoder alone is pruned"
         if plan.left_dense:
             rows["stays dense"] = ", ".join(plan.left_dense)
         for name, value in rows.items():
