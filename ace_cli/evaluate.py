@@ -100,17 +100,20 @@ def _evaluate(
     from ace_cli.report import facts
     from ace_cli.report.terminal import Terminal
     from ace_cli.run import choose_device, choose_dtype, quiet_libraries
+    from ace_cli.texts import load_tokenizer
     from ace_cli.zero_shot import harness
 
     quiet_libraries()
     terminal, device = Terminal(), choose_device(arguments.device)
-    tasks = harness.load(options)
+    with terminal.waiting("data of the zero-shot tasks"):
+        tasks = harness.load(options)
     opened: dict[str, StreamedModel] = {}
     for name, config in models.items():
         source = open_model(config)
         opened[name] = StreamedModel(source, device, choose_dtype(Dtype(arguments.dtype), device, source))
         if faults := opened[name].faults():
             raise AceError(f"{name}: {faults[0]}.", "Is the checkpoint whole?")
+        load_tokenizer(source)
     comparison = facts.Comparison(
         models=list(models),
         perplexity=[row for text in texts for row in _perplexities(opened, text, terminal)],

@@ -91,7 +91,7 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
         eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
     with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
-        tasks = harness.load(config.eval)
+        tasks = harness.load(config.eval, source)
 
     identity = _identity(config, model, windows_NL)
     if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):

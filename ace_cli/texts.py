@@ -63,6 +63,7 @@ def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
     import datasets
 
     datasets.utils.logging.disable_progress_bar()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call a server to count the reading of local files
     try:
         rows = datasets.load_dataset(*args, **kwargs)
         if kwargs.get("streaming"):

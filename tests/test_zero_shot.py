@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 from tiny_models import add_tokenizer, load, make
 
+import ace_cli
 from ace_cli.errors import AceError
 from ace_cli.evaluation.tasks import LOCAL, SEVEN, TaskOptions, place
 from ace_cli.model.files import Checkpoint
@@ -201,7 +203,6 @@ def test_the_average_error_is_that_of_independent_tasks() -> None:
     average = harness._averages(tasks, ["m"])["m"]
     assert (average.value, average.stderr) == (pytest.approx(0.4), pytest.approx(0.025))
     assert harness._averages([*tasks, task("c", perplexity=Score(9.0, None))], ["m"]) == {}
-    assert harness._averages(tasks[:1], ["m"]) == {}
 
 
 def test_a_limit_takes_the_first_items(llama: Path, task_data: Path) -> None:
@@ -256,6 +257,13 @@ def test_data_that_cannot_be_read(task_data: Path, tmp_path: Path) -> None:
         tasks_of(tmp_path, "rte")
 
 
+def test_a_model_without_tokenizer_is_told_before_pruning(tmp_path: Path, task_data: Path, prune_here: Prune) -> None:
+    options = ("metric=magnitude", "eval.tasks=[rte]", f"eval.task_data={task_data}")
+    with pytest.raises(AceError, match="tokenizer"):
+        prune_here(make(tmp_path / "bare", "llama"), tmp_path / "out", *options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE is set for all tests."""
     real = lm_eval.tasks.TaskManager
@@ -288,7 +296,8 @@ def test_the_dense_model_may_be_left_out(llama: Path, task_data: Path, tmp_path:
     report = prune_here(llama, tmp_path / "out", *options)
     assert report.zero_shot is not None
     assert report.zero_shot.tasks[0].scores["acc"].keys() == {"pruned"}
-    assert report.zero_shot.average == {}
+    assert report.zero_shot.average == {"pruned": report.zero_shot.tasks[0].scores["acc"]["pruned"]}
+    assert "average" not in render(report)
 
 
 def test_a_sweep_shows_the_average_and_keeps_unlike_tasks_apart(
@@ -302,9 +311,12 @@ def test_a_sweep_shows_the_average_and_keeps_unlike_tasks_apart(
     first, second = sweep.write()
     assert "dense tasks" in first
     assert first.count("±") == 4
+    assert "Not evaluated" not in first
     assert second.count("±") == 2
     assert report.zero_shot is not None
     assert percent(report.zero_shot.average["pruned"]) in second
+    jobs = json.loads((tmp_path / "sweep.json").read_text())["jobs"]
+    assert jobs[2]["tasks"]["average"]["pruned"]["value"] == report.zero_shot.average["pruned"].value
 
 
 def test_the_dense_model_is_measured_once(llama: Path, task_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,8 +336,19 @@ def test_ace_eval_side_by_side(
                         "eval.seq_len=32", "eval.max_windows=3")  # fmt: skip
     arguments = ("--tasks", "rte,arc_easy", "--limit", "2", "--task-data", task_data, "--text", documents,
                  "--seq-len", "32", "--max-windows", "3", "--json", "scores.json", "--device", "cpu")  # fmt: skip
-    done = command("evaluate", llama, report.checkpoint, *arguments, cwd=tmp_path, COLUMNS="200")
+    (tmp_path / "guard").mkdir()
+    (tmp_path / "guard" / "sitecustomize.py").write_text(
+        "import socket\n"
+        "def refuse(*arguments, **options):\n"
+        "    open('asked', 'a').write(repr(arguments))\n"
+        "    raise OSError('no network')\n"
+        "socket.getaddrinfo = socket.socket.connect = refuse\n"
+    )
+    paths = os.pathsep.join([str(tmp_path / "guard"), str(Path(ace_cli.__file__).parent.parent)])
+    offline = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}  # nobody tells the libraries to stay offline
+    done = command("evaluate", llama, report.checkpoint, *arguments, cwd=tmp_path, COLUMNS="200", **offline)
     assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "asked").exists()
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["models"] == [str(llama), report.checkpoint]
     (text,) = scores["perplexity"]

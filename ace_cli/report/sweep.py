@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ace_cli.report.facts import Report
+from ace_cli.report.facts import Report, Score
 from ace_cli.report.markdown import table
 from ace_cli.report.zero_shot import percent, task_protocol
 
@@ -68,7 +68,7 @@ class Sweep:
                 f"{protocol['dtype']}, tokens {protocol['fingerprint'][:8]}"
             )  # fmt: skip
             if tasks := job.get("tasks"):
-                title += f"; {tasks['protocol']}"
+                title = "; ".join([*([title] if protocol else []), tasks["protocol"]])
             groups.setdefault(title, []).append(job)
         return [f"## {title}\n\n" + _table(varied, jobs) for title, jobs in groups.items()]
 
@@ -76,12 +76,12 @@ class Sweep:
 def _table(varied: list[str], jobs: list[dict[str, Any]]) -> str:
     if "error" in jobs[0]:
         return table(["job", *varied, "error"], [[*_start(varied, job), job["error"]] for job in jobs])
-    tasks = _TASKS if jobs[0].get("tasks") else ()
+    tasks = _TASKS if jobs[0].get("tasks") else {}
     head = ["job", *varied, "perplexity", "dense", *tasks, "zeros", "prune s", "total s", "peak GB"]
     rows = [
         [
             *_start(varied, job), _number(job["perplexity"]), _number(job["dense"]),
-            *(job["tasks"][name] for name in tasks), f"{job['sparsity']:.4f}",
+            *(_average(job, model) for model in tasks.values()), f"{job['sparsity']:.4f}",
             f"{job['seconds']['prune'] + job['seconds']['write']:.1f}", f"{job['seconds']['total']:.1f}",
             f"{job['peak_memory_bytes']['host'] / 1e9:.2f}",
         ]
@@ -90,17 +90,21 @@ def _table(varied: list[str], jobs: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-#: Columns where a sweep runs zero-shot tasks.
-_TASKS = ("tasks", "dense tasks")
+#: Columns where a sweep runs zero-shot tasks -> model whose mean accuracy they show.
+_TASKS = {"tasks": "pruned", "dense tasks": "dense"}
 
 
-def _tasks(outcome: Report) -> dict[str, str] | None:
-    """Mean accuracies as shown, and their protocol; None without tasks."""
+def _tasks(outcome: Report) -> dict[str, Any] | None:
+    """Mean accuracies by model, and their protocol; None without tasks."""
     if outcome.zero_shot is None:
         return None
-    average = outcome.zero_shot.average
-    shown = {name: percent(average.get(model)) for name, model in zip(_TASKS, ("pruned", "dense"), strict=True)}
-    return {"protocol": task_protocol(outcome.zero_shot), **shown}
+    average = {model: vars(score) for model, score in outcome.zero_shot.average.items()}
+    return {"protocol": task_protocol(outcome.zero_shot), "average": average}
+
+
+def _average(job: dict[str, Any], model: str) -> str:
+    found = job["tasks"]["average"].get(model)
+    return percent(Score(**found)) if found else ""
 
 
 def _start(varied: list[str], job: dict[str, Any]) -> list[str]:

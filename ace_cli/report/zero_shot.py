@@ -17,7 +17,7 @@ def task_rows(facts: ZeroShot) -> list[list[str]]:
         for task in facts.tasks
         for metric, by_model in task.scores.items()
     ]
-    if facts.average:
+    if facts.average and len(facts.tasks) > 1:
         rows.append([f"average of {len(facts.tasks)}", "acc", "", *_cells(facts, facts.average)])
     return rows
 

@@ -17,6 +17,7 @@ from ace_cli.errors import AceError, first_line
 from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions
 from ace_cli.model.files import Checkpoint
 from ace_cli.report import facts
+from ace_cli.texts import load_tokenizer
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
@@ -43,14 +44,18 @@ class Tasks:
         return tuple(self.options.names), self.options.limit, str(self.options.folder)
 
 
-def load(options: TaskOptions) -> Tasks | None:
+def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None:
     """The tasks that ``options`` names, or None for none. Reads their data, so that a lack shows before hours of work.
 
-    Raises AceError when data cannot be had or a task must write text. Local data are read without any network.
+    Raises AceError when data cannot be had, when a task must write text, or when ``source`` has no tokenizer. Local
+    data are read without any network.
     """
     if not options.names:
         return None
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its remarks are for those who write tasks
+    if source is not None:
+        load_tokenizer(source)
+    for library in ("lm_eval", "huggingface_hub", "datasets"):  # remarks for those who write tasks, and each retry
+        logging.getLogger(library).setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
     if options.folder is not None:
@@ -178,7 +183,7 @@ def _fingerprint(instances: list[Any]) -> str:
 
 def _averages(tasks: list[facts.TaskFacts], labels: list[str]) -> dict[str, facts.Score]:
     """The mean of accuracies, by model; empty where a task has none. Errors of unlike tasks are independent."""
-    if len(tasks) < 2 or any(AVERAGED not in task.scores for task in tasks):
+    if any(AVERAGED not in task.scores for task in tasks):
         return {}
     averages = {}
     for label in labels:
