@@ -19,8 +19,8 @@ from ace_cli.errors import AceError, first_line
 from ace_cli.report.sweep import Sweep
 
 if TYPE_CHECKING:
+    from ace_cli.measure import DenseCache
     from ace_cli.report.facts import Report
-    from ace_cli.run import DenseCache
 
 DONE, FAILED, MEND = 0, 1, 2
 
