@@ -16,11 +16,11 @@ from omegaconf import DictConfig
 
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
 from ace_cli.errors import AceError, first_line
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.sweep import Sweep
 
 if TYPE_CHECKING:
     from ace_cli.report.facts import Report
-    from ace_cli.run import DenseCache
 
 DONE, FAILED, MEND = 0, 1, 2
 
@@ -32,7 +32,7 @@ def main() -> None:
     sys.argv[1:] = _with_custom_model(sys.argv[1:])
     store_schemas()
     sweep = Sweep()
-    dense_cache: DenseCache = {}
+    dense_cache = DenseCache()
     faults: list[AceError] = []
     job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
         lambda config: _job(config, sweep, dense_cache, faults)

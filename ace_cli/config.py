@@ -21,6 +21,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.metrics.base import Metric
 from ace_cli.model.source import ModelConfig
+from ace_cli.observe import Observe
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
 from ace_cli.repair.base import Repair
@@ -58,6 +59,7 @@ class Schema:
     permute: Permute = Permute.none
     include: Any = None
     exclude: Any = None
+    observe: Observe = field(default_factory=Observe)
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     keep_checkpoint: bool = True
@@ -80,6 +82,7 @@ class RunConfig:
     permute: Permute
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    observe: Observe
     device: str
     dtype: Dtype
     keep_checkpoint: bool
@@ -87,6 +90,10 @@ class RunConfig:
     output_dir: Path
     output_dir_given: bool
     text: str
+
+
+#: Options of their own that belong to no choice.
+SETTINGS = {"observe": Observe}
 
 
 def store_schemas() -> None:
@@ -126,7 +133,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     parts: Any = OmegaConf.to_object(config)
     if not str(config.output_dir).strip():
         faults.append("output_dir is empty: name a folder")
-    for part in (parts.model, parts.metric, parts.allocation, parts.repair, parts.calib, parts.eval):
+    for part in (parts.model, parts.metric, parts.allocation, parts.repair, parts.calib, parts.eval, parts.observe):
         faults += part.faults()
     pattern: Pattern | None = None
     try:
@@ -158,6 +165,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         permute=parts.permute,
         include=_globs(parts.include),
         exclude=_globs(parts.exclude),
+        observe=parts.observe,
         device=parts.device,
         dtype=parts.dtype,
         keep_checkpoint=parts.keep_checkpoint,
@@ -176,7 +184,7 @@ def _globs(value: Any) -> tuple[Any, ...]:
 def _unknown_options(config: DictConfig) -> list[str]:
     """Options that were added with + but that nothing reads."""
     faults = [f"{key!s}: there is no such option" for key in config if key not in Schema.__dataclass_fields__]
-    for group in ("model", *registry.PACKAGES):
+    for group in ("model", *SETTINGS, *registry.PACKAGES):
         fields = getattr(OmegaConf.get_type(config[group]), "__dataclass_fields__", {})
         faults += [f"{group}.{key!s}: there is no such option" for key in config[group] if key not in fields]
     return faults
@@ -220,6 +228,7 @@ def _known_keys(where: str, class_name: str = "") -> str:
     group, _, name = where.rpartition(".")
     if not group:
         return did_you_mean(name, Schema.__dataclass_fields__)
-    classes: list[Any] = [ModelConfig] if group == "model" else [*registry.choices(group).values()]
+    single = {"model": ModelConfig, **SETTINGS}
+    classes: list[Any] = [single[group]] if group in single else [*registry.choices(group).values()]
     known = {key for cls in classes if cls.__name__ == class_name for key in cls.__dataclass_fields__}
     return did_you_mean(name, known) if known else f"This {group} has no options."

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import DTYPES, CheckpointWriter
 from ace_cli.model.slots import Slot, View
 from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.observe import ActivationFacts, Activations, BlockComparison, OutputChange
 from ace_cli.patterns import NofM, Pattern
 from ace_cli.permutation import Link, LinkFinder, best_order, kept_score, permute
 from ace_cli.propagate import Propagate
@@ -46,6 +47,7 @@ class Recipe:
     permute: bool = False
     all_experts: bool = False
     min_tokens: int = 1
+    observed_tokens: int = 0  # of each slot's inputs, for the report alone
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:
@@ -68,16 +70,18 @@ class SlotFacts:
     notes: list[str]
     seconds: float
     routed: int | None = None
+    activations: ActivationFacts | None = None
 
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One finished block."""
+    """One finished block; ``output`` is what pruning it did to what it puts out."""
 
     index: int
     name: str
     slots: list[SlotFacts]
     seconds: float
+    output: OutputChange | None = None
 
 
 def prune(
@@ -88,10 +92,12 @@ def prune(
     clock: Clock,
     finished: int = 0,
     on_disk: Callable[[BlockFacts], None] = lambda _: None,
+    compared: Batch | None = None,
 ) -> Iterator[BlockFacts]:
     """Prune every slot of ``model`` from block ``finished`` on; replaces the hidden states in ``batches``.
 
-    ``batches`` hold what goes into block ``finished``. ``on_disk`` is called, from the background thread, when a
+    ``batches`` hold what goes into block ``finished``; ``compared`` is the first batch's first windows once more, on
+    which each block's dense and pruned outputs are compared. ``on_disk`` is called, from the background thread, when a
     block's weights have been forced to disk. Raises AceError when weights or activations are not finite.
     """
     with ThreadPoolExecutor(1) as background:
@@ -99,6 +105,7 @@ def prune(
         trimmer = Trimmer()
         with clock("permute"):
             finder = LinkFinder(model) if recipe.permute and finished < len(model.blocks) else None
+        comparison = BlockComparison(model, compared)
         ahead = background.submit(model.read, model.blocks[finished]) if finished < len(model.blocks) else None
         for index in range(finished, len(model.blocks)):
             block, before = model.blocks[index], sum(clock.seconds.values())
@@ -113,13 +120,18 @@ def prune(
                 if finder is not None:
                     with clock("permute"):
                         job.permutable(finder.links(index))
+                with clock("compare"):
+                    comparison.before(index, batches)
                 job.run(last=index == len(model.blocks) - 1)
+                with clock("compare"):
+                    moved = recipe.propagate is not Propagate.dense and index + 1 < len(model.blocks)
+                    output = comparison.after(index, batches[0].hidden_BLH if moved and batches else None)
             with clock("write"):
                 _check(written)
             trimmer()
             with clock("mask"):
                 weights = job.take_weights()
-            facts = BlockFacts(index, block.name, job.facts, sum(clock.seconds.values()) - before)
+            facts = BlockFacts(index, block.name, job.facts, sum(clock.seconds.values()) - before, output)
             written = background.submit(_write_block, writer, block, weights, facts, on_disk)
             del weights
             yield facts
@@ -173,7 +185,10 @@ class _BlockJob:
         self._links: dict[str, Link] = {}  # by the consumer's slot
         self._orders: dict[str, Tensor] = {}
         self._finite = FiniteChecks(self.model.device)
-        self._observer = Observer({slot.name: Seen(recipe.wanted) for slot in self.block.layers})
+        self._activations = Activations(recipe.observed_tokens) if recipe.observed_tokens else None
+        self._looks: dict[str, Activations] = {}
+        self._wanted = (*recipe.wanted, *((self._activations,) if self._activations is not None else ()))
+        self._observer = Observer({slot.name: Seen(self._wanted) for slot in self.block.layers})
 
     def permutable(self, links: list[Link]) -> None:
         """Let the inputs of these links' consumers be reordered, where their pattern is N:M and fits."""
@@ -200,6 +215,8 @@ class _BlockJob:
         self._finite.settle()
         for fact in self.facts:
             fact.diagnosis.update((name, float(value)) for name, value in fact.diagnosis.items())
+        looks = {name: seen.facts() for name, seen in self._looks.items()}
+        self.facts = [replace(fact, activations=looks.get(fact.name)) for fact in self.facts]
         weights, self._weights = self._weights, {}
         return {name: weight.cpu() for name, weight in weights.items()}
 
@@ -311,7 +328,7 @@ class _BlockJob:
             stages = experts.stages(expert)
             for stage in [[slot for slots in stages for slot in slots]] if together else stages:
                 with self.clock("observe"):
-                    seen = observe_expert(experts, expert, stage, calls, everyone, self.recipe.wanted)
+                    seen = observe_expert(experts, expert, stage, calls, everyone, self._wanted)
                 self.facts += [self._prune_slot(slot, seen[slot.name], routed) for slot in stage]
 
     # --- shared --------------------------------------------------------------------------------------------------
@@ -407,6 +424,8 @@ class _BlockJob:
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
         seconds = time.perf_counter() - start
+        if self._activations is not None and seen[self._activations].tokens:
+            self._looks[slot.name] = seen[self._activations]
         return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds, routed)
 
 

@@ -19,24 +19,25 @@ from ace_cli.config import Dtype, Permute, RunConfig
 from ace_cli.engine import Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.hardware import has_bfloat16_units
+from ace_cli.measure import evaluate
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.patterns import Pattern
-from ace_cli.phases import Phases
+from ace_cli.phases import MemorySampler, Phases
 from ace_cli.plan import Plan, check_disk, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
 from ace_cli.report.assemble import (
+    Measured,
     calibration_line,
     make_report,
     method_line,
-    protocol_of,
     summary_of,
     versions,
     with_options,
@@ -48,14 +49,12 @@ from ace_cli.texts import fingerprint
 from ace_cli.work import Work, find_unfinished, locked
 from ace_cli.zero_shot import harness
 
-#: What this process already measured, by model and protocol: a sweep measures the dense model once.
-DenseCache = dict[tuple[Any, ...], Any]
-
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
     try:
-        return _run(config, command, terminal, dense_cache)
+        with MemorySampler() as sampler:
+            return _run(config, command, terminal, dense_cache, sampler)
     except OSError as fault:
         where = fault.filename or config.output_dir
         raise AceError(
@@ -63,12 +62,14 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
         ) from fault
 
 
-def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
+def _run(
+    config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache, sampler: MemorySampler
+) -> facts.Report | None:
     start = datetime.datetime.now(datetime.UTC)
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None))
+    phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None), sampler)
     quiet_libraries()
     with phases("import"):
         source = open_model(config.model)
@@ -104,15 +105,15 @@ def _run(config: RunConfig, command: str, terminal: Terminal, dense_cache: Dense
         inner = Clock()  # without waiting for a device: what it still computes counts where its result is needed
         with phases("prune"):
             _prune(config, model, windows_NL, work, inner, terminal, command, plan)
-        numbers = facts.Perplexity()
+        found = Measured()
         if eval_NL is not None:
             with phases("evaluate"):
-                numbers = _evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+                found.perplexity, found.fidelity = evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
         zero_shot = None
         if tasks is not None:
             with phases("evaluate"):
-                zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache)
-        report = make_report(config, command, start, model, plan, windows_NL, work, numbers, phases, inner)
+                zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
+        report = make_report(config, command, start, model, plan, windows_NL, work, found, phases, inner)
         report.zero_shot = zero_shot
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
@@ -169,18 +170,20 @@ def _prune(
             done = len(work.finished)
             writer.left -= {key for block in model.blocks[:done] for key in block.files}
         with clock("embed"):
-            batches = list(model.batches(windows_NL)) if windows_NL is not None else []
+            again = config.observe.windows
+            batches = list(model.batches(windows_NL, again)) if windows_NL is not None else []
+            compared = batches.pop() if again and batches else None
         patterns = _allocate(config, model, batches, clock, terminal)
         permute = config.permute is not Permute.none
         recipe = Recipe(
             config.metric, patterns, config.repair, config.propagate, permute,
-            config.calib.experts is ExpertTokens.all, config.calib.min_tokens,
+            config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
         )  # fmt: skip
         if recipe.wanted and 0 < done < len(model.blocks):
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
         with terminal.progress("pruning", len(model.blocks), done) as step:
-            for block in prune(model, batches, recipe, writer, clock, done, work.record):
+            for block in prune(model, batches, recipe, writer, clock, done, work.record, compared):
                 work.finished.append(block)
                 step()
         with clock("write"):
@@ -212,26 +215,6 @@ def _allocate(
         with clock("survey"), terminal.progress("surveying", len(blocks)) as step:
             measures = survey(model, batches, config.allocation, lambda _: step())
     return config.allocation.patterns(config.pattern, blocks, measures)
-
-
-def _evaluate(
-    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache
-) -> facts.Perplexity:
-    """Dense and pruned perplexity from their files, same windows, same dtype."""
-    assert isinstance(config.eval, Evaluation)
-    protocol = protocol_of(config.eval, eval_NL, model.dtype)
-    key = (model.checkpoint.fingerprint(), protocol.fingerprint, protocol.seq_len, f"{protocol.dtype} {model.device}")
-    pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
-    todo = [("pruned", pruned)] if key in cache else [("dense", model), ("pruned", pruned)]
-    values = {"dense": cache.get(key)}
-    for name, which in todo:
-        with terminal.progress(f"evaluating {name}", len(which.blocks)) as step:
-            values[name] = perplexity(which, eval_NL, lambda _, step=step: step())  # type: ignore[misc]
-    dense, after = float(values["dense"] or 0), float(values["pruned"] or 0)
-    if not (0 < dense < float("inf") and 0 < after < float("inf")):
-        raise AceError(f"Perplexity is not finite (dense {dense}, pruned {after}).", "Try dtype=float32.")
-    cache[key] = dense
-    return facts.Perplexity(dense, after, after / dense, protocol)
 
 
 # --- checks and choices ------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.errors import AceError
 from ace_cli.model.files import read_json
 from ace_cli.model.pruned import MANIFEST
+from ace_cli.observe import ActivationFacts, OutputChange
 
 _JOURNAL = "progress.jsonl"
 
@@ -140,6 +141,12 @@ def _try_lock(stream: IO[str]) -> bool:
     return False
 
 
+def _slot(entry: dict[str, Any]) -> SlotFacts:
+    activations = entry.pop("activations", None)
+    seen = ActivationFacts.from_dict(activations) if activations else None
+    return SlotFacts(**{**entry, "shape": tuple(entry["shape"]), "activations": seen})
+
+
 def _read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[BlockFacts]]:
     """The identity and the finished blocks; a line cut off by a crash ends the list."""
     try:
@@ -151,8 +158,9 @@ def _read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[BlockFacts]
     for line in lines:
         try:
             entry = json.loads(line)
-            slots = [SlotFacts(**{**slot, "shape": tuple(slot["shape"])}) for slot in entry.pop("slots")]
-            block = BlockFacts(slots=slots, **entry)
+            slots = [_slot(slot) for slot in entry.pop("slots")]
+            output = entry.pop("output", None)
+            block = BlockFacts(slots=slots, output=output and OutputChange(**output), **entry)
         except (ValueError, TypeError, KeyError):
             break
         if block.index != len(blocks):

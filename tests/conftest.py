@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.config import RunConfig, config_folder, parse, store_schemas
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
 from ace_cli.run import run
@@ -66,7 +67,9 @@ def prune_here() -> Callable[..., Report]:
         defaults = {"calib": "self", "calib.n_samples": "8", "eval": "none", "device": "cpu"}
         given = dict(override.split("=", 1) for override in overrides)
         options = {"model": "custom", "model.path": str(model), "output_dir": str(out), **defaults, **given}
-        report = run(composed(*(f"{name}={value}" for name, value in options.items())), "test", Terminal(), {})
+        report = run(
+            composed(*(f"{name}={value}" for name, value in options.items())), "test", Terminal(), DenseCache()
+        )
         assert report is not None
         return report
 

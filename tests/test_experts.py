@@ -212,6 +212,9 @@ def test_statistics_of_one_expert_are_held_at_a_time(model_of: Any, tmp_path: Pa
         def score(self, weight_OI: Tensor, seen: Any) -> Tensor:
             return weight_OI.abs() * seen[Counted()].mean_I.sqrt().float()
 
+        def diagnose(self, seen: Any) -> dict[str, Any]:
+            return {}
+
     run_engine(model_of("mixtral"), tmp_path / "out", metric=Watching())
     assert 0 < max(alive) <= 2
 

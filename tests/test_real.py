@@ -10,6 +10,7 @@ import torch
 from conftest import composed
 from tiny_models import load
 
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.source import open_model
@@ -47,7 +48,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Report:
     out = tmp_path_factory.mktemp("real") / "out"
     config = composed("model=smollm2", "metric=varp", "sparsity=2:4", "calib.n_samples=16", "calib.seq_len=16",
                       "eval=none", "device=cpu", f"output_dir={out}")  # fmt: skip
-    report = run(config, "test", Terminal(), {})
+    report = run(config, "test", Terminal(), DenseCache())
     assert report is not None
     return report
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import SCHEMA_VERSION, Report
 from ace_cli.report.markdown import gigabytes, render, table
 from ace_cli.report.sweep import Sweep
@@ -31,7 +32,7 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory, documents: P
         f"calib.path={documents}", "calib.n_samples=8", "eval=text", f"eval.path={documents}", "eval.seq_len=32",
         "eval.max_windows=5", "device=cpu",
     )  # fmt: skip
-    report = run(config, "ace-prune the command", Terminal(), {})
+    report = run(config, "ace-prune the command", Terminal(), DenseCache())
     assert report is not None
     return report, out
 

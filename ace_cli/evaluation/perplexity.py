@@ -13,10 +13,17 @@ if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
 
 
-def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int], None] = lambda _: None) -> float:
+def perplexity(
+    model: StreamedModel,
+    windows_NL: Tensor,
+    on_block: Callable[[int], None] = lambda _: None,
+    watch: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
+) -> float:
     """exp of the mean over windows of the mean cross-entropy over their L - 1 targets; windows do not overlap.
 
-    Each block is read once for all windows. Logits are taken to float32, one window at a time.
+    Each block is read once for all windows. Logits are taken to float32, one window at a time. ``watch`` is called for
+    each window, in order, with its ids (L), its states after the last block (L, H) and its logits (L - 1, V), while the
+    model's head is loaded.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -35,5 +42,6 @@ def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int
                 for ids_L, hidden_LH in zip(batch.ids_BL, batch.hidden_BLH, strict=True):
                     logits_LV = model.logits(ids_L[None], hidden_LH[None])[0, :-1].float()
                     losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
+                    watch(ids_L, hidden_LH, logits_LV)
                     trimmer()
     return float(torch.stack(losses).mean().exp())

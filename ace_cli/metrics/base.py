@@ -40,6 +40,12 @@ class Metric:
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         """Numbers about one slot's statistics that show when the metric does not do what its name says.
 
+        ``spread``, of a metric that multiplies weights by a factor of their input: largest over median factor.
         Tensors of one element are read when the block is done: until then no device is waited for.
         """
         return {}
+
+
+def spread(factor_I: Tensor) -> Tensor:
+    """Largest over median, (); near 1, all inputs count the same and the metric is magnitude pruning."""
+    return factor_I.max() / factor_I.median().clamp(min=1e-300)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.metrics.base import Metric
+from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import relative_weight
 from ace_cli.registry import register
 from ace_cli.statistics import SecondMoment
@@ -35,3 +35,6 @@ class RIA(Metric):
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         return relative_weight(weight_OI) * seen[SecondMoment()].mean_I.pow(self.alpha / 2).float()
+
+    def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
+        return {"spread": spread(seen[SecondMoment()].mean_I.pow(self.alpha / 2))}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.metrics.base import Metric
+from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import relative_weight
 from ace_cli.registry import register
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
@@ -76,9 +76,8 @@ def _normalised(norm: Norm, v_TI: Tensor) -> Tensor:
 
 
 def diagnosis(norm: Norm, form: Form, seen: Seen) -> dict[str, Tensor | float]:
-    """``spread``: largest over median f_j; near 1 the metric is magnitude pruning. ``above_one``: share of |x| >= 1."""
-    factor_I = variance_factor(norm, form, seen)
-    facts: dict[str, Tensor | float] = {"spread": factor_I.max() / factor_I.median().clamp(min=1e-300)}
+    """``spread`` of f_j; ``above_one``: share of |x| >= 1."""
+    facts: dict[str, Tensor | float] = {"spread": spread(variance_factor(norm, form, seen))}
     for statistic in seen:
         if isinstance(statistic, SquareMoments):
             facts["above_one"] = statistic.above_one / (statistic.tokens * len(statistic.first_I))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.metrics.base import Metric
+from ace_cli.metrics.base import Metric, spread
 from ace_cli.registry import register
 from ace_cli.statistics import SecondMoment
 
@@ -25,3 +25,6 @@ class Wanda(Metric):
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         return weight_OI.abs() * seen[SecondMoment()].mean_I.sqrt().float()
+
+    def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
+        return {"spread": spread(seen[SecondMoment()].mean_I.sqrt())}

@@ -111,12 +111,16 @@ class StreamedModel:
         other.checkpoint = checkpoint
         return other
 
-    def batches(self, windows_NL: Tensor) -> Iterator[Batch]:
-        """Split windows (N, L) into batches, embed them and capture how each block is called."""
+    def batches(self, windows_NL: Tensor, again: int = 0) -> Iterator[Batch]:
+        """Split windows (N, L) into batches, embed them and capture how each block is called.
+
+        The first ``again`` windows come once more, as a last batch of their own.
+        """
         step = max(1, self.batch_tokens // windows_NL.shape[1])
         first: Batch | None = None
         with self._stem_loaded(head=False), torch.inference_mode():
-            for ids_BL in torch.split(windows_NL.to(self.device), step):
+            pieces = torch.split(windows_NL.to(self.device), step)
+            for ids_BL in (*pieces, windows_NL[:again].to(self.device)) if again else pieces:
                 batch = self._capture(ids_BL)
                 if first is not None and first.ids_BL.shape == ids_BL.shape:
                     batch.calls = [_share(call, old) for call, old in zip(batch.calls, first.calls, strict=True)]

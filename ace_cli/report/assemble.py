@@ -34,9 +34,17 @@ if TYPE_CHECKING:
     from ace_cli.work import Work
 
 
+@dataclasses.dataclass
+class Measured:
+    """What was found out about the pruned model; nothing where it was not asked for."""
+
+    perplexity: facts.Perplexity = dataclasses.field(default_factory=facts.Perplexity)
+    fidelity: facts.Fidelity | None = None
+
+
 def make_report(
     config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
-    windows_NL: Tensor | None, work: Work, numbers: facts.Perplexity, phases: Phases, inner: Clock,
+    windows_NL: Tensor | None, work: Work, measured: Measured, phases: Phases, inner: Clock,
 ) -> facts.Report:  # fmt: skip
     """The report of a run whose checkpoint is in place; ``inner`` holds the phases inside pruning and writing."""
     slots = [slot for block in work.finished for slot in block.slots]
@@ -54,15 +62,17 @@ def make_report(
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
         sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
-        perplexity=numbers,
+        perplexity=measured.perplexity,
+        fidelity=measured.fidelity,
         seconds=seconds,
         phases=dict(inner.seconds),
         tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
         peak_memory_bytes=_peaks(model.device, phases),
+        timeline=_timeline(phases),
         bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},
         checkpoint=str(work.final),
         slots=[_slot(slot, zeros[slot.name]) for slot in slots],
-        blocks=[{"name": block.name, "seconds": block.seconds} for block in work.finished],
+        blocks=[_block(block) for block in work.finished],
         warnings=_warnings(config, work.finished, plan, work),
     )
 
@@ -118,8 +128,26 @@ def _peaks(device: torch.device, phases: Phases) -> dict[str, int]:
     return {"host": max(phases.memory.values()), "device": on_device, **phases.memory}
 
 
+def _block(block: BlockFacts) -> dict[str, Any]:
+    output = dataclasses.asdict(block.output) if block.output is not None else None
+    return {"name": block.name, "seconds": block.seconds, "output": output}
+
+
+def _timeline(phases: Phases) -> facts.Timeline:
+    phases.sampler.sample()
+    seconds, sizes = zip(*phases.sampler.samples, strict=True)
+    spans = [facts.PhaseSpan(name, round(start, 3), round(end, 3)) for name, start, end in phases.spans]
+    return facts.Timeline([round(second, 3) for second in seconds], list(sizes), spans)
+
+
 def _slot(slot: SlotFacts, zeros: int) -> dict[str, Any]:
-    return {**dataclasses.asdict(slot), "zeros": zeros, "sparsity": zeros / (slot.shape[0] * slot.shape[1])}
+    sparsity = zeros / (slot.shape[0] * slot.shape[1])
+    return {**dataclasses.asdict(slot), "zeros": zeros, "sparsity": sparsity, "like_magnitude": _like_magnitude(slot)}
+
+
+def _like_magnitude(slot: SlotFacts) -> bool:
+    """The factors that multiply the weights hardly differ: the metric ranks as |W| does."""
+    return slot.diagnosis.get("spread", 2.0) < 1.05
 
 
 def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work) -> list[str]:
@@ -127,7 +155,7 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
     warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
     if work.resumed:
         warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
-    flat = [slot.name for slot in slots if slot.diagnosis.get("spread", 2.0) < 1.05]
+    flat = [slot.name for slot in slots if _like_magnitude(slot)]
     if flat:
         warnings.append(
             f"{len(flat)} of {len(slots)} weights see activations whose factors differ by less than 5 %: there, "

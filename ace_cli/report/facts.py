@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass
@@ -32,6 +32,40 @@ class Perplexity:
     pruned: float | None = None
     ratio: float | None = None
     protocol: Protocol | None = None
+
+
+@dataclass
+class Fidelity:
+    """Pruned against dense on the first evaluation windows, means over ``tokens`` next-token distributions.
+
+    ``kl``: KL divergence dense || pruned in nats; ``agreement``: share of tokens where both find the same next token
+    most likely; ``cosine``: of the hidden states after the last block. ``kl_by_window`` are the means of each window.
+    """
+
+    kl: float
+    agreement: float
+    cosine: float
+    windows: int
+    tokens: int
+    kl_by_window: list[float]
+
+
+@dataclass
+class PhaseSpan:
+    """Seconds since the start of the run."""
+
+    phase: str
+    start: float
+    end: float
+
+
+@dataclass
+class Timeline:
+    """Resident memory of the process over the run: seconds since its start, bytes; and when each phase ran."""
+
+    seconds: list[float]
+    bytes: list[int]
+    phases: list[PhaseSpan]
 
 
 @dataclass
@@ -124,10 +158,12 @@ class Report:
     calibration: CalibrationFacts | None
     sparsity: Sparsity
     perplexity: Perplexity
+    fidelity: Fidelity | None
     seconds: dict[str, float]
     phases: dict[str, float]
     tokens_per_second: dict[str, float]
     peak_memory_bytes: dict[str, int]
+    timeline: Timeline
     bytes_on_disk: dict[str, int]
     checkpoint: str
     slots: list[dict[str, Any]]

@@ -1,0 +1,55 @@
+"""Dense and pruned from their files on the same windows: perplexity, and how alike their predictions are."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from torch import Tensor
+
+from ace_cli.config import RunConfig
+from ace_cli.errors import AceError
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.dense import Dense, DenseCache
+from ace_cli.evaluation.fidelity import Comparison, DenseStates
+from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.report import facts
+from ace_cli.report.assemble import protocol_of
+from ace_cli.report.terminal import Terminal
+
+
+def evaluate(
+    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache
+) -> tuple[facts.Perplexity, facts.Fidelity]:
+    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew."""
+    assert isinstance(config.eval, Evaluation)
+    protocol = protocol_of(config.eval, eval_NL, model.dtype)
+    key = (
+        model.checkpoint.fingerprint(),
+        protocol.fingerprint,
+        str(protocol.seq_len),
+        protocol.dtype,
+        str(model.device),
+    )
+    dense = cache.windows.get(key)
+    if dense is None:
+        states = DenseStates()
+        with terminal.progress("evaluating dense", len(model.blocks)) as step:
+            dense = Dense(perplexity(model, eval_NL, lambda _: step(), states), states)
+    pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
+    comparison = Comparison(pruned, dense.states)
+    with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
+        after = perplexity(pruned, eval_NL, lambda _: step(), comparison)
+    if not (0 < dense.perplexity < float("inf") and 0 < after < float("inf")):
+        raise AceError(f"Perplexity is not finite (dense {dense.perplexity}, pruned {after}).", "Try dtype=float32.")
+    cache.remember(key, dense)
+    return facts.Perplexity(dense.perplexity, after, after / dense.perplexity, protocol), _fidelity(comparison)
+
+
+def _fidelity(comparison: Comparison) -> facts.Fidelity:
+    kl, agreement, cosine = (
+        statistics.fmean(values) for values in (comparison.kl, comparison.agreement, comparison.cosine)
+    )
+    return facts.Fidelity(kl, agreement, cosine, len(comparison.kl), comparison.tokens, comparison.kl)
