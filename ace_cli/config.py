@@ -60,6 +60,7 @@ class Schema:
     exclude: Any = None
     device: str = "auto"
     dtype: Dtype = Dtype.auto
+    memory_gb: float | None = None
     keep_checkpoint: bool = True
     dry_run: bool = False
     output_dir: str = MISSING
@@ -82,6 +83,7 @@ class RunConfig:
     exclude: tuple[str, ...]
     device: str
     dtype: Dtype
+    memory_gb: float | None
     keep_checkpoint: bool
     dry_run: bool
     output_dir: Path
@@ -137,6 +139,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         faults.append(f"allocation={registry.name_of('allocation', parts.allocation)}: {reason}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
         faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
+    if parts.memory_gb is not None and not parts.memory_gb > 0:
+        faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
     if isinstance(pattern, NofM) and parts.scope is Scope.layer:
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
     if parts.permute is not Permute.none and isinstance(pattern, Ratio):
@@ -160,6 +164,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         exclude=_globs(parts.exclude),
         device=parts.device,
         dtype=parts.dtype,
+        memory_gb=parts.memory_gb,
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
         output_dir=output_dir,

@@ -10,18 +10,27 @@ from ace_cli.memory import Trimmer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.model.spill import Spill
     from ace_cli.model.streamed import StreamedModel
 
 
-def perplexity(model: StreamedModel, windows_NL: Tensor, on_block: Callable[[int], None] = lambda _: None) -> float:
+def perplexity(
+    model: StreamedModel,
+    windows_NL: Tensor,
+    on_block: Callable[[int], None] = lambda _: None,
+    spill: Spill | None = None,
+) -> float:
     """exp of the mean over windows of the mean cross-entropy over their L - 1 targets; windows do not overlap.
 
-    Each block is read once for all windows. Logits are taken to float32, one window at a time.
+    Each block is read once for all windows. Logits are taken to float32, one window at a time. ``spill`` holds the
+    hidden states, if they are not to stay in memory.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    batches, trimmer = list(model.batches(windows_NL)), Trimmer()
+    from ace_cli.model.spill import kept
+
+    batches, trimmer = kept(model.batches(windows_NL), spill), Trimmer()
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):
             with model.loaded(block):
