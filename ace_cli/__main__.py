@@ -65,7 +65,8 @@ def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list
     try:
         folder = hydra_config.runtime.output_dir if many else config.output_dir
         given = many or any(o.startswith("output_dir=") for o in hydra_config.overrides.task)
-        outcome = _run(parse(config, Path(folder).absolute(), given), dense_cache)
+        job = parse(config, Path(folder).absolute(), given)
+        outcome = (_kept(job) if many else None) or _run(job, dense_cache)
     except AceError as fault:
         _mend(fault)
         faults.append(fault)
@@ -82,6 +83,15 @@ def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list
     if many and outcome is not None:
         sweep.folder = Path(hydra_config.sweep.dir).absolute()
         sweep.add(_overrides(), outcome)
+
+
+def _kept(config: RunConfig) -> Report | None:
+    from ace_cli.report.finished import finished  # imports torch, in the end
+
+    report = finished(config)
+    if report is not None:
+        print(f"Finished before, not repeated: {config.output_dir}")
+    return report
 
 
 def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:

@@ -62,6 +62,7 @@ class Schema:
     observe: Observe = field(default_factory=Observe)
     device: str = "auto"
     dtype: Dtype = Dtype.auto
+    memory_gb: float | None = None
     keep_checkpoint: bool = True
     dry_run: bool = False
     output_dir: str = MISSING
@@ -85,6 +86,7 @@ class RunConfig:
     observe: Observe
     device: str
     dtype: Dtype
+    memory_gb: float | None
     keep_checkpoint: bool
     dry_run: bool
     output_dir: Path
@@ -144,6 +146,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         faults.append(f"allocation={registry.name_of('allocation', parts.allocation)}: {reason}")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
         faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
+    if parts.memory_gb is not None and not parts.memory_gb > 0:
+        faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
     if isinstance(pattern, NofM) and parts.scope is Scope.layer:
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
     if parts.permute is not Permute.none and isinstance(pattern, Ratio):
@@ -168,6 +172,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         observe=parts.observe,
         device=parts.device,
         dtype=parts.dtype,
+        memory_gb=parts.memory_gb,
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
         output_dir=output_dir,

@@ -14,6 +14,7 @@ from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import Comparison, DenseStates
 from ace_cli.evaluation.perplexity import perplexity
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
 from ace_cli.report.assemble import protocol_of
@@ -21,9 +22,13 @@ from ace_cli.report.terminal import Terminal
 
 
 def evaluate(
-    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache
-) -> tuple[facts.Perplexity, facts.Fidelity]:
-    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew."""
+    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache,
+    spill: Spill | None = None,
+) -> tuple[facts.Perplexity, facts.Fidelity]:  # fmt: skip
+    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew.
+
+    ``spill`` holds hidden states that are not to stay in memory.
+    """
     assert isinstance(config.eval, Evaluation)
     protocol = protocol_of(config.eval, eval_NL, model.dtype)
     key = (
@@ -37,11 +42,11 @@ def evaluate(
     if dense is None:
         states = DenseStates()
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
-            dense = Dense(perplexity(model, eval_NL, lambda _: step(), states), states)
+            dense = Dense(perplexity(model, eval_NL, lambda _: step(), states, spill), states)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = Comparison(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
-        after = perplexity(pruned, eval_NL, lambda _: step(), comparison)
+        after = perplexity(pruned, eval_NL, lambda _: step(), comparison, spill)
     if not (0 < dense.perplexity < float("inf") and 0 < after < float("inf")):
         raise AceError(f"Perplexity is not finite (dense {dense.perplexity}, pruned {after}).", "Try dtype=float32.")
     cache.remember(key, dense)

@@ -33,6 +33,18 @@ def peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def available() -> int:
+    """Bytes this process may take in all: what it has, and what the system, or its control group, still gives."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        free = min(free, int(most) - int(used))  # "max", no limit, is no number
+    return resident() + free
+
+
 class Trimmer:
     """Keeps the heap from growing with the number of blocks: glibc keeps freed blocks, and they fragment."""
 

@@ -10,19 +10,50 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
+from ace_cli.limit import Limit, Rates, existing
+from ace_cli.propagate import Propagate
 
 if TYPE_CHECKING:
+    from ace_cli.model.slots import Slot
     from ace_cli.model.streamed import StreamedModel
     from ace_cli.patterns import Pattern
+    from ace_cli.statistics import Statistic
 
 #: Below this share of the block weights a "pruned" model would be mostly dense: stop instead.
 MINIMUM_COVERAGE = 0.9
 _LIBRARIES = 500_000_000
+#: Fitted to runs of SmolLM2-135M and of a 1.1B Llama: a forward beside large square products; passes over the weights
+#: and over the inputs, in float32, that scoring, selecting, masking, casting and verifying make.
+_FORWARD_SHARE, _WEIGHT_PASSES, _INPUT_PASSES = 0.5, 12, 12
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What the chosen methods ask for: statistics, forwards through every block, and a look ahead at the dense model.
+
+    ``length`` is the tokens in one row.
+    """
+
+    tokens: int = 1
+    length: int = 1
+    statistics: tuple[Statistic, ...] = ()
+    propagate: Propagate = Propagate.sublayer
+    surveys: bool = False
+
+    def forwards(self, batch_tokens: int) -> float:
+        """Forwards of all tokens; several batches in sublayer order stop at the first, the second, ... input."""
+        several = self.tokens > max(1, batch_tokens // self.length) * self.length
+        orders = {Propagate.sublayer: 2.5 if several else 1.0, Propagate.block: 2.0, Propagate.dense: 1.0}
+        return orders[self.propagate] + self.surveys
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in elements and bytes; ``shapes`` are the slots', ``coverage`` the share of the blocks' weights in them."""
+    """Sizes in elements and bytes; ``shapes`` are the slots', ``coverage`` the share of the blocks' weights in them.
+
+    ``host_bytes`` and ``device_bytes`` are expected peaks while pruning. Of them, or of the device's, ``fixed_bytes``
+    are needed whatever the calibration; ``token_bytes`` is one token's hidden state; ``budget_bytes`` what may be used.
+    """
 
     model: str
     architecture: str
@@ -40,9 +71,33 @@ class Plan:
     host_bytes: int
     device_bytes: int
     disk_bytes: int
+    fixed_bytes: int
+    token_bytes: int
+    budget_bytes: float
+    flops: int
+    method_flops: int
+    forwards: float
+
+    def spills(self, tokens: int) -> bool:
+        """Whether the hidden states of so many tokens must go to disk."""
+        return self.fixed_bytes + tokens * self.token_bytes > self.budget_bytes
+
+    def limit(self, rates: Rates, nbytes: int) -> Limit:
+        """What pruning a checkpoint of ``nbytes`` costs at least."""
+        return Limit(self.flops, self.method_flops, nbytes, nbytes, rates)
+
+    def seconds(self, limit: Limit) -> float:
+        """Expected seconds of pruning and writing, a repair's own work apart."""
+        parts, weights = limit.parts, 4 * self.slot_weights
+        inputs = 4 * self.tokens * sum(columns for _, columns in self.shapes.values()) * self.forwards
+        compute = parts["compute"] * self.forwards / _FORWARD_SHARE + parts["method"]
+        passes = (_WEIGHT_PASSES * weights + _INPUT_PASSES * inputs) / limit.rates.memory
+        return max(compute + passes, parts["read"] + parts["write"])
 
 
-def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int, hidden_windows: int) -> Plan:
+def make_plan(
+    model: StreamedModel, patterns: Mapping[str, Pattern], demand: Demand, budget: float = float("inf")
+) -> Plan:
     """Check the patterns against every shape and the slots against the model; then add up.
 
     Raises AceError where a pattern does not fit a weight or the slots cover too little of the blocks.
@@ -62,7 +117,10 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
     if faults := model.faults():
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise AceError(f"{model.checkpoint.folder}: {faults[0]}{more}.", "Fetch the files again.")
-    host, device = _memory(model, hidden_windows)
+    fixed, host, device = _memory(model, demand, budget)
+    token_bytes = _hidden_size(model) * model.dtype.itemsize
+    spilled = fixed + demand.tokens * token_bytes > budget
+    shares = [(_share(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
     return Plan(
         model=str(model.checkpoint.folder),
         architecture=type(model.skeleton).__name__,
@@ -74,25 +132,38 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
         coverage=coverage,
         left_dense=left,
         copied=[f"{path} ({type(other).__name__})" for path, other in model.others.items()],
-        tokens=tokens,
+        tokens=demand.tokens,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
         host_bytes=host,
         device_bytes=device,
-        disk_bytes=model.checkpoint.nbytes,
+        disk_bytes=model.checkpoint.nbytes + spilled * demand.tokens * token_bytes * (1 + demand.surveys),
+        fixed_bytes=fixed,
+        token_bytes=token_bytes,
+        budget_bytes=budget,
+        flops=sum(round(2 * demand.tokens * share * rows * columns) for share, (rows, columns) in shares),
+        method_flops=sum(
+            s.flops(round(demand.tokens * share), *shape) for s in demand.statistics for share, shape in shares
+        ),
+        forwards=demand.forwards(model.batch_tokens),
     )
 
 
-def check_disk(folder: Path, needed: int) -> None:
-    """AceError unless the file system of ``folder`` has room for the checkpoint."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+def check_room(plan: Plan, folder: Path) -> None:
+    """AceError unless the disk of ``folder`` and the memory have room for the run."""
+    faults, there = [], existing(folder)
     reserved = sum(file.stat().st_blocks * 512 for file in folder.glob("checkpoint.partial/*"))
-    free = shutil.disk_usage(existing).free + reserved
-    if free < needed * 1.01:
-        raise AceError(
-            f"The checkpoint needs {needed / 1e9:.1f} GB, {existing} has {free / 1e9:.1f} GB free.",
-            "Free some space or choose another output_dir.",
+    free = shutil.disk_usage(there).free + reserved
+    if free < plan.disk_bytes * 1.01:
+        faults.append(f"the run needs {plan.disk_bytes / 1e9:.1f} GB of disk, {there} has {free / 1e9:.1f} GB free")
+    if plan.budget_bytes < plan.fixed_bytes:
+        faults.append(
+            f"it needs {plan.fixed_bytes / 1e9:.2f} GB of memory at least, it may use {plan.budget_bytes / 1e9:.2f} GB"
         )
+    if faults:
+        text = " and ".join(faults)
+        hint = "Free some space, choose another output_dir, or raise memory_gb if it is set."
+        raise AceError(f"{text[0].upper()}{text[1:]}.", hint)
 
 
 def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
@@ -104,26 +175,39 @@ def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
     return (covered + chosen) / max(1, covered + sum(left.count for left in left.values())), sorted(names)
 
 
-def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:
-    """Expected peak bytes while pruning, on the host and on the device.
+def _share(model: StreamedModel, slot: Slot) -> float:
+    """The share of the tokens that reach the slot: all of them, or those that are routed to an expert."""
+    if slot.in_module.index is None:
+        return 1.0
+    routed = getattr(model.skeleton.config.get_text_config(), "num_experts_per_tok", None)
+    experts = getattr(slot.module, slot.leaf).shape[0]
+    return min(1.0, float(routed or experts) / float(experts))
 
-    The stem is in memory while the windows are embedded, then blocks one at a time: computed with, and, as stored, what
-    of it is pruned and the next one that is read ahead. Scores and masks of the largest slot come on top, and hidden
-    states stay throughout; a second time while a layer of experts is shown to its experts one by one.
+
+def _hidden_size(model: StreamedModel) -> int:
+    size: int = model.skeleton.config.get_text_config().hidden_size
+    return size
+
+
+def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, int, int]:
+    """Expected peak bytes while pruning: where it computes, but for hidden states; then on the host, on the device.
+
+    The stem is in memory while the windows are embedded, then one block computes while the last one is written and the
+    next one read; scores and masks of the largest slot and a batch's activations come on top.
     """
-    entries = model.checkpoint.tensors
-    width = model.dtype.itemsize
-    block = max(sum(entries[key].numel for key in block.files) for block in model.blocks) * width
-    stored = max(sum(entries[key].nbytes for key in block.files) for block in model.blocks)
-    slots = [slot.shape for block_ in model.blocks for slot in block_.slots]
-    largest = max(rows * columns for rows, columns in slots) * 4
-    hidden_size = model.skeleton.config.get_text_config().hidden_size
-    hidden = hidden_windows * hidden_size * width * (2 if any(block_.experts for block_ in model.blocks) else 1)
-    active = (
-        min(hidden_windows, model.batch_tokens) * (4 * max(max(shape) for shape in slots) + 6 * hidden_size) * width
-    )
+    entries, width = model.checkpoint.tensors, model.dtype.itemsize
+    blocks = [[entries[key] for key in block.files] for block in model.blocks]
+    loaded = max(sum(entry.numel for entry in block) for block in blocks) * width
+    stored = max(sum(entry.nbytes for entry in block) for block in blocks)
+    shapes = [slot.shape for slot in model.blocks[0].slots]
+    working = 16 * max(rows * columns for rows, columns in shapes)
+    held = sum(s.nbytes(demand.tokens, *shape) for s in demand.statistics for shape in shapes)
+    in_batch = min(demand.tokens, model.batch_tokens)
+    active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
-    working = hidden + max(embeddings, block + stored + 4 * largest + active)
-    if model.device.type == "cpu":
-        return _LIBRARIES + working + stored, 0
-    return _LIBRARIES + 2 * stored, working
+    on_host = _LIBRARIES + 2 * stored
+    hidden = demand.tokens * _hidden_size(model) * width
+    held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
+    fixed = max(embeddings, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
+    whole = fixed + (0 if fixed + hidden > budget else hidden)
+    return (fixed, whole, 0) if model.device.type == "cpu" else (fixed, on_host, whole)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ace_cli import memory
 from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import Dtype, Permute, RunConfig
@@ -21,15 +22,17 @@ from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.hardware import has_bfloat16_units
+from ace_cli.limit import Limit, probe
 from ace_cli.measure import evaluate
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
+from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.patterns import Pattern
 from ace_cli.phases import MemorySampler, Phases
-from ace_cli.plan import Plan, check_disk, make_plan
+from ace_cli.plan import Demand, Plan, check_room, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.registry import name_of
 from ace_cli.report import facts
@@ -75,15 +78,8 @@ def _run(
         source = open_model(config.model)
         selection = Selection(config.include, config.exclude)
         model = StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
-    shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     needs_data = any(part.needs() for part in (config.metric, config.repair, config.allocation))
-    tokens = config.calib.tokens if needs_data else 0
-    # an allocation moves the weights to be pruned between blocks, but neither their number nor M
-    plan = make_plan(model, dict.fromkeys(shapes, config.pattern), tokens, tokens)
-    _check_length(model, config, needs_data)
-    _check_not_source(source, config.output_dir)
-    check_disk(config.output_dir, plan.disk_bytes)
-    terminal.plan(plan, method_line(config), calibration_line(config) if needs_data else "none needed")
+    plan, limit = _plan(config, model, config.calib.tokens if needs_data else 0, terminal)
     if config.dry_run:
         return None
 
@@ -108,12 +104,15 @@ def _run(
         found = Measured()
         if eval_NL is not None:
             with phases("evaluate"):
-                found.perplexity, found.fidelity = evaluate(config, model, work.final, eval_NL, terminal, dense_cache)
+                found.perplexity, found.fidelity = evaluate(
+                    config, model, work.final, eval_NL, terminal, dense_cache,
+                    Spill(config.output_dir) if plan.spills(eval_NL.numel()) else None,
+                )  # fmt: skip
         zero_shot = None
         if tasks is not None:
             with phases("evaluate"):
                 zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
-        report = make_report(config, command, start, model, plan, windows_NL, work, found, phases, inner)
+        report = make_report(config, command, start, model, plan, limit, windows_NL, work, found, phases, inner)
         report.zero_shot = zero_shot
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
@@ -123,6 +122,21 @@ def _run(
         terminal.result(report)
         terminal.say(f"Results: {config.output_dir}")
     return report
+
+
+def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Terminal) -> tuple[Plan, Limit]:
+    """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
+    statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
+    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys)
+    # an allocation moves the weights to be pruned between blocks, but neither their number nor M
+    patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
+    plan = make_plan(model, patterns, demand, _budget(config.memory_gb, model.device))
+    _check_length(model, config, tokens > 0)
+    _check_not_source(model.checkpoint, config.output_dir)
+    limit = plan.limit(probe(model.device, model.dtype, model.checkpoint, config.output_dir), model.checkpoint.nbytes)
+    terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
+    check_room(plan, config.output_dir)
+    return plan, limit
 
 
 def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
@@ -170,8 +184,8 @@ def _prune(
             done = len(work.finished)
             writer.left -= {key for block in model.blocks[:done] for key in block.files}
         with clock("embed"):
-            again = config.observe.windows
-            batches = list(model.batches(windows_NL, again)) if windows_NL is not None else []
+            spill, again = Spill(work.folder) if plan.spills(plan.tokens) else None, config.observe.windows
+            batches = kept(model.batches(windows_NL, again), spill) if windows_NL is not None else []
             compared = batches.pop() if again and batches else None
         patterns = _allocate(config, model, batches, clock, terminal)
         permute = config.permute is not Permute.none
@@ -230,6 +244,14 @@ def choose_device(name: str) -> torch.device:
         if index >= count:
             raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
     return torch.device(name)
+
+
+def _budget(memory_gb: float | None, device: torch.device) -> float:
+    """Bytes of the memory that computes which the run may use: as told, or nine tenths of what is free."""
+    if memory_gb is not None:
+        return memory_gb * 1e9
+    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
+    return 0.9 * free
 
 
 def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:

@@ -30,6 +30,14 @@ class Statistic:
         """
         raise NotImplementedError
 
+    def flops(self, tokens: int, rows: int, columns: int) -> int:
+        """Operations in matrix products for a weight (rows, columns); what only passes over the inputs counts as 0."""
+        return 0
+
+    def nbytes(self, tokens: int, rows: int, columns: int) -> int:
+        """What it holds for a weight (rows, columns), vectors apart."""
+        return 0
+
     def reordered(self, order_I: Tensor) -> Self:
         """What it would have seen of x[order_I]: every axis of inputs, the I of a field's name, reordered."""
         other = copy.copy(self)
@@ -162,6 +170,9 @@ class TokenSquares(Statistic):
 
     _chunks_TI: list[Tensor] = field(init=False, compare=False, repr=False)
 
+    def nbytes(self, tokens: int, rows: int, columns: int) -> int:
+        return 4 * tokens * columns
+
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         self._chunks_TI = [*(self._chunks_TI if self.tokens else []), x_TI.float().square()]
         self.tokens += len(x_TI)
@@ -192,6 +203,12 @@ class CosineTerm(Statistic):
     kind: str = "second"
     total_OI: Tensor | None = field(default=None, init=False, compare=False, repr=False)
     needs_output = True
+
+    def flops(self, tokens: int, rows: int, columns: int) -> int:
+        return 0 if self.kind == "token" else 2 * tokens * rows * columns
+
+    def nbytes(self, tokens: int, rows: int, columns: int) -> int:
+        return 0 if self.kind == "token" else 4 * rows * columns
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         x_TI, y_TO = x_TI.float(), y_TO.float()
@@ -231,6 +248,12 @@ class Gram(Statistic):
 
     total_II: Tensor = field(init=False, compare=False, repr=False)
     factors: Any = field(default=None, init=False, compare=False, repr=False)
+
+    def flops(self, tokens: int, rows: int, columns: int) -> int:
+        return 2 * tokens * columns**2
+
+    def nbytes(self, tokens: int, rows: int, columns: int) -> int:
+        return 4 * columns**2
 
     def reordered(self, order_I: Tensor) -> Self:
         other = super().reordered(order_I)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import math
 from collections.abc import Callable
 
@@ -31,7 +31,7 @@ def survey(
     with the index of each finished block. Raises AceError when a weight, an activation or a measure is not finite, or
     no token reached a slot.
     """
-    batches = [dataclasses.replace(batch) for batch in batches]  # hidden states are replaced, never changed in place
+    batches = [copy.copy(batch) for batch in batches]  # hidden states are replaced, never changed in place
     measures, trimmer = [], Trimmer()
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):

@@ -5,6 +5,7 @@ Shared by calibration and evaluation.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Sequence
@@ -91,15 +92,19 @@ def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises AceError when the folder has none."""
+    stamps = tuple(sorted((file.name, file.stat().st_mtime_ns) for file in checkpoint.folder.glob("*token*")))
+    return _tokenizer(checkpoint.folder, stamps)
+
+
+@functools.lru_cache(maxsize=2)  # a tokenizer that is dropped keeps some 10 MB: a sweep would grow with every job
+def _tokenizer(folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
+        return AutoTokenizer.from_pretrained(folder)
     except Exception as fault:  # tokenizer backends fail with errors of their own
         reason = first_line(fault)
-        raise AceError(
-            f"{checkpoint.folder} has no usable tokenizer: {reason}", "Only calib=self needs none."
-        ) from fault
+        raise AceError(f"{folder} has no usable tokenizer: {reason}", "Only calib=self needs none.") from fault
 
 
 def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:

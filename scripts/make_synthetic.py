@@ -1,18 +1,25 @@
 """Write a checkpoint of random bf16 weights in a given shape, shard by shard: for timing and memory, not quality.
 
-python scripts/make_synthetic.py FOLDER --shape 7b            13.5 GB, LLaMA-7B
+python scripts/make_synthetic.py FOLDER --shape 7b                13.5 GB, LLaMA-7B
 python scripts/make_synthetic.py FOLDER --shape 70b --blocks 4    the first four blocks of Llama-2-70B
 python scripts/make_synthetic.py FOLDER --shape 8x7b --blocks 3   9.2 GB, the first three blocks of Mixtral-8x7B
+python scripts/make_synthetic.py FOLDER --shape 70b --holes       all of it for a plan: zeros that take no disk
+
+Beside the weights lie a tokenizer of made-up words and pages.jsonl, documents of them: calib=text
+calib.path=FOLDER/pages.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -32,14 +39,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--blocks", type=int, help="write only so many decoder blocks")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--holes", action="store_true", help="zeros that take no room on the disk")
     options = parser.parse_args()
     shape = dict(SHAPES[options.shape])
     if options.blocks:
         shape["num_hidden_layers"] = options.blocks
-    write(options.folder, shape, getattr(torch, options.dtype))
+    write(options.folder, shape, getattr(torch, options.dtype), options.holes)
+    write_texts(options.folder, shape["vocab_size"])
 
 
-def write(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> None:
+def write(folder: Path, shape: dict[str, int], dtype: torch.dtype, holes: bool = False) -> None:
     """One shard a block, and one for embeddings, norm and head."""
     folder.mkdir(parents=True, exist_ok=True)
     family = ("MixtralForCausalLM", "mixtral") if "num_local_experts" in shape else ("LlamaForCausalLM", "llama")
@@ -53,11 +62,38 @@ def write(folder: Path, shape: dict[str, int], dtype: torch.dtype) -> None:
     for number in range(blocks + 1):
         tensors = stem(shape) if number == blocks else block(shape, number)
         name = f"model-{number + 1:05}-of-{blocks + 1:05}.safetensors"
-        made = {key: random(size, generator, dtype) for key, size in tensors.items()}
-        save_file(made, folder / name, {"format": "pt"})
-        weight_map |= dict.fromkeys(made, name)
+        if holes:
+            write_hole(folder / name, tensors, dtype)
+        else:
+            made = {key: random(size, generator, dtype) for key, size in tensors.items()}
+            save_file(made, folder / name, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def write_hole(file: Path, tensors: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """A whole safetensors file whose data were never written."""
+    code = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+    header, end = {}, 0
+    for name, size in tensors.items():
+        start, end = end, end + math.prod(size) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": size, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(file, "wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def write_texts(folder: Path, vocabulary: int) -> None:
+    """A tokenizer of whole words, w3 is token 3, and 256 documents of 64 words."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, vocabulary)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    ids = torch.randint(3, vocabulary, (256, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in document)}) for document in ids]
+    (folder / "pages.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def block(shape: dict[str, int], number: int) -> dict[str, tuple[int, ...]]:

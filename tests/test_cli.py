@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -182,6 +183,31 @@ def test_a_sweep_leaves_one_table_and_goes_on_after_a_failure(here: Command, lla
     assert "64 inputs" in text
     assert f"{good[0]['perplexity']:.3f}" in text
     assert text.strip().splitlines()[-1] in done.stdout
+
+
+def test_a_sweep_started_again_repeats_only_what_is_not_finished(here: Command, llama: Path, tmp_path: Path) -> None:
+    arguments = ["-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.3,0.5,2:4", "eval=none",
+                 "output_dir=sweep"]  # fmt: skip
+    assert here(*arguments).returncode == 0
+    first = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    (tmp_path / "sweep" / "1" / "report.json").unlink()
+    (tmp_path / "sweep" / "2" / "checkpoint" / "pruning.json").unlink()
+    shutil.rmtree(tmp_path / "sweep" / "2" / "checkpoint")
+    done = here(*arguments)
+    assert done.returncode == 0
+    assert done.stdout.count("not repeated") == 1
+    again = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert again["jobs"][0] == first["jobs"][0]
+    assert [job["sparsity"] for job in again["jobs"]] == [job["sparsity"] for job in first["jobs"]]
+
+
+def test_a_sweep_of_another_model_or_option_is_done_anew(here: Command, own_llama: Path, tmp_path: Path) -> None:
+    arguments = ["-m", f"model.path={own_llama}", "metric=magnitude", "sparsity=0.5", "eval=none", "output_dir=sweep"]
+    assert here(*arguments).returncode == 0
+    assert "not repeated" in here(*arguments).stdout
+    assert "not repeated" not in here(*arguments, "keep_checkpoint=false").stdout
+    edit(own_llama, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.roll(1))
+    assert "not repeated" not in here(*arguments, "keep_checkpoint=false").stdout
 
 
 def test_an_unknown_name_in_a_sweep_starts_no_job(here: Command, llama: Path, tmp_path: Path) -> None:

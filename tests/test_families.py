@@ -18,7 +18,7 @@ from ace_cli.model.pruned import write_metadata
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Scope, parse_sparsity
-from ace_cli.plan import make_plan
+from ace_cli.plan import Demand, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.repair.none import NoRepair
 
@@ -71,7 +71,7 @@ def prune_into(folder: Path, out: Path, sparsity: str, model: StreamedModel | No
     out.mkdir()
     pattern = parse_sparsity(sparsity, Scope.row)
     patterns: dict[str, Pattern] = {slot.name: pattern for slot in slots_of(model)}
-    make_plan(model, patterns, 1, 1)
+    make_plan(model, patterns, Demand())
     writer = CheckpointWriter(model.checkpoint, out)
     recipe = Recipe(Wanda(), patterns, NoRepair(), Propagate.block)
     list(prune(model, list(model.batches(token_windows(4, LENGTH))), recipe, writer, Clock()))
@@ -135,7 +135,7 @@ def test_everything_but_the_slots_is_byte_identical(folder: Path, pruned: tuple[
 def test_the_blocks_are_pruned_but_for_routers(folder: Path) -> None:
     """Every matrix of the blocks is a slot, or is named with the reason why it is not."""
     model = streamed(folder)
-    plan = make_plan(model, dict.fromkeys((slot.name for slot in slots_of(model)), NofM(2, 4)), 1, 1)
+    plan = make_plan(model, dict.fromkeys((slot.name for slot in slots_of(model)), NofM(2, 4)), Demand())
     named = [pair for block in model.blocks for pair in block.module.named_parameters()]
     whole = sum(p.numel() for name, p in named if p.dim() >= 2 and not name.endswith("bias"))
     left = sum(left.count for block in model.blocks for left in block.left.values())

@@ -109,6 +109,17 @@ def test_tables_and_numbers() -> None:
     assert gigabytes(1_234_000_000) == "1.23 GB"
 
 
+def test_a_report_is_read_as_it_was_written(finished: tuple[Report, Path]) -> None:
+    from ace_cli.report.finished import _built
+
+    assert _built(Report, json.loads((finished[1] / "report.json").read_text())) == json_like(finished[0])
+
+
+def json_like(report: Report) -> Report:
+    """Tuples become lists in JSON."""
+    return dataclasses.replace(report, slots=json.loads(json.dumps(report.slots)))
+
+
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from ace_cli.model import files, pruned
 from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.report.facts import Report
+from ace_cli.work import locked
 
 Prune = Callable[..., Report]
 
@@ -221,6 +222,93 @@ def test_lost_shards_are_not_trusted(tmp_path: Path, prune_here: Prune, monkeypa
     prune_here(model, tmp_path / "out", "metric=wanda")
     prune_here(model, tmp_path / "straight", "metric=wanda")
     assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+def test_a_shortened_shard_is_not_trusted(tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 * 2 + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(model, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    shard = tmp_path / "out" / "checkpoint.partial" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    prune_here(model, tmp_path / "out", "metric=wanda")
+    prune_here(model, tmp_path / "straight", "metric=wanda")
+    assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+@pytest.mark.parametrize("names", [("read", 20), ("copy", 2)], ids=["reading", "copying"])
+def test_a_source_that_ends_in_the_middle_loses_no_finished_block(
+    tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, names: tuple[str, int]
+) -> None:
+    """The file is cut while the run reads it, put back, and the run goes on."""
+    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
+    prune_here(model, tmp_path / "straight", "metric=wanda")
+    file, (name, calls) = model / "model.safetensors", names
+    whole, owner = file.read_bytes(), Checkpoint if name == "read" else CheckpointWriter
+    original, count = getattr(owner, name), 0
+
+    def cutting(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == calls:
+            file.write_bytes(whole[: len(whole) // 3])
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, cutting)
+    with pytest.raises(AceError, match=r"model\.safetensors ended while") as caught:
+        prune_here(model, tmp_path / "out", "metric=wanda")
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert finished_looking(tmp_path / "out") == []
+    assert len((tmp_path / "out" / "progress.jsonl").read_text().splitlines()) >= 1
+    file.write_bytes(whole)
+    prune_here(model, tmp_path / "out", "metric=wanda")
+    assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+def test_a_changed_configuration_begins_anew_and_says_why(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    prune_here(llama, tmp_path / "out", "metric=wanda", "sparsity=2:4", "calib.seed=3")
+    assert "but sparsity, calibration changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_two_runs_do_not_share_a_folder(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"), pytest.raises(AceError, match="Another run is working in") as caught:
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert str(tmp_path / "out") in str(caught.value)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder where nobody may write")
+def test_a_folder_that_cannot_be_written_is_refused_before_work(llama: Path, prune_here: Prune) -> None:
+    with pytest.raises(AceError, match=r"/sys/kernel") as caught:
+        prune_here(llama, Path("/sys/kernel/ace-prune"), "metric=magnitude")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_limit_on_file_sizes_is_a_full_disk(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real refusal of the system while the checkpoint is begun; without the probe, which would meet it first."""
+    monkeypatch.setattr("ace_cli.limit._write", lambda folder: 1e9)
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, hard))
+    try:
+        with pytest.raises(AceError, match="File too large") as caught:
+            prune_here(llama, tmp_path / "out", "metric=magnitude")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert finished_looking(tmp_path / "out") == []
+    assert verify(Path(prune_here(llama, tmp_path / "out", "metric=magnitude").checkpoint)) == 14
 
 
 def test_an_older_checkpoint_is_not_taken_for_the_unfinished_one(

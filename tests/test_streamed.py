@@ -16,7 +16,7 @@ from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM
-from ace_cli.plan import Plan, make_plan
+from ace_cli.plan import Demand, Plan, make_plan
 
 
 def open_streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:
@@ -26,7 +26,7 @@ def open_streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedM
 def plan_of(folder: Path) -> Plan:
     """What is checked before any calibration."""
     model = open_streamed(folder)
-    return make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, 1, 1)
+    return make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, Demand())
 
 
 def real_parameters(model: StreamedModel) -> list[str]:

@@ -10,6 +10,7 @@ from ace_cli.memory import Trimmer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.model.spill import Spill
     from ace_cli.model.streamed import StreamedModel
 
 
@@ -18,17 +19,20 @@ def perplexity(
     windows_NL: Tensor,
     on_block: Callable[[int], None] = lambda _: None,
     watch: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
+    spill: Spill | None = None,
 ) -> float:
     """exp of the mean over windows of the mean cross-entropy over their L - 1 targets; windows do not overlap.
 
     Each block is read once for all windows. Logits are taken to float32, one window at a time. ``watch`` is called for
     each window, in order, with its ids (L), its states after the last block (L, H) and its logits (L - 1, V), while the
-    model's head is loaded.
+    model's head is loaded. ``spill`` holds the hidden states, if they are not to stay in memory.
     """
     import torch
     from torch.nn.functional import cross_entropy
 
-    batches, trimmer = list(model.batches(windows_NL)), Trimmer()
+    from ace_cli.model.spill import kept
+
+    batches, trimmer = kept(model.batches(windows_NL), spill), Trimmer()
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):
             with model.loaded(block):

@@ -20,6 +20,7 @@ from ace_cli.clock import Clock
 from ace_cli.config import RunConfig
 from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.evaluation.base import Evaluation
+from ace_cli.limit import Limit
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
@@ -44,7 +45,7 @@ class Measured:
 
 def make_report(
     config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
-    windows_NL: Tensor | None, work: Work, measured: Measured, phases: Phases, inner: Clock,
+    limit: Limit, windows_NL: Tensor | None, work: Work, measured: Measured, phases: Phases, inner: Clock,
 ) -> facts.Report:  # fmt: skip
     """The report of a run whose checkpoint is in place; ``inner`` holds the phases inside pruning and writing."""
     slots = [slot for block in work.finished for slot in block.slots]
@@ -67,6 +68,7 @@ def make_report(
         seconds=seconds,
         phases=dict(inner.seconds),
         tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
+        efficiency=limit.efficiency(seconds["prune"] + seconds["write"]) if not work.resumed else {},
         peak_memory_bytes=_peaks(model.device, phases),
         timeline=_timeline(phases),
         bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},

@@ -162,6 +162,7 @@ class Report:
     seconds: dict[str, float]
     phases: dict[str, float]
     tokens_per_second: dict[str, float]
+    efficiency: dict[str, Any]
     peak_memory_bytes: dict[str, int]
     timeline: Timeline
     bytes_on_disk: dict[str, int]

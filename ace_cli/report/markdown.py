@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ace_cli.report.facts import Report, ZeroShot
 from ace_cli.report.zero_shot import task_head, task_line, task_rows
 
@@ -79,6 +81,7 @@ def render(report: Report) -> str:
         f"{report.tokens_per_second['prune']:,.0f} calibration tokens a second through all blocks."
         if report.tokens_per_second
         else "",
+        _efficiency(report.efficiency),
         "## Peak memory\n\n" + table(["", "resident"], memory),
         "## Versions and machine\n\n"
         + table(["", ""], [[k, str(v)] for k, v in (report.versions | report.hardware).items()]),
@@ -109,6 +112,26 @@ def _calibration_line(report: Report) -> str:
         f"Calibration: {calibration.n_samples} windows of {calibration.seq_len} tokens from {calibration.source}, "
         f"{calibration.tokens:,} tokens through the model, seed {calibration.seed}, "
         f"fingerprint {calibration.fingerprint[:12]}."
+    )
+
+
+def _efficiency(found: dict[str, Any]) -> str:
+    if not found:
+        return ""
+    rates, parts = found["rates"], found["parts_seconds"]
+    rows = [
+        ["one forward", f"{found['flops'] / 1e9:,.1f} GFLOP", f"{rates['matmul'] / 1e9:,.1f} GFLOP/s", "compute"],
+        ["reading", gigabytes(found["bytes_read"]), f"{gigabytes(rates['read'])}/s", "read"],
+        ["writing", gigabytes(found["bytes_written"]), f"{gigabytes(rates['write'])}/s", "write"],
+        ["through memory", gigabytes(found["bytes_read"] + found["bytes_written"]), f"{gigabytes(rates['memory'])}/s",
+         "memory"],
+        ["the metric's own products", f"{found['method_flops'] / 1e9:,.1f} GFLOP", "", "method"],
+    ]  # fmt: skip
+    return (
+        f"## Limit\n\nPruned and written in {found['measured_seconds']:.2f} s; this machine's limit is "
+        f"{found['limit_seconds']:.2f} s ({found['efficiency']:.0%} of it reached): the longer of one forward and of "
+        "reading and writing the file.\n\n"
+        + table(["", "amount", "measured rate", "seconds"], [[*row[:3], f"{parts[row[3]]:.3f}"] for row in rows])
     )
 
 

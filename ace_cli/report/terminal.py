@@ -22,6 +22,7 @@ from ace_cli.report.zero_shot import (
 )
 
 if TYPE_CHECKING:
+    from ace_cli.limit import Limit
     from ace_cli.plan import Plan
     from ace_cli.report.facts import Comparison, Report, ZeroShot
 
@@ -49,7 +50,7 @@ class Terminal:
         if self._log is not None:
             self._log.print(content, markup=False)
 
-    def plan(self, plan: Plan, method: str, calibration: str) -> None:
+    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str) -> None:
         """What will happen and what it needs."""
         rows = {
             "model": f"{plan.architecture}, {plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks",
@@ -62,9 +63,12 @@ class Terminal:
             "needs": f"{gigabytes(plan.host_bytes)} memory"
             + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
             + f", {gigabytes(plan.disk_bytes)} disk",
+            "takes": f"about {plan.seconds(limit):,.1f} s to prune and write; the limit here is {limit.seconds:,.1f} s",
         }
         if plan.copied:
             rows["as it is"] = f"{', '.join(plan.copied)}: the text decoder alone is pruned"
+        if plan.spills(plan.tokens):
+            rows["keeps"] = f"hidden states on disk, to stay within {gigabytes(plan.budget_bytes)} of memory"
         if plan.left_dense:
             rows["stays dense"] = ", ".join(plan.left_dense)
         for name, value in rows.items():
@@ -125,11 +129,19 @@ class Terminal:
         seconds, memory = report.seconds, report.peak_memory_bytes
         rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(
-            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s{rate}, "
+            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s{rate}{_limit(report)}, "
             f"{seconds['total']:.1f} s in all; peak memory {gigabytes(memory['host'])}."
         )
         for warning in report.warnings:
             self.say(f"Warning: {warning}", style="yellow")
+
+
+def _limit(report: Report) -> str:
+    if not report.efficiency:
+        return ""
+    return (
+        f", {report.efficiency['efficiency']:.0%} of this machine's limit ({report.efficiency['limit_seconds']:.1f} s)"
+    )
 
 
 def _plain_steps(terminal: Terminal, what: str, total: int, done: int) -> Any:

@@ -1,0 +1,150 @@
+"""The limit of a run: its arithmetic and its bytes at the rates that this machine shows in a short probe.
+
+Pruning cannot be faster than one forward of the calibration tokens through the blocks, one read and one write of the
+file. Reading and writing can go on while the blocks compute, so the limit is the longer of the two, not their sum.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ace_cli.model.files import Checkpoint
+
+_PROBE_SECONDS = 0.1
+_PIECE = 4 << 20
+_LARGEST_PRODUCT = 8192
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Per second: operations in matrix products, bytes from and to the disk (or its cache), bytes copied in memory."""
+
+    matmul: float
+    read: float
+    write: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``flops`` of one forward through the blocks; bytes of the file in and out. ``method_flops`` come on top: the
+    matrix products that the chosen statistics need, at most (inputs that several weights share are observed once).
+    """
+
+    flops: int
+    method_flops: int
+    bytes_read: int
+    bytes_written: int
+    rates: Rates
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds of each part by itself."""
+        return {
+            "compute": self.flops / self.rates.matmul,
+            "read": self.bytes_read / self.rates.read,
+            "write": self.bytes_written / self.rates.write,
+            "memory": (self.bytes_read + self.bytes_written) / self.rates.memory,
+            "method": self.method_flops / self.rates.matmul,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """The limit: computing, the disk and the memory work at the same time. Without the method's own products."""
+        parts = self.parts
+        return max(parts["compute"], parts["read"] + parts["write"], parts["memory"])
+
+    def efficiency(self, measured: float) -> dict[str, Any]:
+        """For the report: the limit beside ``measured`` seconds, with everything it was made of."""
+        return {
+            "limit_seconds": self.seconds,
+            "measured_seconds": measured,
+            "efficiency": self.seconds / measured,
+            "flops": self.flops,
+            "method_flops": self.method_flops,
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "rates": dict(vars(self.rates)),
+            "parts_seconds": self.parts,
+        }
+
+
+def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: Path) -> Rates:
+    """Measure, in less than half a second. ``folder`` need not exist: nothing is left in it or its parents.
+
+    OSError when the disk cannot be written.
+    """
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    return Rates(_matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait))
+
+
+def existing(folder: Path) -> Path:
+    """``folder`` or the nearest of its parents that is there."""
+    return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+
+
+def _matmul(device: torch.device, dtype: torch.dtype, wait: Callable[[], None]) -> float:
+    """The best square product in 0.1 s, of growing size while they are quick: small ones do not fill every unit."""
+    size, best, deadline = 256, 0.0, time.perf_counter() + _PROBE_SECONDS
+    while time.perf_counter() < deadline:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        seconds = _shortest(partial(torch.mm, a, a), wait)
+        best = max(best, 2 * size**3 / seconds)
+        if 8 * seconds < _PROBE_SECONDS / 2 and size < _LARGEST_PRODUCT:
+            size *= 2
+    return best
+
+
+def _memory(device: torch.device, wait: Callable[[], None]) -> float:
+    source = torch.ones(4 * _PIECE, dtype=torch.uint8, device=device)
+    target = torch.ones_like(source)
+    return 2 * source.nbytes / min(_shortest(lambda: target.copy_(source), wait) for _ in range(2))
+
+
+def _shortest(work: Callable[[], object], wait: Callable[[], None]) -> float:
+    """Seconds of the best of three: the first ones wake threads and clocks."""
+    seconds = []
+    for _ in range(3):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        seconds.append(time.perf_counter() - start)
+    return max(min(seconds), 1e-9)
+
+
+def _read(source: Checkpoint) -> float:
+    """Pieces from all over the files, as warm or cold as they are; other ones each time, or it would warm its own."""
+    entries, pieces, done = list(source.tensors.values()), 16, 0
+    buffer = bytearray(_PIECE)
+    first = time.time_ns() // 1000 % len(entries)
+    start = time.perf_counter()
+    for number in range(pieces):
+        entry = entries[(first + number * len(entries) // pieces) % len(entries)]
+        with open(entry.file, "rb", buffering=0) as file:
+            file.seek(entry.start)
+            done += file.readinto(memoryview(buffer)[: max(1, min(_PIECE, entry.nbytes))]) or 0
+        if time.perf_counter() - start > _PROBE_SECONDS:
+            break
+    return max(done, 1) / (time.perf_counter() - start)
+
+
+def _write(folder: Path) -> float:
+    """Forced to disk, as every finished block is."""
+    piece, done = b"\x55" * _PIECE, 0
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        start = time.perf_counter()
+        while done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2:
+            for _ in range(4):
+                done += file.write(piece)
+            os.fsync(file.fileno())
+        return done / (time.perf_counter() - start)

@@ -1,0 +1,58 @@
+"""Jobs of a sweep that an earlier start of the same sweep has finished."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ace_cli import __version__
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.pruned import MANIFEST
+from ace_cli.report.facts import SCHEMA_VERSION, Report
+
+if TYPE_CHECKING:
+    from ace_cli.config import RunConfig
+
+
+def finished(config: RunConfig) -> Report | None:
+    """The report in ``config.output_dir``, if this version made it of this configuration, model and text files.
+
+    None if anything differs, was touched since, or is missing.
+    """
+    file = config.output_dir / "report.json"
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["schema_version"] != SCHEMA_VERSION or content["versions"]["ace-prune"] != __version__:
+            return None
+        if content["config"]["yaml"] != config.text or _changed_since(config, file):
+            return None
+        if config.keep_checkpoint and not (Path(content["checkpoint"]) / MANIFEST).is_file():
+            return None
+        if Checkpoint(Path(content["model"]["folder"])).fingerprint() != content["model"]["fingerprint"]:
+            return None
+        return cast(Report, _built(Report, content))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not whole, or of another time: the job is simply done again
+
+
+def _changed_since(config: RunConfig, report: Path) -> bool:
+    paths = [getattr(part, "path", None) for part in (config.calib, config.eval)]
+    return any(path and Path(path).expanduser().stat().st_mtime > report.stat().st_mtime for path in paths)
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """What ``dataclasses.asdict`` made of a ``kind``, made into one again."""
+    if typing.get_origin(kind) is types.UnionType:
+        return None if value is None else _built(typing.get_args(kind)[0], value)
+    if typing.get_origin(kind) is list:
+        return [_built(typing.get_args(kind)[0], item) for item in value]
+    if typing.get_origin(kind) is dict:
+        return {name: _built(typing.get_args(kind)[1], item) for name, item in value.items()}
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return cast("type", kind)(**{name: _built(hints[name], item) for name, item in value.items()})
+    return value

@@ -1,0 +1,64 @@
+"""The limit of a run and its efficiency: rates that were measured, arithmetic that adds up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ace_cli import limit
+from ace_cli.limit import Limit, Rates, probe
+from ace_cli.model.files import Checkpoint
+from ace_cli.report.facts import Report
+from ace_cli.statistics import CosineTerm, Gram, SecondMoment
+
+Prune = Callable[..., Report]
+
+
+def test_rates_are_measured_and_leave_nothing(llama: Path, tmp_path: Path) -> None:
+    rates = probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path / "not" / "there")
+    assert 1e8 < rates.matmul < 1e14
+    assert all(1e6 < rate < 1e13 for rate in (rates.read, rates.write, rates.memory))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_faster_product_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bigger products are tried only while small ones are quick."""
+    sizes = []
+    monkeypatch.setattr(torch, "mm", lambda a, b: sizes.append(len(a)))
+    monkeypatch.setattr(limit, "_LARGEST_PRODUCT", 1024)
+    limit._matmul(torch.device("cpu"), torch.float32, lambda: None)
+    assert sizes[0] == 256
+    assert max(sizes) == 1024
+
+
+def test_the_limit_is_the_longer_of_computing_and_the_disk() -> None:
+    found = Limit(1000, 500, 60, 40, Rates(matmul=100, read=10, write=20, memory=50))
+    assert found.parts == {"compute": 10, "read": 6, "write": 2, "memory": 2, "method": 5}
+    assert found.seconds == 10
+    assert Limit(100, 500, 60, 40, found.rates).seconds == 8
+    assert found.efficiency(20)["efficiency"] == 0.5
+
+
+def test_matrix_products_of_statistics() -> None:
+    assert SecondMoment().flops(10, 3, 5) == 0
+    assert Gram().flops(10, 3, 5) == 2 * 10 * 25
+    assert CosineTerm("second").flops(10, 3, 5) == 2 * 10 * 15
+    assert CosineTerm("token").flops(10, 3, 5) == 0
+    assert (Gram().nbytes(10, 3, 5), CosineTerm("second").nbytes(10, 3, 5)) == (100, 60)
+
+
+def test_the_report_has_its_efficiency(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    report = prune_here(llama, tmp_path / "out", "metric=cosp", "calib.n_samples=8", "calib.seq_len=16")
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["efficiency"]
+    weights = report.model["slot_weights"]
+    assert found["flops"] == 2 * weights * 8 * 16
+    assert found["method_flops"] == 2 * weights * 8 * 16
+    assert found["bytes_read"] == found["bytes_written"] == Checkpoint(llama).nbytes
+    assert found["measured_seconds"] == pytest.approx(report.seconds["prune"] + report.seconds["write"])
+    assert found["efficiency"] == pytest.approx(found["limit_seconds"] / found["measured_seconds"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert f"limit is {found['limit_seconds']:.2f} s" in text
