@@ -73,7 +73,7 @@ def make_plan(model: StreamedModel, patterns: Mapping[str, Pattern], tokens: int
         pruned_weights=sum(patterns[name].pruned(*shape) for name, shape in slots.items()),
         coverage=coverage,
         left_dense=left,
-        copied=[f"{path} ({type(other).__name__})" for path, other in model.others.items()],
+        copied=_copied(model),
         tokens=tokens,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -102,6 +102,14 @@ def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
     chosen = sum(left.count for left in left.values() if left.chosen)
     names = {f"{re.sub(r'[.][0-9]+(?=[.]|$)', '.*', name)} ({left.why})" for name, left in left.items()}
     return (covered + chosen) / max(1, covered + sum(left.count for left in left.values())), sorted(names)
+
+
+def _copied(model: StreamedModel) -> list[str]:
+    """What the files hold beside the text decoder."""
+    copied = [f"{path} ({type(other).__name__}), no part of the text decoder" for path, other in model.others.items()]
+    if unused := model.unused:
+        copied.append(f"{len(unused)} tensors that {type(model.skeleton).__name__} does not read, like {unused[0]}")
+    return copied
 
 
 def _memory(model: StreamedModel, hidden_windows: int) -> tuple[int, int]:

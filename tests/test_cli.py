@@ -138,7 +138,9 @@ def test_nan_in_the_weights(here: Command, own_llama: Path, tmp_path: Path) -> N
 
 
 def test_a_family_that_is_not_covered(here: Command, tmp_path: Path) -> None:
-    assert_one_line(here(f"model.path={make(tmp_path / 'm', 'gpt2')}", "metric=magnitude", "eval=none"), "c_attn")
+    options = {"num_key_value_heads": 4, "kv_channels": 16, "num_local_experts": 4}
+    folder = make(tmp_path / "m", "jetmoe", **options)
+    assert_one_line(here(f"model.path={folder}", "metric=magnitude", "eval=none"), "JetMoeParallelExperts")
 
 
 @pytest.mark.skipif("__import__('torch').cuda.is_available()")

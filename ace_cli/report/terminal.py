@@ -64,7 +64,7 @@ class Terminal:
             + f", {gigabytes(plan.disk_bytes)} disk",
         }
         if plan.copied:
-            rows["as it is"] = f"{', '.join(plan.copied)}: the text decoder alone is pruned"
+            rows["copies"] = "; ".join(plan.copied)
         if plan.left_dense:
             rows["stays dense"] = ", ".join(plan.left_dense)
         for name, value in rows.items():
