@@ -90,7 +90,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self.skeleton = _build_skeleton(checkpoint, dtype)
+        self.skeleton = _build_skeleton(checkpoint)
         self._mapping = Mapping(self.skeleton, checkpoint)
         #: Towers for images and the like, by path: neither run nor pruned.
         self.others = other_models(self.skeleton)
@@ -328,7 +328,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _build_skeleton(checkpoint: Checkpoint) -> Any:
     """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -337,8 +337,8 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        with init_empty_weights(include_buffers=False):
-            model = auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
+        with init_empty_weights(include_buffers=False):  # in float32, or tables of positions lose their digits
+            model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
