@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from ace_cli.propagate import Propagate
 
 if TYPE_CHECKING:
     from ace_cli.model.slots import Slot
-    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.model.streamed import Block, StreamedModel
     from ace_cli.patterns import Pattern
     from ace_cli.statistics import Statistic
 
@@ -131,7 +131,7 @@ def make_plan(
         pruned_weights=sum(patterns[name].pruned(*shape) for name, shape in slots.items()),
         coverage=coverage,
         left_dense=left,
-        copied=[f"{path} ({type(other).__name__})" for path, other in model.others.items()],
+        copied=_copied(model),
         tokens=demand.tokens,
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -184,6 +184,24 @@ def _share(model: StreamedModel, slot: Slot) -> float:
     return min(1.0, float(routed or experts) / float(experts))
 
 
+def _copied(model: StreamedModel) -> list[str]:
+    """What the files hold beside the text decoder."""
+    copied = [f"{path} ({type(other).__name__}), no part of the text decoder" for path, other in model.others.items()]
+    if unused := model.unused:
+        copied.append(f"{len(unused)} tensors that {type(model.skeleton).__name__} does not read, like {unused[0]}")
+    return copied
+
+
+def _statistics(block: Block, demand: Demand) -> int:
+    """Bytes of the statistics that are held at once: of every linear layer, and of one expert."""
+
+    def held(slots: Iterable[Slot]) -> int:
+        return sum(statistic.nbytes(demand.tokens, *slot.shape) for slot in slots for statistic in demand.statistics)
+
+    first = [[s for s in each.slots if s.in_module.index == each.slots[0].in_module.index] for each in block.experts]
+    return held(block.layers) + max((held(slots) for slots in first), default=0)
+
+
 def _hidden_size(model: StreamedModel) -> int:
     size: int = model.skeleton.config.get_text_config().hidden_size
     return size
@@ -199,9 +217,9 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     blocks = [[entries[key] for key in block.files] for block in model.blocks]
     loaded = max(sum(entry.numel for entry in block) for block in blocks) * width
     stored = max(sum(entry.nbytes for entry in block) for block in blocks)
-    shapes = [slot.shape for slot in model.blocks[0].slots]
+    shapes = [slot.shape for block in model.blocks for slot in block.slots]
     working = 16 * max(rows * columns for rows, columns in shapes)
-    held = sum(s.nbytes(demand.tokens, *shape) for s in demand.statistics for shape in shapes)
+    held = max(_statistics(block, demand) for block in model.blocks)
     in_batch = min(demand.tokens, model.batch_tokens)
     active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width

@@ -100,6 +100,13 @@ def test_streamed_blocks_and_logits_equal_the_whole_model_bit_for_bit(folder: Pa
     assert torch.equal(logits, expected_logits)
 
 
+def test_streams_alike_in_sixteen_bits(folder: Path) -> None:
+    ids = token_windows(2, LENGTH)
+    _, logits = stream(streamed(folder, torch.bfloat16), ids)
+    with torch.inference_mode():
+        assert torch.equal(logits, load(folder, torch.bfloat16)(ids, use_cache=False).logits)
+
+
 @pytest.fixture(scope="module")
 def pruned(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Slot]]:
     """The family pruned to 2:4, and its slots."""

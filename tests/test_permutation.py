@@ -161,7 +161,7 @@ def links_of(model: StreamedModel, index: int = 0) -> list[Link]:
 
 
 #: (regions, width, copies) of the attention's link; the other link spans the multilayer perceptron.
-MULTI_HEAD = {"opt", "gpt_neox", "bloom", "gptj", "mpt", "gpt2"}
+MULTI_HEAD = {"opt", "opt_350m", "gpt_neox", "bloom", "gptj", "mpt", "gpt2"}
 ATTENTION = {**dict.fromkeys(DENSE, (2, 16, 2)), **dict.fromkeys(MULTI_HEAD, (4, 16, 1)), "falcon": (1, 16, 4)}
 
 

@@ -28,7 +28,7 @@ LATENT: dict[str, Any] = {
     "v_head_dim": 16, "num_key_value_heads": 4, "head_dim": 8,
 }  # fmt: skip
 
-#: model_type -> what it needs beyond COMMON; None takes a key away.
+#: model_type -> what it needs beyond COMMON; None takes a key away. A second row of a type names its "model_type".
 DENSE: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {},
@@ -45,6 +45,7 @@ DENSE: dict[str, dict[str, Any]] = {
     "olmo": {},
     "olmo2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "opt_350m": {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
     "gpt_neox": {},
     "falcon": {"head_dim": None},
     "bloom": {},
@@ -84,7 +85,7 @@ def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: in
     settings = {**COMMON, **FAMILIES.get(family, {}), **options}
     settings = {name: value for name, value in settings.items() if value is not None}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type", family), **settings))
     randomise(model, seed)
     model.to(dtype).save_pretrained(folder)
     return folder

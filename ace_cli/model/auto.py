@@ -18,11 +18,19 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
+def decoder_of(skeleton: Any) -> Any:
+    """The model that turns token ids into hidden states."""
+    from transformers import PreTrainedModel
+
+    decoder = skeleton.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else skeleton.base_model  # some heads are called decoder
+
+
 def other_models(skeleton: Any) -> dict[str, Any]:
     """Models inside ``skeleton`` that its text decoder is no part of (towers for images and sound), by path."""
     from transformers import PreTrainedModel
 
-    decoder = skeleton.get_decoder()
+    decoder = decoder_of(skeleton)
     found: dict[str, Any] = {}
     for path, module in skeleton.named_modules():
         inside = any(path.startswith(f"{known}.") for known in found)

@@ -47,6 +47,11 @@ class ExpertCall:
         hidden: Tensor = next(iter(self.values.values()))
         if self.index is not None:
             return hidden if everyone else hidden[(self.values[self.index] == expert).any(-1)]
+        if len(self.values) != 1 or len(hidden) % experts:
+            raise AceError(
+                f"Experts are called with {', '.join(self.values)}: neither a routing nor rows sorted by expert.",
+                "This layer of experts is not supported yet: exclude it.",
+            )
         rows_ETH = hidden.view(experts, -1, hidden.shape[-1])
         mine = rows_ETH.flatten(0, 1) if everyone else rows_ETH[expert]
         return mine[(mine != 0).any(-1)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
-from ace_cli.model.auto import auto_class, other_models
+from ace_cli.model.auto import auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
@@ -28,6 +28,9 @@ from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
 #: depend on the memory at hand.
 BATCH_TOKENS = 16384
 BATCH_BYTES = 512 << 20
+
+#: Where the decoder blocks are, of classes whose annotations do not tell: class of the model -> path of the list.
+BLOCKS = {"BioGptForCausalLM": "biogpt.layers"}
 
 
 @dataclass
@@ -87,7 +90,7 @@ class StreamedModel:
         self.checkpoint = checkpoint
         self.device = device
         self.dtype = dtype
-        self.skeleton = _build_skeleton(checkpoint, dtype)
+        self.skeleton = _build_skeleton(checkpoint)
         self._mapping = Mapping(self.skeleton, checkpoint)
         #: Towers for images and the like, by path: neither run nor pruned.
         self.others = other_models(self.skeleton)
@@ -98,6 +101,11 @@ class StreamedModel:
         self._stem = [name for name in self._state() if not name.startswith(inside)]
         self._returns_tuple = False
         _move_buffers(self.skeleton, device)
+
+    @property
+    def unused(self) -> list[str]:
+        """Tensors of the files that make no parameter of the model."""
+        return self._mapping.unused
 
     @property
     def batch_tokens(self) -> int:
@@ -199,21 +207,20 @@ class StreamedModel:
         return dict(self.skeleton.state_dict(keep_vars=True))
 
     def _find_blocks(self, selection: Selection) -> list[Block]:
-        names = set(self.skeleton._no_split_modules or ())
+        kind, names = type(self.skeleton).__name__, set(self.skeleton._no_split_modules or ())
+        outside = tuple(f"{path}." for path in self.others)
         lists = [
             (name, module)
             for name, module in self.skeleton.named_modules()
             if isinstance(module, nn.ModuleList)
-            and len(module)
-            and {type(item).__name__ for item in module} <= names
-            and not name.startswith(tuple(f"{path}." for path in self.others))
+            and not name.startswith(outside)
+            and (_all_in(module, names) if kind not in BLOCKS else name == BLOCKS[kind])
         ]
         if len(lists) != 1:
-            kind = type(self.skeleton).__name__
             raise AceError(
                 f"{kind}: expected one list of decoder blocks of class {', '.join(sorted(names)) or '(none named)'}, "
                 f"found {', '.join(name for name, _ in lists) or 'none'}.",
-                f"This model family is not supported yet. Lists in it: {_lists(self.skeleton)}.",
+                f"Give {kind} a row in BLOCKS of ace_cli/model/streamed.py. Lists in it: {_lists(self.skeleton)}.",
             )
         list_name, modules = lists[0]
         blocks = [self._block(f"{list_name}.{index}", module, selection) for index, module in enumerate(modules)]
@@ -292,7 +299,7 @@ class StreamedModel:
 
         try:
             with self._blocks_replaced(record):
-                self.skeleton.get_decoder()(input_ids=ids_BL, use_cache=False)
+                decoder_of(self.skeleton)(input_ids=ids_BL, use_cache=False)
         except _TakesTuples:
             self._returns_tuple = True
             return self._capture(ids_BL)
@@ -325,18 +332,17 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return hidden
 
 
-def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _build_skeleton(checkpoint: Checkpoint) -> Any:
     """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    if quantization := checkpoint.config().get("quantization_config"):
-        method = quantization.get("quant_method", "unknown")
+    if method := _quantisation(checkpoint):
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        with init_empty_weights(include_buffers=False):
-            model = auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
+        with init_empty_weights(include_buffers=False):  # in float32, or tables of positions lose their digits
+            model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
@@ -344,6 +350,21 @@ def _build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             "Only language models that transformers knows without remote code can be pruned.",
         ) from fault
     return model.eval()
+
+
+def _quantisation(checkpoint: Checkpoint) -> str | None:
+    """How the weights are quantised, by what the configuration says or the tensors are called."""
+    config = checkpoint.config()
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(entry := part.get(key), dict):
+                return str(entry.get("quant_method", "unknown method"))
+    packed = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB", "_blocks")
+    return next((f"it holds {name}" for name in checkpoint.tensors if name.endswith(packed)), None)
+
+
+def _all_in(modules: nn.ModuleList, names: set[str]) -> bool:
+    return len(modules) > 0 and {type(module).__name__ for module in modules} <= names
 
 
 def _lists(skeleton: nn.Module) -> str:

@@ -170,7 +170,7 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
             f"weights: they were observed on all tokens of their layer (first: {few[0]})."
         )
     if plan.copied:
-        warnings.append(f"Calibrated with text alone, the text decoder is pruned; as it was: {', '.join(plan.copied)}.")
+        warnings.append(f"Copied as it was: {'; '.join(plan.copied)}.")
     if plan.left_dense:
         warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
     return warnings

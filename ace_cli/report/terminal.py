@@ -66,7 +66,7 @@ class Terminal:
             "takes": f"about {plan.seconds(limit):,.1f} s to prune and write; the limit here is {limit.seconds:,.1f} s",
         }
         if plan.copied:
-            rows["as it is"] = f"{', '.join(plan.copied)}: the text decoder alone is pruned"
+            rows["copies"] = "; ".join(plan.copied)
         if plan.spills(plan.tokens):
             rows["keeps"] = f"hidden states on disk, to stay within {gigabytes(plan.budget_bytes)} of memory"
         if plan.left_dense:
