@@ -20,6 +20,7 @@ from ace_cli.engine import Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.hardware import has_bfloat16_units
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
@@ -252,16 +253,11 @@ def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> tor
     """``auto``: the stored 16-bit dtype where it is computed fast, else float32."""
     if choice is not Dtype.auto:
         return getattr(torch, choice.value)  # type: ignore[no-any-return]
-    if device.type == "cpu" and not _has_bfloat16_units():
+    if device.type == "cpu" and not has_bfloat16_units():
         return torch.float32
     stored = {"F16": torch.float16, "BF16": torch.bfloat16} if device.type != "cpu" else {"BF16": torch.bfloat16}
     kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
     return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
-
-
-def _has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones; without such units it is slower."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def _check_not_source(source: Checkpoint, output_dir: Path) -> None:

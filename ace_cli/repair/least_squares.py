@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from ace_cli.statistics import Gram
 
+#: Weights refitted at a time on a CPU.
+_CACHED = 1 << 17
+
 LADDER = (1.0, 10.0, 100.0, 1000.0)
 
 
@@ -150,9 +153,11 @@ def row_errors(change_OI: Tensor, matrix_II: Tensor) -> Tensor:
 
 
 def layer_loss(change_OI: Tensor, gram_II: Tensor) -> float:
-    """sum_i d_i G d_i^T = ||(W - W') X||_F^2, in float64."""
-    change = change_OI.double()
-    return float(((change @ gram_II.double()) * change).sum())
+    """sum_i d_i G d_i^T = ||(W - W') X||_F^2; one float32 product, summed in float64."""
+    import torch
+
+    change = change_OI.float()
+    return float((change @ gram_II.float()).mul_(change).sum(dtype=torch.float64))
 
 
 def refit(
@@ -160,10 +165,24 @@ def refit(
 ) -> Tensor:
     """argmin of sum_i (v_i - z_i) A (v_i - z_i)^T over Z that is zero where pruned; (O, I) in unit coordinates.
 
-    Conjugate gradients on the kept inputs, all rows at once, as ALPS (arXiv 2406.07831) ends; every step lowers the
-    error of every row. Each row starts from the better of its masked weights and `start_OI`, and rests once its
-    residual (V - Z) A is below `tolerance` of V A.
+    Conjugate gradients on the kept inputs, as ALPS (arXiv 2406.07831) ends; every step lowers the error of every row.
+    Each row starts from the better of its masked weights and `start_OI`, and rests once its residual (V - Z) A is below
+    `tolerance` of V A. Rows know nothing of each other: on a CPU, as many as its caches hold are fitted at a time.
     """
+    import torch
+
+    rows = max(16, _CACHED // unit_OI.shape[1]) if unit_OI.device.type == "cpu" else len(unit_OI)
+    fitted = torch.empty_like(unit_OI)
+    for first in range(0, len(unit_OI), rows):
+        some = slice(first, first + rows)
+        start = None if start_OI is None else start_OI[some]
+        fitted[some] = _refit_rows(unit_OI[some], keep_OI[some], damped_II, steps, tolerance, start)
+    return fitted
+
+
+def _refit_rows(
+    unit_OI: Tensor, keep_OI: Tensor, damped_II: Tensor, steps: int, tolerance: float, start_OI: Tensor | None
+) -> Tensor:
     import torch
 
     kept = keep_OI.to(unit_OI.dtype)
@@ -171,21 +190,22 @@ def refit(
     if start_OI is not None:
         better = row_errors(unit_OI - start_OI, damped_II) < row_errors(unit_OI - fitted, damped_II)
         fitted = torch.where(better[:, None], start_OI, fitted)
-    residual = ((unit_OI - fitted) @ damped_II) * kept
+    residual = ((unit_OI - fitted) @ damped_II).mul_(kept)
     direction = residual.clone()
     size = residual.square().sum(1)
-    enough = tolerance**2 * ((unit_OI @ damped_II) * kept).square().sum(1)
+    enough = tolerance**2 * (unit_OI @ damped_II).mul_(kept).square_().sum(1)
+    turned = torch.empty_like(direction)
     for _ in range(steps):
         moving = size > enough
         if not bool(moving.any()):
             break
-        turned = (direction @ damped_II) * kept
+        torch.mm(direction, damped_II, out=turned).mul_(kept)
         curve = (direction * turned).sum(1)
-        step = torch.where(moving & (curve > 0), size / curve, torch.zeros_like(size))
-        fitted = fitted + step[:, None] * direction
-        residual = residual - step[:, None] * turned
+        step = torch.where(moving & (curve > 0), size / curve, torch.zeros_like(size))[:, None]
+        fitted.addcmul_(step, direction)
+        residual.addcmul_(step, turned, value=-1)
         new = residual.square().sum(1)
-        direction = residual + torch.where(moving, new / size, torch.zeros_like(size))[:, None] * direction
+        direction.mul_(torch.where(moving, new / size, torch.zeros_like(size))[:, None]).add_(residual)
         size = new
     return fitted
 

@@ -13,6 +13,7 @@ from ace_cli.patterns import Pattern, Ratio, Scope
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, factors_of, finish, pull_faults, refit
+from ace_cli.selection import keep_largest
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -137,13 +138,9 @@ class SparseGPT(Repair):
 
 def _choose(score_OB: Tensor, keep_OI: Tensor, here: slice, pattern: Pattern) -> Tensor:
     """The lowest |w_j| / U_jj of a block pruned, as many as its share of what `keep_OI` prunes; bool (O, B)."""
-    import torch
-
     by_row = not (isinstance(pattern, Ratio) and pattern.scope is Scope.layer)
-    flat = score_OB.abs() if by_row else score_OB.abs().reshape(1, -1)
-    total = (~keep_OI).sum(1) if by_row else (~keep_OI).sum().reshape(1)
-    n_in = keep_OI.shape[1]
+    rows, n_in = keep_OI.shape
+    total = pattern.pruned(1, n_in) if by_row else pattern.pruned(rows, n_in)
     share = total * here.stop // n_in - total * here.start // n_in
-    pruned = torch.arange(flat.shape[1], device=flat.device) < share[:, None]
-    order = flat.argsort(dim=1, stable=True)
-    return torch.ones_like(flat, dtype=torch.bool).scatter(1, order, ~pruned).reshape(score_OB.shape)
+    flat = score_OB.abs() if by_row else score_OB.abs().reshape(1, -1)
+    return keep_largest(flat.contiguous(), share).reshape(score_OB.shape)
