@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.repair import least_squares
 from ace_cli.repair.admm import Admm, keep_share
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, layer_loss, refit, row_errors
@@ -171,6 +172,18 @@ def test_refit_reaches_the_per_row_least_squares_optimum(pattern: Ratio | NofM) 
     done = run(Admm(shrinkage=0.1, polish=200, tolerance=1e-6), weight, keep, gram, 100, pattern)
     best = best_fit(weight, keep, gram.double() + 0.1 * torch.diag(gram.diagonal()).double())
     torch.testing.assert_close(done.weight_OI.double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_refit_of_some_rows_at_a_time_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = layer(5, n_out=70)
+    keep, factors = ratio("0.5").keep(wanda(weight, x)), Factors(x.T @ x, 100)
+    unit, start = weight * factors.scale_I, (0.9 * weight * factors.scale_I).masked_fill(~keep, 0.0)
+
+    def fitted(cached: int) -> Tensor:
+        monkeypatch.setattr(least_squares, "_CACHED", cached)
+        return least_squares.refit(unit, keep, factors.damped(0.1), 5, 0.01, start)
+
+    torch.testing.assert_close(fitted(32 * 20), fitted(32 * 70), rtol=1e-4, atol=1e-4)
 
 
 def test_refit_error_falls_with_every_step() -> None:

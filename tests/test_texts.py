@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_models import VOCABULARY
 
+from ace_cli import sampling
 from ace_cli.errors import AceError
 from ace_cli.model.files import Checkpoint
 from ace_cli.sampling import CALIBRATION, EVALUATION, sample_windows, start_token
@@ -180,6 +181,12 @@ def test_self_written_windows_follow_the_model_s_distribution(llama: Path) -> No
     found = drawn.bincount(minlength=VOCABULARY) / len(drawn)
     assert float((found - expected).abs().sum()) < 0.1
     assert float((1 / VOCABULARY - expected).abs().sum()) > 0.3  # far from uniform, or this shows nothing
+
+
+def test_an_impossible_token_is_never_drawn() -> None:
+    logits_NV = torch.tensor([float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]).expand(5000, 5)
+    drawn_N = sampling._draw(logits_NV, torch.Generator().manual_seed(0))[:, 0]
+    assert drawn_N.unique().tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
