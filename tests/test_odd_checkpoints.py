@@ -18,7 +18,7 @@ from ace_cli.errors import AceError
 from ace_cli.model.pruned import verify
 from ace_cli.model.source import ModelConfig, open_model
 from ace_cli.patterns import NofM
-from ace_cli.plan import Plan, make_plan
+from ace_cli.plan import Demand, Plan, make_plan
 
 
 def rewrite(folder: Path, change: Any) -> Path:
@@ -35,7 +35,7 @@ def reconfigure(folder: Path, **entries: Any) -> Path:
 
 def plan_of(folder: Path) -> Plan:
     model = streamed(folder)
-    return make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, 1, 1)
+    return make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, Demand())
 
 
 def assert_streams_and_prunes(folder: Path, out: Path) -> dict[str, Tensor]:
@@ -99,7 +99,7 @@ def test_a_conversion_without_places_still_streams(tmp_path: Path, monkeypatch: 
     with torch.inference_mode():
         assert torch.equal(logits, load(folder)(ids, use_cache=False).logits)
     with pytest.raises(AceError, match="without a place for each expert"):
-        make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, 1, 1)
+        make_plan(model, {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}, Demand())
 
 
 # --- dtypes, shards, sizes -------------------------------------------------------------------------------------------
