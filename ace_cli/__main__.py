@@ -22,11 +22,11 @@ from ace_cli.report.sweep import Sweep
 if TYPE_CHECKING:
     from ace_cli.report.facts import Report
 
-DONE, FAILED, MEND = 0, 1, 2
+DONE, FAILED, MEND, WORSE = 0, 1, 2, 3
 
 
 def main() -> None:
-    """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend."""
+    """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend, 3 at the gate."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
     sys.argv[1:] = _with_custom_model(sys.argv[1:])
@@ -34,8 +34,9 @@ def main() -> None:
     sweep = Sweep()
     dense_cache = DenseCache()
     faults: list[AceError] = []
+    objections: list[str] = []
     job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
-        lambda config: _job(config, sweep, dense_cache, faults)
+        lambda config: _job(config, sweep, dense_cache, faults, objections)
     )
     try:
         job()
@@ -54,10 +55,15 @@ def main() -> None:
     if sweep.jobs:
         print("\n" + "\n\n".join(sweep.write()))
         print(f"\nSweep: {sweep.folder}")
-        sys.exit(FAILED if sweep.failed else DONE)
+        if sweep.failed:
+            sys.exit(FAILED)
+    if objections:
+        sys.exit(WORSE)
 
 
-def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError]) -> None:
+def _job(
+    config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError], objections: list[str]
+) -> None:
     """One job: the whole run, or one of a sweep. A fault is kept here, so that Hydra does not print it its own way."""
     hydra_config = HydraConfig.get()
     many = hydra_config.mode is RunMode.MULTIRUN
@@ -67,6 +73,9 @@ def _job(config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list
         given = many or any(o.startswith("output_dir=") for o in hydra_config.overrides.task)
         job = parse(config, Path(folder).absolute(), given)
         outcome = (_kept(job) if many else None) or _run(job, dense_cache)
+        if outcome is not None and (objection := job.gate.objection(outcome.perplexity.ratio)):
+            objections.append(objection)
+            print(f"ace-prune: {objection}", file=sys.stderr)
     except AceError as fault:
         _mend(fault)
         faults.append(fault)

@@ -19,12 +19,15 @@ from ace_cli.calibration.base import Calibration
 from ace_cli.errors import AceError, did_you_mean
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
+from ace_cli.evaluation.samples import Samples
+from ace_cli.gate import Gate
 from ace_cli.metrics.base import Metric
 from ace_cli.model.source import ModelConfig
 from ace_cli.observe import Observe
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
 from ace_cli.repair.base import Repair
+from ace_cli.trackers.base import Tracker
 
 
 class Dtype(Enum):
@@ -60,6 +63,10 @@ class Schema:
     include: Any = None
     exclude: Any = None
     observe: Observe = field(default_factory=Observe)
+    samples: Samples = field(default_factory=Samples)
+    gate: Gate = field(default_factory=Gate)
+    tracker: Any = MISSING
+    html: bool = True
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     memory_gb: float | None = None
@@ -84,6 +91,10 @@ class RunConfig:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     observe: Observe
+    samples: Samples
+    gate: Gate
+    tracker: Tracker
+    html: bool
     device: str
     dtype: Dtype
     memory_gb: float | None
@@ -95,7 +106,7 @@ class RunConfig:
 
 
 #: Options of their own that belong to no choice.
-SETTINGS = {"observe": Observe}
+SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gate}
 
 
 def store_schemas() -> None:
@@ -135,8 +146,10 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     parts: Any = OmegaConf.to_object(config)
     if not str(config.output_dir).strip():
         faults.append("output_dir is empty: name a folder")
-    for part in (parts.model, parts.metric, parts.allocation, parts.repair, parts.calib, parts.eval, parts.observe):
-        faults += part.faults()
+    for name in ("model", *SETTINGS, *registry.PACKAGES):
+        faults += getattr(parts, name).faults()
+    if parts.gate.max_ppl_ratio is not None and isinstance(parts.eval, NoEvaluation):
+        faults.append("gate.max_ppl_ratio needs a perplexity, eval=none measures none: choose an eval")
     pattern: Pattern | None = None
     try:
         pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
@@ -170,6 +183,10 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         include=_globs(parts.include),
         exclude=_globs(parts.exclude),
         observe=parts.observe,
+        samples=parts.samples,
+        gate=parts.gate,
+        tracker=parts.tracker,
+        html=parts.html,
         device=parts.device,
         dtype=parts.dtype,
         memory_gb=parts.memory_gb,

@@ -8,11 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from ace_cli.config import RunConfig
-from ace_cli.errors import AceError
+from ace_cli.errors import AceError, first_line
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import Comparison, DenseStates
 from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.samples import Samples, write_on
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
@@ -51,6 +52,28 @@ def evaluate(
         raise AceError(f"Perplexity is not finite (dense {dense.perplexity}, pruned {after}).", "Try dtype=float32.")
     cache.remember(key, dense)
     return facts.Perplexity(dense.perplexity, after, after / dense.perplexity, protocol), _fidelity(comparison)
+
+
+def write_samples(
+    options: Samples, model: StreamedModel, folder: Path, cache: DenseCache
+) -> tuple[list[facts.Sample], str | None]:
+    """The prompts written on by both models; and, where there is nothing to show, why."""
+    if why_not := options.refusal(sum(tensor.numel for tensor in model.checkpoint.tensors.values()), model.dtype):
+        return [], why_not
+    key = ("samples", model.checkpoint.fingerprint(), str(options), f"{model.dtype} {model.device}")
+    try:
+        if key not in cache.samples:
+            cache.samples[key] = write_on(model.checkpoint, options, model.device, model.dtype)
+        dense, pruned = cache.samples[key], write_on(Checkpoint(folder), options, model.device, model.dtype)
+    except Exception as fault:  # libraries fail in many ways; what was measured so far is worth more than samples
+        return [], f"No samples: {first_line(fault)}"
+    pairs = ((False, dense.greedy, pruned.greedy), (True, dense.sampled, pruned.sampled))
+    samples = [
+        facts.Sample(prompt, sampled, before, after)
+        for sampled, befores, afters in pairs
+        for prompt, before, after in zip(options.prompts, befores, afters, strict=True)
+    ]
+    return samples, None
 
 
 def _fidelity(comparison: Comparison) -> facts.Fidelity:

@@ -20,6 +20,7 @@ PACKAGES = {
     "repair": "ace_cli.repair",
     "calib": "ace_cli.calibration",
     "eval": "ace_cli.evaluation",
+    "tracker": "ace_cli.trackers",
 }
 _choices: dict[str, dict[str, type]] = {group: {} for group in PACKAGES}
 

@@ -18,12 +18,12 @@ from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import Dtype, Permute, RunConfig
 from ace_cli.engine import Recipe, prune, replay
-from ace_cli.errors import AceError, TransientError
+from ace_cli.errors import AceError, TransientError, first_line
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.hardware import has_bfloat16_units
 from ace_cli.limit import Limit, probe
-from ace_cli.measure import evaluate
+from ace_cli.measure import evaluate, write_samples
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
@@ -45,10 +45,12 @@ from ace_cli.report.assemble import (
     versions,
     with_options,
 )
+from ace_cli.report.html import render as page
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal
 from ace_cli.survey import survey
 from ace_cli.texts import fingerprint
+from ace_cli.trackers.base import choices_of, numbers_of
 from ace_cli.work import Work, find_unfinished, locked
 from ace_cli.zero_shot import harness
 
@@ -108,14 +110,19 @@ def _run(
                     config, model, work.final, eval_NL, terminal, dense_cache,
                     Spill(config.output_dir) if plan.spills(eval_NL.numel()) else None,
                 )  # fmt: skip
-        zero_shot = None
         if tasks is not None:
             with phases("evaluate"):
-                zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
+                found.zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
+        if eval_NL is not None and config.samples.wanted:
+            with phases("samples"), terminal.waiting("samples of text, dense and pruned"):
+                found.samples, why_not = write_samples(config.samples, model, work.final, dense_cache)
+                found.notes += [why_not] if why_not else []
         report = make_report(config, command, start, model, plan, limit, windows_NL, work, found, phases, inner)
-        report.zero_shot = zero_shot
         facts.save(report, config.output_dir / "report.json")
         facts.write_whole(config.output_dir / "report.md", render(report))
+        if config.html:
+            facts.write_whole(config.output_dir / "report.html", page(dataclasses.asdict(report)))
+        _track(config, report, terminal)
         work.close()
         if not config.keep_checkpoint:
             shutil.rmtree(work.final)
@@ -137,6 +144,15 @@ def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Termin
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
     return plan, limit
+
+
+def _track(config: RunConfig, report: facts.Report, terminal: Terminal) -> None:
+    content = dataclasses.asdict(report)
+    try:
+        config.tracker.record(choices_of(content), numbers_of(content), config.output_dir)
+    except Exception as fault:  # a server that is away must not take the run's result with it
+        name = name_of("tracker", config.tracker)
+        terminal.say(f"Warning: tracker={name} failed, the run's own files are whole: {first_line(fault)}", "yellow")
 
 
 def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:

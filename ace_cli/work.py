@@ -65,7 +65,7 @@ class Work:
 
     def publish(self) -> None:
         """Rename the whole checkpoint into place; the reports of an older one go with it."""
-        for name in ("report.json", "report.md"):
+        for name in ("report.json", "report.md", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
         old = self.folder / "checkpoint.old"
         shutil.rmtree(old, ignore_errors=True)

@@ -18,7 +18,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from tiny_models import add_tokenizer, make, write_documents
 
-from ace_cli import limit
+from ace_cli import __main__, limit
 from ace_cli.config import RunConfig, config_folder, parse, store_schemas
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Report
@@ -66,7 +66,14 @@ def prune_here() -> Callable[..., Report]:
     """Run ace-prune's run() in this process on a folder, self-calibrated with few windows unless told otherwise."""
 
     def prune(model: Path, out: Path, *overrides: str) -> Report:
-        defaults = {"calib": "self", "calib.n_samples": "8", "eval": "none", "device": "cpu"}
+        defaults = {
+            "calib": "self",
+            "calib.n_samples": "8",
+            "eval": "none",
+            "device": "cpu",
+            "samples.prompts": "[]",
+            "html": "false",
+        }
         given = dict(override.split("=", 1) for override in overrides)
         options = {"model": "custom", "model.path": str(model), "output_dir": str(out), **defaults, **given}
         report = run(
@@ -87,5 +94,25 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
             [sys.executable, "-m", f"ace_cli.{module}", *map(str, arguments)],
             cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False,
         )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture
+def here(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """ace-prune in this process, for faults that are found only after torch is imported."""
+
+    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["ace-prune", *map(str, arguments)])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            __main__.main()
+            raise SystemExit(0)
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(sys.argv, int(caught.value.code or 0), out, err)
 
     return start

@@ -11,10 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
 from tiny_models import edit, make, write_documents
-
-from ace_cli import __main__
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -26,24 +23,6 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> N
     assert "Traceback" not in done.stdout + done.stderr
     for text in expected:
         assert text in done.stderr
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """ace-prune in this process, for faults that are found only after torch is imported."""
-
-    def start(*arguments: object) -> subprocess.CompletedProcess[str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ace-prune", *map(str, arguments)])
-        GlobalHydra.instance().clear()
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            __main__.main()
-            raise SystemExit(0)
-        out, err = capfd.readouterr()
-        return subprocess.CompletedProcess(sys.argv, int(caught.value.code or 0), out, err)
-
-    return start
 
 
 # --- before torch ----------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def test_a_sweep_measures_dense_once_and_fidelity_every_time(llama: Path, docume
         config = composed(
             "model=custom", f"model.path={llama}", "metric=magnitude", f"sparsity={sparsity}", "eval=text",
             f"eval.path={documents}", "eval.seq_len=16", "eval.max_windows=3", f"output_dir={tmp_path / name}",
-            "device=cpu",
+            "device=cpu", "samples.prompts=[]", "html=false",
         )  # fmt: skip
         reports.append(run(config, "test", Terminal(), cache))
     assert len(cache.windows) == 1

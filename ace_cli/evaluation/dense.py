@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ace_cli.evaluation.fidelity import DenseStates
+from ace_cli.evaluation.samples import Continuations
 
 #: Bytes of states that are kept; the oldest models are forgotten, and measured again when they return.
 CACHE_BYTES = 1 << 30
@@ -21,10 +22,11 @@ class Dense:
 
 @dataclass
 class DenseCache:
-    """By model and protocol: what windows of text gave, and the scores on tasks."""
+    """By model and protocol: what windows of text gave, the scores on tasks, and what prompts were written on to."""
 
     windows: dict[tuple[str, ...], Dense] = field(default_factory=dict)
     tasks: dict[Any, Any] = field(default_factory=dict)
+    samples: dict[tuple[str, ...], Continuations] = field(default_factory=dict)
 
     def remember(self, key: tuple[str, ...], dense: Dense) -> None:
         """Keep ``dense``, and no more bytes than allowed."""

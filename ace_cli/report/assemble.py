@@ -41,6 +41,9 @@ class Measured:
 
     perplexity: facts.Perplexity = dataclasses.field(default_factory=facts.Perplexity)
     fidelity: facts.Fidelity | None = None
+    zero_shot: facts.ZeroShot | None = None
+    samples: list[facts.Sample] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
 
 
 def make_report(
@@ -65,6 +68,7 @@ def make_report(
         sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
+        zero_shot=measured.zero_shot,
         seconds=seconds,
         phases=dict(inner.seconds),
         tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
@@ -75,7 +79,9 @@ def make_report(
         checkpoint=str(work.final),
         slots=[_slot(slot, zeros[slot.name]) for slot in slots],
         blocks=[_block(block) for block in work.finished],
-        warnings=_warnings(config, work.finished, plan, work),
+        samples=measured.samples,
+        gate=_gate(config, measured),
+        warnings=[*_warnings(config, work.finished, plan, work), *measured.notes],
     )
 
 
@@ -89,7 +95,9 @@ def protocol_of(evaluation: Evaluation, windows_NL: Tensor, dtype: torch.dtype) 
 
 
 def _seconds(start: datetime.datetime, phases: Phases, inner: Clock) -> dict[str, float]:
-    seconds = {name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate")}
+    seconds = {
+        name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate", "samples")
+    }
     seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
     seconds["prune"] -= seconds["write"]
     seconds["total"] = (datetime.datetime.now(datetime.UTC) - start).total_seconds()
@@ -133,6 +141,12 @@ def _peaks(device: torch.device, phases: Phases) -> dict[str, int]:
 def _block(block: BlockFacts) -> dict[str, Any]:
     output = dataclasses.asdict(block.output) if block.output is not None else None
     return {"name": block.name, "seconds": block.seconds, "output": output}
+
+
+def _gate(config: RunConfig, measured: Measured) -> facts.GateFacts | None:
+    if config.gate.max_ppl_ratio is None:
+        return None
+    return facts.GateFacts(config.gate.max_ppl_ratio, config.gate.objection(measured.perplexity.ratio) is None)
 
 
 def _timeline(phases: Phases) -> facts.Timeline:

@@ -51,6 +51,24 @@ class Fidelity:
 
 
 @dataclass
+class Sample:
+    """One prompt as the dense and the pruned model write it on, greedily or ``sampled`` from the same seed."""
+
+    prompt: str
+    sampled: bool
+    dense: str
+    pruned: str
+
+
+@dataclass
+class GateFacts:
+    """Whether the pruned model's perplexity ratio was allowed."""
+
+    max_ppl_ratio: float
+    passed: bool
+
+
+@dataclass
 class PhaseSpan:
     """Seconds since the start of the run."""
 
@@ -169,6 +187,8 @@ class Report:
     checkpoint: str
     slots: list[dict[str, Any]]
     blocks: list[dict[str, Any]]
+    samples: list[Sample] = field(default_factory=list)
+    gate: GateFacts | None = None
     warnings: list[str] = field(default_factory=list)
     zero_shot: ZeroShot | None = None
     schema_version: int = SCHEMA_VERSION

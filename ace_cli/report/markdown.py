@@ -49,6 +49,31 @@ def task_part(zero_shot: ZeroShot) -> str:
     return table(task_head(zero_shot), task_rows(zero_shot)) + "\n\n" + task_line(zero_shot)
 
 
+def fidelity_line(report: Report) -> str:
+    """What fidelity found, in one sentence; empty where it was not measured."""
+    fidelity = report.fidelity
+    if fidelity is None:
+        return ""
+    return (
+        f"Against the dense model on {fidelity.tokens:,} tokens: KL divergence {fidelity.kl:.4f} nats, the same most "
+        f"likely next token for {fidelity.agreement:.1%}, cosine of the last hidden states {fidelity.cosine:.4f}."
+    )
+
+
+def samples_part(report: Report) -> str:
+    """Prompts and how both models write them on."""
+    rows = [
+        ["drawn" if sample.sampled else "greedy", *map(_cell, (sample.prompt, sample.dense, sample.pruned))]
+        for sample in report.samples
+    ]
+    return "## Samples\n\n" + table(["", "prompt", "dense", "pruned"], rows)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break a table."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
 def render(report: Report) -> str:
     """report.md."""
     seconds = [[name, f"{value:.2f}"] for name, value in report.seconds.items()]
@@ -70,10 +95,12 @@ def render(report: Report) -> str:
         f"```\n{report.command}\n```",
         table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
         protocol_line(report),
+        fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",
+        samples_part(report) if report.samples else "",
         "## Time\n\n"
         + table(["", "seconds"], seconds)
         + "\n\nInside prune and write:\n\n"

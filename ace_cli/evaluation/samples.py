@@ -1,0 +1,118 @@
+"""The same prompts written on by the dense and by the pruned model: what numbers do not show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ace_cli.errors import AceError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ace_cli.model.files import Checkpoint
+
+PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time there was a")
+
+
+@dataclass
+class Samples:
+    """Each prompt is written on greedily and drawn at ``temperature``, ``tokens`` long; the same seed for every model.
+
+    A model whose weights would take more than ``max_gb`` in memory, or half of what is free, is not asked; 0 for never.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: list(PROMPTS))
+    tokens: int = 24
+    seed: int = 0
+    temperature: float = 0.8
+    max_gb: float = 4.0
+
+    def faults(self) -> list[str]:
+        """What is wrong with the knobs, one line each; empty when all is well."""
+        least = {"tokens": 1, "seed": 0, "max_gb": 0}
+        faults = [
+            f"samples.{name}={getattr(self, name)}: must be at least {low}"
+            for name, low in least.items()
+            if not getattr(self, name) >= low
+        ]
+        if not 0 < self.temperature < float("inf"):
+            faults.append(f"samples.temperature={self.temperature}: must be above 0")
+        if any(not prompt.strip() for prompt in self.prompts):
+            faults.append("samples.prompts: a prompt is empty")
+        return faults
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody asked for samples."""
+        return bool(self.prompts) and self.max_gb > 0
+
+    def refusal(self, parameters: int, dtype: torch.dtype) -> str | None:
+        """Why a model of so many parameters is not asked; None if it is."""
+        import psutil
+
+        need = parameters * dtype.itemsize
+        if need > self.max_gb * 1e9:
+            return f"No samples: the model needs {need / 1e9:.1f} GB in memory, samples.max_gb={self.max_gb:g}."
+        if need > psutil.virtual_memory().available / 2:
+            return f"No samples: the model needs {need / 1e9:.1f} GB in memory, more than half of what is free."
+        return None
+
+
+@dataclass
+class Continuations:
+    """One for each prompt."""
+
+    greedy: list[str]
+    sampled: list[str]
+
+
+def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dtype: torch.dtype) -> Continuations:
+    """All prompts, both ways, in one batch. The whole model is in memory meanwhile.
+
+    Raises AceError when the folder has no tokenizer or transformers cannot load the model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, LogitsProcessorList
+
+    from ace_cli.texts import load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    except Exception as fault:  # whatever a damaged folder makes the library raise
+        problem = f"{checkpoint.folder} cannot be loaded to write: {first_line(fault)}"
+        raise AceError(problem, "Use samples.prompts=[].") from fault
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    inputs = tokenizer(options.prompts * 2, return_tensors="pt", padding=True).to(device)
+    inputs.pop("token_type_ids", None)
+    draw = _Draw(len(options.prompts), options.temperature, options.seed)
+    with torch.inference_mode():
+        ids = model.generate(
+            **inputs, max_new_tokens=options.tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+            pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([draw]),
+        )  # fmt: skip
+    new = ids[:, inputs["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return Continuations(texts[: len(options.prompts)], texts[len(options.prompts) :])
+
+
+class _Draw:
+    """Leaves the first rows to greedy decoding; draws the others' next token itself, on the CPU."""
+
+    def __init__(self, greedy: int, temperature: float, seed: int) -> None:
+        import torch
+
+        self._greedy, self._temperature = greedy, temperature
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Any:
+        import torch
+
+        p_NV = (scores_BV[self._greedy :].float() / self._temperature).softmax(-1).cpu()
+        drawn_N1 = torch.multinomial(p_NV, 1, generator=self._generator).to(scores_BV.device)
+        only_NV = torch.full_like(scores_BV[self._greedy :], float("-inf")).scatter_(1, drawn_N1, 0.0)
+        return torch.cat([scores_BV[: self._greedy], only_NV])

@@ -1,0 +1,180 @@
+"""report.html: one file, from report.json alone, that needs no network. Every number in it is in report.json."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ace_cli.report import plots
+
+#: Perplexity ratio up to which a word fits; beyond the last the model is broken.
+VERDICTS = (
+    (1.02, "as good as the dense model"),
+    (1.15, "slightly worse than the dense model"),
+    (1.5, "clearly worse than the dense model"),
+    (3.0, "much worse than the dense model"),
+    (math.inf, "badly damaged: repair, a milder sparsity or more calibration would help"),
+)
+#: What a number means, in plain words.
+WORDS = {
+    "perplexity": "How surprised the model is by text it has not seen: lower is better, 1 would be perfect.",
+    "kl": "How far the pruned model's next-token probabilities are from the dense model's; 0 means the same.",
+    "agreement": "How often both models find the same next token most likely.",
+    "cosine": "How alike the two models' last hidden states are; 1 means the same direction.",
+}
+
+
+def render(report: dict[str, Any]) -> str:
+    """The page of one run; ``report`` is its report.json, parsed."""
+    template = _environment().get_template("report.html.j2")
+    text: str = template.render(
+        r=report, verdict=verdict(report), plots=_plots(report), words=WORDS, kinds=_activation_rows(report)
+    )
+    return text
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """What came of it, in one sentence."""
+    zeros = f"{report['sparsity']['achieved']:.1%} of the pruned weights are zero ({report['sparsity']['requested']})"
+    numbers = report["perplexity"]
+    if numbers["ratio"] is None:
+        return f"{zeros}; how good the model still is was not measured (eval=none)."
+    word = next(word for most, word in VERDICTS if numbers["ratio"] <= most)
+    change = f"perplexity went from {numbers['dense']:.2f} to {numbers['pruned']:.2f} ({numbers['ratio']:.2f} times)"
+    return f"{zeros}; {change}: {word}."
+
+
+def kind_of(name: str) -> str:
+    """model.layers.3.mlp.up_proj.weight -> mlp.up_proj: what a weight is, whatever its block (and its expert)."""
+    return re.split(r"\.\d+\.", name.removesuffix(".weight"))[-1]
+
+
+def _environment() -> Any:
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["gb"] = lambda count: f"{count / 1e9:.2f} GB"
+    environment.filters["percent"] = lambda share: f"{share:.1%}".replace("%", " %")
+    return environment
+
+
+def _plots(report: dict[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """Section -> (title, svg)."""
+    sections = {"quality": _quality(report), "cost": _cost(report), "inside": _inside(report)}
+    return {
+        section: [
+            (title, plots.svg(f"{section}{number}", draw, height)) for number, (title, draw, height) in enumerate(of)
+        ]
+        for section, of in sections.items()
+    }
+
+
+Picture = tuple[str, plots.Draw, float]
+
+
+def _quality(report: dict[str, Any]) -> list[Picture]:
+    pictures: list[Picture] = []
+    numbers, fidelity = report["perplexity"], report["fidelity"]
+    if numbers["ratio"] is not None:
+        values = [numbers["dense"], numbers["pruned"]]
+        pictures.append(("Perplexity, lower is better", plots.bars(["dense", "pruned"], values, "perplexity"), 1.5))
+    if fidelity is not None:
+        draw = plots.over_windows(fidelity["kl_by_window"], fidelity["kl"])
+        pictures.append(("Distance from the dense model's predictions", draw, 2.4))
+    return pictures
+
+
+def _cost(report: dict[str, Any]) -> list[Picture]:
+    seconds = {name: value for name, value in report["seconds"].items() if name != "total" and value >= 0.005}
+    timeline = report["timeline"]
+    draw = plots.memory(timeline["seconds"], timeline["bytes"], timeline["phases"])
+    return [
+        ("Time by phase", plots.bars(list(seconds), list(seconds.values()), "seconds"), 0.6 + 0.27 * len(seconds)),
+        ("Memory over time", draw, 2.6),
+    ]
+
+
+def _inside(report: dict[str, Any]) -> list[Picture]:
+    """Over depth: zeros, change of the outputs, activations."""
+    pictures: list[Picture] = []
+    table = _by_kind_and_block(report)
+    blocks = len(report["blocks"])
+    rows = [[_mean([slot["sparsity"] for slot in row.get(b, [])]) for b in range(blocks)] for row in table.values()]
+    pictures.append(("Zeros by kind of weight and block", plots.heat_map(list(table), rows), 0.8 + 0.24 * len(rows)))
+    outputs = [block["output"] for block in report["blocks"]]
+    if any(outputs):
+        angles = [output and output["angle"] for output in outputs]
+        pictures.append(("How far pruning turns each block's output", plots.over_depth({"": angles}, "degrees"), 2.3))
+        errors = [output and output["error"] for output in outputs]
+        pictures.append(("Relative error of each block's output", plots.over_depth({"": errors}, "error / size"), 2.3))
+    return pictures + _activations(report, table)
+
+
+def _activations(report: dict[str, Any], table: dict[str, dict[int, list[dict[str, Any]]]]) -> list[Picture]:
+    seen = _observed(table)
+    if not seen:
+        return []
+    pictures: list[Picture] = []
+    for kind, facts in seen.items():
+        norms = [fact["input_norm"] for fact in facts]
+        draw = plots.band(*([norm[part] for norm in norms] for part in ("low", "median", "high", "largest")))
+        pictures.append((f"Sizes of the inputs of {kind}", draw, 2.4))
+    shares = {kind: [fact["above_one"] for fact in facts] for kind, facts in seen.items()}
+    ratios = {kind: [fact["largest_to_median"] for fact in facts] for kind, facts in seen.items()}
+    sinks = {kind: [fact["sinks"] / fact["tokens"] for fact in facts] for kind, facts in seen.items()}
+    pictures.append(("Share of inputs with |x| > 1", plots.over_depth(shares, "share"), 2.6))
+    pictures.append(("Largest over median input norm", plots.over_depth(ratios, "ratio", log=True), 2.6))
+    pictures.append(("Share of sink tokens (10 times the median norm)", plots.over_depth(sinks, "share"), 2.6))
+    return pictures
+
+
+def _observed(table: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, list[dict[str, Any]]]:
+    """Kinds of weights -> activations by block; kinds that read the same input (q, k, v) stand together."""
+    together: dict[str, list[dict[str, Any]]] = {}
+    for kind, row in table.items():
+        facts = [slot["activations"] for block in sorted(row) for slot in row[block][:1] if slot["activations"]]
+        if not facts:
+            continue
+        twin = next((name for name, others in together.items() if others == facts), None)
+        name = f"{twin}, {kind.rpartition('.')[2]}" if twin else kind
+        together = {name if old == twin else old: value for old, value in together.items()}
+        together[name] = facts
+    return together
+
+
+def _activation_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Extremes over the blocks, for the table."""
+    rows = []
+    for kind, facts in _observed(_by_kind_and_block(report)).items():
+        rows.append(
+            {
+                "kind": kind,
+                "above_one": max(fact["above_one"] for fact in facts),
+                "largest": max(fact["largest"] for fact in facts),
+                "ratio": max(fact["largest_to_median"] for fact in facts),
+                "sinks": max(fact["sinks"] for fact in facts),
+                "tokens": max(fact["tokens"] for fact in facts),
+            }
+        )
+    return rows
+
+
+def _by_kind_and_block(report: dict[str, Any]) -> dict[str, dict[int, list[dict[str, Any]]]]:
+    """Kind of weight -> index of block -> its slots (several where there are experts)."""
+    names = [block["name"] for block in report["blocks"]]
+    table: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for slot in report["slots"]:
+        block = next((i for i, name in enumerate(names) if f".{slot['name']}".find(f".{name}.") >= 0), None)
+        if block is None:  # a name in the file that is not the module's: the block's number is all there is
+            number = re.search(r"\.(\d+)\.", slot["name"])
+            block = int(number[1]) if number else 0
+        table.setdefault(kind_of(slot["name"]), {}).setdefault(block, []).append(slot)
+    return table
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
