@@ -54,6 +54,7 @@ def main() -> None:
         sys.exit(MEND)
     if sweep.jobs:
         print("\n" + "\n\n".join(sweep.write()))
+        sweep.finish()
         print(f"\nSweep: {sweep.folder}")
         if sweep.failed:
             sys.exit(FAILED)

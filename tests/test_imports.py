@@ -21,7 +21,7 @@ LEVELS: dict[str, int] = {
     "texts": 3, "sampling": 3, "permutation": 3,
     "repair": 4, "allocation": 4, "calibration": 4, "evaluation": 4, "metrics": 5,
     "engine": 6, "plan": 6, "config": 6, "report": 7, "survey": 7, "measure": 8, "work": 8, "zero_shot": 8, "run": 9,
-    "verify": 9, "evaluate": 10, "__main__": 10,
+    "verify": 9, "overview": 9, "evaluate": 10, "__main__": 10,
 }  # fmt: skip
 #: Imported for --help and for every configuration error.
 CONFIGURATION = ["config", "__main__", "errors", "registry", "patterns", "statistics", "propagate", "observe", "gate"]

@@ -28,7 +28,7 @@ WORDS = {
 
 def render(report: dict[str, Any]) -> str:
     """The page of one run; ``report`` is its report.json, parsed."""
-    template = _environment().get_template("report.html.j2")
+    template = environment().get_template("report.html.j2")
     text: str = template.render(
         r=report, verdict=verdict(report), plots=_plots(report), words=WORDS, kinds=_activation_rows(report)
     )
@@ -51,7 +51,8 @@ def kind_of(name: str) -> str:
     return re.split(r"\.\d+\.", name.removesuffix(".weight"))[-1]
 
 
-def _environment() -> Any:
+def environment() -> Any:
+    """Of the templates in this folder."""
     import jinja2
 
     environment = jinja2.Environment(

@@ -56,6 +56,16 @@ class Sweep:
         (self.folder / "sweep.md").write_text("# Sweep\n\n" + "\n\n".join(tables) + "\n", encoding="utf-8")
         return tables
 
+    def finish(self) -> None:
+        """sweep.html and its pictures, from the reports of the jobs that succeeded."""
+        from ace_cli.report import collect, overview
+
+        assert self.folder is not None
+        files = [Path(job["report"]) for job in self.jobs if "error" not in job]
+        failures = [f"Job {job['job']} failed: {job['error']}" for job in self.jobs if "error" in job]
+        reports = [found for file in files for found in collect.find([file.parent])]
+        overview.write(collect.groups(reports), self.folder, "sweep", f"Sweep of {len(self.jobs)} jobs", failures)
+
     def _tables(self) -> list[str]:
         names = {name for job in self.jobs for name in job["overrides"]}
         varied = sorted(name for name in names if len({job["overrides"].get(name) for job in self.jobs}) > 1)

@@ -1,0 +1,49 @@
+"""``ace-report``: many runs or sweeps in one table, with the paper's pictures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ace_cli.errors import AceError
+from ace_cli.report.collect import Group, as_csv, as_json, find, groups
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Exits 0 when done, 2 where a folder holds no report."""
+    parser = argparse.ArgumentParser("ace-report", description="Runs side by side, a table for each protocol.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, a sweep, or many of them")
+    parser.add_argument("--format", choices=("terminal", "md", "csv", "json"), default="terminal", help="of the output")
+    parser.add_argument("--out", type=Path, help="also write overview.html, .md, .csv, .json and the pictures here")
+    options = parser.parse_args(arguments)
+    try:
+        _show(options.folders, options.format, options.out)
+    except AceError as fault:
+        print(f"ace-report: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as fault:
+        print(f"ace-report: {fault.strerror or fault}: {fault.filename or options.out}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:
+    from ace_cli.report import overview
+
+    found = groups(find(folders))
+    if form == "terminal":
+        from rich.console import Console
+
+        for shown in overview.terminal_tables(found):
+            Console(highlight=False).print(shown)
+    else:
+        forms: dict[str, Callable[[list[Group]], str]] = {"md": overview.as_markdown, "csv": as_csv, "json": as_json}
+        print(forms[form](found), end="")
+    if out is not None:
+        overview.write_all(found, out, "overview", f"{sum(len(group.rows) for group in found)} runs")
+        print(f"Written: {out / 'overview.html'}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""What a sweep ends with and what ace-report makes: tables as text, and one page with the pictures of the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ace_cli.report import plots
+from ace_cli.report.collect import Group, Row, as_csv, as_json
+from ace_cli.report.facts import write_whole
+from ace_cli.report.html import environment
+from ace_cli.report.markdown import table
+
+#: Runs of one table whose samples are shown.
+MOST_SAMPLES = 24
+
+
+def as_markdown(found: Sequence[Group]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(f"## {group.protocol}\n\n" + table(*group.cells()) for group in found) + "\n"
+
+
+def write(found: list[Group], folder: Path, name: str, title: str, failures: Sequence[str] = ()) -> None:
+    """``name``.html with tables, pictures and samples, and the pictures as ``name``_*.png beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = [_pictures(group) for group in found]
+    write_whole(folder / f"{name}.html", _page(found, pictures, title, failures))
+    for number, of_group in enumerate(pictures):
+        for kind, _, draw in of_group:
+            plots.png(folder / f"{name}_{kind}{number or ''}.png", draw)
+
+
+def write_all(found: list[Group], folder: Path, name: str, title: str) -> None:
+    """The page and pictures, and the same as Markdown, CSV and JSON."""
+    write(found, folder, name, title)
+    write_whole(folder / f"{name}.md", f"# {title}\n\n" + as_markdown(found))
+    write_whole(folder / f"{name}.csv", as_csv(found))
+    write_whole(folder / f"{name}.json", as_json(found))
+
+
+def _pictures(group: Group) -> list[tuple[str, str, plots.Draw]]:
+    """(kind, title, picture): the paper's Table 20 as lines, and what a second of pruning buys."""
+    pictures = []
+    if lines := group.lengths():
+        pictures.append(("length", "Perplexity against calibration length", plots.length_plot(lines)))
+    for number, (machine, points) in enumerate(group.times().items()):
+        title = f"Perplexity against pruning time on {machine}; the line joins the best for their time"
+        pictures.append((f"time{'-' + str(number) if number else ''}", title, plots.time_plot(points)))
+    return pictures
+
+
+def _page(
+    found: list[Group], pictures: list[list[tuple[str, str, plots.Draw]]], title: str, failures: Sequence[str]
+) -> str:
+    parts = []
+    for number, (group, of_group) in enumerate(zip(found, pictures, strict=True)):
+        head, lines = group.cells()
+        drawn = [(title, plots.svg(f"group{number}-{kind}", draw, 3.2)) for kind, title, draw in of_group]
+        parts.append({"group": group, "head": head, "lines": lines, "pictures": drawn, "samples": _samples(group)})
+    text: str = environment().get_template("table.html.j2").render(title=title, parts=parts, failures=failures)
+    return text
+
+
+def _samples(group: Group) -> dict[str, list[tuple[str, str]]]:
+    """Prompt -> (who, text): each dense model once, then the runs."""
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for row in group.rows[:MOST_SAMPLES]:
+        for sample in row.samples:
+            prompt = f"{sample['prompt']} ({'drawn' if sample['sampled'] else 'greedy'})"
+            dense = (f"dense {row.choices['model']}", sample["dense"])
+            known = texts.setdefault(prompt, [])
+            known += [] if dense in known else [dense]
+            known.append((_who(group, row), sample["pruned"]))
+    return texts
+
+
+def _who(group: Group, row: Row) -> str:
+    return ", ".join(f"{name} {row.choices[name]}" for name in group.varied) or Path(row.report).parent.name
+
+
+def terminal_tables(found: Sequence[Group]) -> list[Any]:
+    """rich tables, one for each protocol."""
+    from rich.table import Table
+
+    tables = []
+    for group in found:
+        head, lines = group.cells()
+        shown = Table(title=group.protocol, title_justify="left")
+        for number, name in enumerate(head):
+            shown.add_column(name, justify="left" if number < len(group.varied) else "right", overflow="fold")
+        for line in lines:
+            shown.add_row(*line)
+        tables.append(shown)
+    return tables

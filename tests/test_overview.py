@@ -1,0 +1,170 @@
+"""Many runs side by side: groups by protocol, the two pictures, ace-report, and what a sweep ends with."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import browser, look
+from conftest import Terminal, composed, run
+
+from ace_cli import overview
+from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report.collect import find, groups
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def one(llama: Path, tmp_path_factory: pytest.TempPathFactory, documents: Path) -> dict[str, Any]:
+    """A real report, to make variants of."""
+    out = tmp_path_factory.mktemp("one") / "out"
+    config = composed(
+        "model=custom", f"model.path={llama}", f"output_dir={out}", "metric=wanda", "calib=self", "calib.n_samples=8",
+        "eval=text", f"eval.path={documents}", "eval.seq_len=32", "eval.max_windows=3", "device=cpu", "html=false",
+        "samples.prompts=[w5]",
+    )  # fmt: skip
+    assert run(config, "test", Terminal(), DenseCache()) is not None
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return found
+
+
+@pytest.fixture
+def runs(one: dict[str, Any], tmp_path: Path) -> Path:
+    """Two metrics at three lengths under one protocol, and one run under another."""
+    for number, (metric, length, perplexity, seconds) in enumerate([
+        ("wanda", 16, 9.0, 1.0), ("wanda", 32, 8.0, 2.0), ("wanda", 128, 7.5, 4.0),
+        ("varp", 16, 8.5, 1.5), ("varp", 32, 8.1, 3.0), ("varp", 128, 7.9, 5.0), ("varp", 16, 3.0, 1.0),
+    ]):  # fmt: skip
+        report = copy.deepcopy(one)
+        report["method"]["metric"] = metric
+        report["calibration"]["seq_len"] = length
+        report["perplexity"]["pruned"] = perplexity
+        report["seconds"] |= {"prune": seconds, "write": 0.0}
+        if number == 6:
+            report["perplexity"]["protocol"]["fingerprint"] = "f" * 64
+        (tmp_path / "runs" / str(number)).mkdir(parents=True)
+        (tmp_path / "runs" / str(number) / "report.json").write_text(json.dumps(report))
+    return tmp_path / "runs"
+
+
+def test_unlike_protocols_stand_apart(runs: Path) -> None:
+    found = groups(find([runs]))
+    assert [len(group.rows) for group in found] == [6, 1]
+    assert found[0].varied == ["metric", "length"]
+    head, lines = found[0].cells()
+    assert head[:3] == ["metric", "length", "perplexity"]
+    assert lines[0][:3] == ["wanda", "16", "9.000"]
+    assert "3.000" not in json.dumps(lines)
+
+
+def test_lines_over_length_are_means_over_seeds(runs: Path) -> None:
+    group = groups(find([runs]))[0]
+    assert group.lengths() == {"wanda": [(16, 9.0), (32, 8.0), (128, 7.5)], "varp": [(16, 8.5), (32, 8.1), (128, 7.9)]}
+    again = copy.deepcopy(group.rows[0])
+    again.numbers["perplexity"] = 10.0
+    group.rows.append(again)
+    assert group.lengths()["wanda"][0] == (16, 9.5)
+    assert groups(find([runs / "0"]))[0].lengths() == {}
+
+
+def test_the_front_is_what_nothing_beats(runs: Path) -> None:
+    ((_, points),) = groups(find([runs]))[0].times().items()
+    assert {(x, y) for _, x, y, best in points if best} == {(1.0, 9.0), (1.5, 8.5), (2.0, 8.0), (4.0, 7.5)}
+
+
+def test_machines_do_not_share_a_time_plot(runs: Path) -> None:
+    group = groups(find([runs]))[0]
+    group.rows[0].machine = group.rows[1].machine = "another"
+    assert sorted(len(points) for points in group.times().values()) == [2, 4]
+
+
+def test_ace_report_writes_everything(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overview.main([str(runs), "--format", "md", "--out", str(tmp_path / "out")])
+    text = capsys.readouterr().out
+    assert text.count("\n## ") + text.startswith("## ") == 2
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"overview.html", "overview.md", "overview.csv", "overview.json", "overview_length.png",
+                     "overview_time.png"}  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "overview.csv").open()))
+    assert [row["metric"] for row in rows] == ["wanda"] * 3 + ["varp"] * 4
+    assert [float(row["perplexity"]) for row in rows] == [9.0, 8.0, 7.5, 8.5, 8.1, 7.9, 3.0]
+    content = json.loads((tmp_path / "out" / "overview.json").read_text())
+    assert [len(group["runs"]) for group in content["groups"]] == [6, 1]
+    page = (tmp_path / "out" / "overview.html").read_text()
+    assert page.count("<svg") == 2
+    assert not re.search(r'(?:src|href)="(?!#|data:)', page)
+    assert (tmp_path / "out" / "overview_time.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("form", ["terminal", "md", "csv", "json"])
+def test_every_form_shows_the_numbers(runs: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overview.main([str(runs / "0"), "--format", form])
+    assert "9.0" in capsys.readouterr().out
+
+
+def test_folders_without_reports_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "report.json").write_text("{}")
+    for folder in ("nothing", "old"):
+        with pytest.raises(SystemExit) as caught:
+            overview.main([str(tmp_path / folder)])
+        assert caught.value.code == 2
+        err = capsys.readouterr().err
+        assert folder in err
+        assert err.count("\n") == 1
+
+
+def test_the_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
+    overview.main([str(runs), "--out", str(tmp_path / "out")])
+    with browser() as session:
+        for scheme in ("light", "dark"):
+            seen = look(session, tmp_path / "out" / "overview.html", 390, scheme)
+            assert seen["errors"] == []
+            assert seen["width"] <= 390
+
+
+def test_ace_report_needs_no_torch(command: Command, tmp_path: Path, runs: Path) -> None:
+    import sys
+
+    code = (
+        f"import sys; from ace_cli.overview import main; main([{str(runs)!r}]); "
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_ends_with_a_page_and_its_failures(here: Command, llama: Path, tmp_path: Path) -> None:
+    done = here(
+        "-m", f"model.path={llama}", "metric=wanda,varp", "sparsity=3:7,2:4", "calib=self", "calib.n_samples=8",
+        "eval=self", "eval.seq_len=16", "eval.max_windows=4", "output_dir=sweep", "samples.prompts=[w5]", "html=false",
+    )  # fmt: skip
+    assert done.returncode == 1
+    page = (tmp_path / "sweep" / "sweep.html").read_text()
+    assert page.count("failed:") == 2
+    assert "64 inputs" in page
+    assert "What they write" in page
+    assert (tmp_path / "sweep" / "sweep_time.png").is_file()
+
+
+@pytest.mark.parametrize(("name", "jobs"), [("sanity", 2), ("length", 24), ("nm", 12)])
+def test_experiments_run_as_they_stand(
+    here: Command, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, jobs: int
+) -> None:
+    """Every job is composed and checked; none is run."""
+    seen: list[Any] = []
+    monkeypatch.setattr("ace_cli.run.run", lambda config, *_: seen.append(config))
+    here(f"experiment={name}", "model=smollm2", "output_dir=out")
+    assert len(seen) == jobs
+    assert len({(str(c.metric), str(c.pattern), c.calib.seq_len) for c in seen}) == jobs
