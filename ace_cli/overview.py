@@ -35,8 +35,11 @@ def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:
     if form == "terminal":
         from rich.console import Console
 
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console = Console(highlight=False, width=200)
         for shown in overview.terminal_tables(found):
-            Console(highlight=False).print(shown)
+            console.print(shown)
     else:
         forms: dict[str, Callable[[list[Group]], str]] = {"md": overview.as_markdown, "csv": as_csv, "json": as_json}
         print(forms[form](found), end="")

@@ -20,6 +20,10 @@ NUMBERS = {
 }  # fmt: skip
 
 
+#: Columns about the calibration windows -> their names in report.json.
+_WINDOWS = {"calib": "source", "windows": "n_samples", "length": "seq_len", "seed": "seed"}
+
+
 @dataclass
 class Row:
     """One run: its choices by name, its numbers by column (None where not measured)."""
@@ -95,10 +99,19 @@ def groups(reports: list[tuple[Path, dict[str, Any]]]) -> list[Group]:
     for file, report in reports:
         row = _row(file, report)
         together.setdefault(row.protocol, []).append(row)
-    return [
-        Group(protocol, [name for name in rows[0].choices if len({row.choices[name] for row in rows}) > 1], rows)
-        for protocol, rows in together.items()
-    ]
+    return [Group(protocol, _varied(rows), rows) for protocol, rows in together.items()]
+
+
+def _varied(rows: list[Row]) -> list[str]:
+    """The choices in which the runs differ. That a run without calibration has no windows is no difference."""
+    values = {name: {row.choices[name] for row in rows} for name in rows[0].choices}
+    varied = [name for name, found in values.items() if len(found - ({"none"} if name in _WINDOWS else set())) > 1]
+    # options of two metrics differ because the metrics do: they say something only between runs of one metric
+    for group in ("metric", "repair", "allocation"):
+        pairs = {(row.choices[group], row.choices[f"{group} options"]) for row in rows}
+        if f"{group} options" in varied and len(pairs) == len(values[group]):
+            varied.remove(f"{group} options")
+    return varied
 
 
 def as_csv(found: list[Group]) -> str:
@@ -141,8 +154,7 @@ def _row(file: Path, report: dict[str, Any]) -> Row:
         options = ", ".join(f"{name}={value}" for name, value in method[f"{group}_options"].items())
         choices |= {group: method[group], f"{group} options": options}
     choices |= {name: str(method[name]) for name in ("pattern", "scope", "propagate", "permute", "dtype")}
-    names = {"source": "calib", "n_samples": "windows", "seq_len": "length", "seed": "seed"}
-    choices |= {shown: str(calibration.get(name, "none")) for name, shown in names.items()}
+    choices |= {shown: str(calibration.get(name, "none")) for shown, name in _WINDOWS.items()}
     return Row(
         choices, _numbers(report), _protocol(report), _machine(report), calibration.get("seq_len"), str(file),
         report["samples"],
@@ -186,8 +198,8 @@ def _method(group: Group, row: Row) -> str:
 
 
 def _name(row: Row, varied: list[str]) -> str:
-    shown = [name for name in varied if not name.endswith("options")] or varied
-    return " ".join(row.choices[name] if name != "length" else f"L={row.choices[name]}" for name in shown)
+    shown = [(name, row.choices[name]) for name in varied if name not in _WINDOWS or row.choices[name] != "none"]
+    return " ".join(f"{name}={value}" if name in _WINDOWS else value for name, value in shown)
 
 
 def _beats(other: Iterable[float], point: tuple[float, float]) -> bool:

@@ -15,7 +15,7 @@ VERDICTS = (
     (1.15, "slightly worse than the dense model"),
     (1.5, "clearly worse than the dense model"),
     (3.0, "much worse than the dense model"),
-    (math.inf, "badly damaged: repair, a milder sparsity or more calibration would help"),
+    (math.inf, "badly damaged; a repair or a milder sparsity may help"),
 )
 #: What a number means, in plain words.
 WORDS = {

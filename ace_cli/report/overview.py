@@ -88,7 +88,8 @@ def terminal_tables(found: Sequence[Group]) -> list[Any]:
         head, lines = group.cells()
         shown = Table(title=group.protocol, title_justify="left")
         for number, name in enumerate(head):
-            shown.add_column(name, justify="left" if number < len(group.varied) else "right", overflow="fold")
+            number_column = number >= len(group.varied)
+            shown.add_column(name, justify="right" if number_column else "left", overflow="fold", no_wrap=number_column)
         for line in lines:
             shown.add_row(*line)
         tables.append(shown)

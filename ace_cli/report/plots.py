@@ -94,6 +94,7 @@ def over_windows(values: Sequence[float], mean: float) -> Draw:
         axes.bar(range(1, len(values) + 1), values, color=COLOURS[0])
         axes.axhline(mean, color=COLOURS[1], label=f"mean {mean:.3f}")
         axes.set_xlabel("evaluation window")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel("KL divergence, nats")
         _legend(axes)
 
@@ -155,7 +156,9 @@ def heat_map(rows: Sequence[str], values: Sequence[Sequence[float]]) -> Draw:
     """Sparsity: one row for each kind of weight, one column for each block; nan where there is none."""
 
     def draw(axes: Any) -> None:
-        mesh = axes.pcolormesh([[float(v) for v in row] for row in values], vmin=0, vmax=1, cmap="viridis")
+        mesh = axes.pcolormesh(
+            [[float(v) for v in row] for row in values], vmin=0, vmax=1, cmap="viridis", edgecolors="face"
+        )
         axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
         axes.invert_yaxis()
         axes.set_xlabel("block")
@@ -205,6 +208,10 @@ def time_plot(points: list[tuple[str, float, float, bool]]) -> Draw:
                 axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("{x:g}")
+        axes.tick_params(which="minor", labelsize=7)
         axes.set_xlabel("seconds to prune and write")
         axes.set_ylabel("perplexity")
 
