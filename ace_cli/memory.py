@@ -38,10 +38,12 @@ def available() -> int:
     import psutil
 
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
-        most, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
-        free = min(free, int(most) - int(used))  # "max", no limit, is no number
+        most = int((group / "memory.max").read_text())  # "max", no limit, is no number
+        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = int(parts["inactive_file"]) + int(parts["active_file"])  # given back when it is asked for
+        free = min(free, most - int((group / "memory.current").read_text()) + cached)
     return resident() + free
 
 

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 #: Below this share of the block weights a "pruned" model would be mostly dense: stop instead.
 MINIMUM_COVERAGE = 0.9
-_LIBRARIES = 500_000_000
+_LIBRARIES = 540_000_000
+#: glibc gives larger allocations back at once; of smaller ones about as much is kept as is used.
+_GIVEN_BACK = 32 << 20
 #: Fitted to runs of SmolLM2-135M and of a 1.1B Llama: a forward beside large square products; passes over the weights
 #: and over the inputs, in float32, that scoring, selecting, masking, casting and verifying make.
 _FORWARD_SHARE, _WEIGHT_PASSES, _INPUT_PASSES = 0.5, 12, 12
@@ -210,20 +212,23 @@ def _hidden_size(model: StreamedModel) -> int:
 def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, int, int]:
     """Expected peak bytes while pruning: where it computes, but for hidden states; then on the host, on the device.
 
-    The stem is in memory while the windows are embedded, then one block computes while the last one is written and the
-    next one read; scores and masks of the largest slot and a batch's activations come on top.
+    The stem is in memory while the windows are embedded, then one block computes while the last one is written, then
+    the next one read; pruned weights in another dtype than the one computed in, scores and masks of the largest slot
+    and a batch's activations come on top.
     """
     entries, width = model.checkpoint.tensors, model.dtype.itemsize
     blocks = [[entries[key] for key in block.files] for block in model.blocks]
     loaded = max(sum(entry.numel for entry in block) for block in blocks) * width
     stored = max(sum(entry.nbytes for entry in block) for block in blocks)
+    converted = stored if any(entry.nbytes != entry.numel * width for entry in blocks[0]) else 0
+    kept = max(sum(entry.nbytes for entry in block if entry.nbytes < _GIVEN_BACK) for block in blocks)
     shapes = [slot.shape for block in model.blocks for slot in block.slots]
-    working = 16 * max(rows * columns for rows, columns in shapes)
+    working = 14 * max(rows * columns for rows, columns in shapes)
     held = max(_statistics(block, demand) for block in model.blocks)
     in_batch = min(demand.tokens, model.batch_tokens)
     active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
-    on_host = _LIBRARIES + 2 * stored
+    on_host = _LIBRARIES + stored + converted + 2 * kept
     hidden = demand.tokens * _hidden_size(model) * width
     held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
     fixed = max(embeddings, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
