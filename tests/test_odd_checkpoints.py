@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,39 @@ def test_a_lost_expert_is_named(tmp_path: Path) -> None:
     rewrite(folder, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lost})
     with pytest.raises(AceError, match="down_proj"):
         plan_of(folder)
+
+
+def test_a_layer_of_experts_larger_than_memory_is_planned_without_it(tmp_path: Path) -> None:
+    """30 GB of experts in one parameter; the file is a header and a hole."""
+    hidden, inner, experts = 4096, 14336, 64
+    block = "model.layers.0"
+    shapes = {f"{block}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+    shapes |= {f"{block}.{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {
+        "model.embed_tokens.weight": (128, hidden),
+        "lm_head.weight": (128, hidden),
+        "model.norm.weight": (hidden,),
+    }
+    shapes |= {f"{block}.block_sparse_moe.gate.weight": (experts, hidden)}
+    for expert in range(experts):
+        sizes = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
+        shapes |= {f"{block}.block_sparse_moe.experts.{expert}.{name}.weight": size for name, size in sizes.items()}
+    header, end = {}, 0
+    for name, size in shapes.items():
+        start, end = end, end + 2 * math.prod(size)
+        header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with open(tmp_path / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = {
+        "model_type": "mixtral", "hidden_size": hidden, "intermediate_size": inner, "num_local_experts": experts,
+        "num_hidden_layers": 1, "vocab_size": 128, "num_attention_heads": 32, "num_key_value_heads": 32,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = plan_of(tmp_path)
+    assert plan.slot_weights == 4 * hidden**2 + 3 * experts * hidden * inner
+    assert plan.host_bytes > 4 * plan.slot_weights
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -199,7 +199,22 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     assert len(report.blocks) == 4
 
 
-def test_an_interrupted_run_of_another_method_is_not_continued(
+@pytest.mark.parametrize(("family", "writes"), [("mixtral", 4 + 3 * 4), ("gpt_oss", 4 + 2), ("gpt2", 4)])
+def test_an_interrupted_run_of_another_layout_goes_on(
+    tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, family: str, writes: int
+) -> None:
+    """Experts by themselves or in one tensor, weights stored transposed; the fault is inside the second block."""
+    model = make(tmp_path / "m", family)
+    prune_here(model, tmp_path / "straight", "metric=wanda")
+    fail_after(monkeypatch, CheckpointWriter, "write", writes + 2, FULL)
+    with pytest.raises(AceError):
+        prune_here(model, tmp_path / "broken", "metric=wanda")
+    monkeypatch.undo()
+    prune_here(model, tmp_path / "broken", "metric=wanda")
+    assert digests(tmp_path / "broken" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
+
+
+def test_an_interrupted_run_of_another_method_method_is_not_continued(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, FULL)

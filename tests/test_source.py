@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -14,7 +15,11 @@ from tiny_models import load, make, weights
 
 from ace_cli.errors import AceError
 from ace_cli.model import source
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.source import ImportDtype, ModelConfig, cache_folder, open_model
+from ace_cli.model.streamed import StreamedModel
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -99,23 +104,30 @@ def test_a_bin_file_that_would_run_code_is_refused(own_llama: Path, own_cache: P
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama as GGUF, float32 tensors and a tokenizer of single letters."""
+#: transformers reads no other size of heads, or of experts, from files of these.
+HEAD_SIZES = {"qwen3": 128, "qwen3moe": 128}
+EXPERT_SIZE = {"moe_intermediate_size": 768}
+
+
+def write_gguf(folder: Path, architecture: str, state: dict[str, torch.Tensor]) -> Path:
+    """``state`` of a tiny model as a GGUF file, tensors as they are, with a tokenizer of whole words."""
     import gguf
 
-    folder = tmp_path_factory.mktemp("gguf")
-    state = weights(make(folder / "source", "llama"))
-    writer = gguf.GGUFWriter(str(folder / "tiny.gguf"), "llama")
+    writer = gguf.GGUFWriter(str(folder / "tiny.gguf"), architecture)
     writer.add_context_length(128)
     writer.add_embedding_length(64)
     writer.add_block_count(2)
-    writer.add_feed_forward_length(96)
+    writer.add_feed_forward_length(32 if architecture.endswith("moe") else 96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_layer_norm_eps(1e-5)
     writer.add_rope_dimension_count(16)
+    writer.add_key_length(HEAD_SIZES.get(architecture, 16))
     writer.add_vocab_size(128)
+    if architecture.endswith("moe"):
+        writer.add_expert_count(4)
+        writer.add_expert_used_count(2)
     tokens = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 128))]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
@@ -123,23 +135,58 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer.add_token_types([2, 3, 3] + [1] * 125)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    names = {
-        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-        "model.layers.": "blk.",
-    }  # fmt: skip
-    for name, tensor in state.items():
-        target = name
-        for old, new in names.items():
-            target = target.replace(old, new)
-        writer.add_tensor(target, tensor.numpy())
+    writer.add_pad_token_id(0)
+    for name, tensor in stacked(state).items():
+        writer.add_tensor(gguf_name(architecture, name), tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return folder / "tiny.gguf"
+
+
+def stacked(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """One tensor for all experts of a layer, as GGUF has it."""
+    groups: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in state.items():
+        groups.setdefault(re.sub(r"experts\.\d+", "experts", name), []).append(tensor)
+    return {name: torch.stack(found) if "experts." in name else found[0] for name, found in groups.items()}
+
+
+def gguf_name(architecture: str, name: str) -> str:
+    """gguf's own table of names."""
+    import gguf
+
+    kind = next(kind for kind, known in gguf.MODEL_ARCH_NAMES.items() if known == architecture)
+    found = gguf.get_tensor_name_map(kind, 2).get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return str(found)
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama as GGUF."""
+    folder = tmp_path_factory.mktemp("gguf")
+    return write_gguf(folder, "llama", weights(make(folder / "source", "llama")))
+
+
+#: Families whose GGUF tensors are those of the checkpoint as they stand: model_type -> architecture.
+GGUF_FAMILIES = {
+    "qwen2": "qwen2", "qwen3": "qwen3", "qwen3_moe": "qwen3moe", "phi3": "phi3", "starcoder2": "starcoder2",
+    "stablelm": "stablelm",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
+def test_gguf_of_other_families(tmp_path: Path, family: str) -> None:
+    architecture = GGUF_FAMILIES[family]
+    state = weights(make(tmp_path / "source", family, head_dim=HEAD_SIZES.get(architecture, 16), **EXPERT_SIZE))
+    imported = open_model(ModelConfig(path=str(write_gguf(tmp_path, architecture, state)))).folder
+    stored = weights(imported)
+    assert stored.keys() == state.keys()
+    assert all(torch.equal(stored[name], state[name]) for name in state)
+    slots = [slot for b in StreamedModel(Checkpoint(imported), CPU, torch.float32).blocks for slot in b.slots]
+    assert len(slots) >= 8
 
 
 def test_gguf_files_are_imported_once(gguf_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

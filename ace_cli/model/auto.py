@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class LargeOnMeta(TorchFunctionMode):
+    """Tensors of more than ``LIMIT`` elements are made on the meta device: those are weights, never tables.
+
+    All experts of a layer are one tensor, of 30 GB in DeepSeek-V3, that a machine may refuse even to reserve.
+    """
+
+    LIMIT = 1 << 26
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand) and args:
+            size = args[0] if isinstance(args[0], tuple | list) else args
+            if math.prod(size) > self.LIMIT:
+                kwargs = {**kwargs, "device": "meta"}
+        return func(*args, **kwargs)
 
 
 def auto_class(config: Any) -> Any:

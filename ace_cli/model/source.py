@@ -163,6 +163,7 @@ def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
         raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault
     # The weights are plain now; these two make transformers refuse to save them as such.
     model.hf_quantizer = None
+    model._weight_conversions = None  # those of the GGUF file: save under the names that the family has elsewhere
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder, max_shard_size="5GB")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
-from ace_cli.model.auto import auto_class, decoder_of, other_models
+from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
@@ -341,7 +341,8 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        with init_empty_weights(include_buffers=False):  # in float32, or tables of positions lose their digits
+        # in float32, or tables of positions lose their digits
+        with init_empty_weights(include_buffers=False), LargeOnMeta():
             model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
