@@ -68,8 +68,9 @@ def cosine_score(mode: Mode, weight_OI: Tensor, seen: Seen) -> Tensor:
 class CosP(Metric):
     """S_ij = how far removing W_ij turns the slot's output (digest of v1, Mechanism 1).
 
-    The paper's formula is the first-order change of the projection a.a'/||a||^2; the first-order change of the cosine
-    itself is zero. ``mode=exact2`` is the second-order change, exact to O(delta^3).
+    The paper's formula (``mode=paper``) is the first-order change of the projection a.a'/||a||^2; the first-order
+    change of the cosine itself is zero. ``mode=exact2`` is the second-order change, exact to O(delta^3). Evidence:
+    README, What we found about ACE.
     """
 
     mode: Mode = Mode.exact2
