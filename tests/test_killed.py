@@ -35,7 +35,7 @@ def fork() -> Any:
 
 def start(fork: Any, model: Path, out: Path) -> Any:
     arguments = [f"model.path={model}", "metric=varp", "sparsity=2:4", "calib=self", "calib.n_samples=4",
-                 "calib.seq_len=8", "eval=none", "device=cpu", f"output_dir={out}"]  # fmt: skip
+                 "calib.seq_len=8", "eval=none", "device=cpu", "html=false", f"output_dir={out}"]  # fmt: skip
     process = fork.Process(target=killed.prune, args=(arguments, out.with_suffix(".log")))
     process.start()
     return process
