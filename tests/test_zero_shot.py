@@ -24,6 +24,7 @@ import ace_cli
 from ace_cli.errors import AceError
 from ace_cli.evaluation import tasks as evaluation_tasks
 from ace_cli.evaluation.tasks import LOCAL, SEVEN, TaskOptions, place
+from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report, Score, TaskFacts
@@ -148,7 +149,7 @@ def test_likelihoods_are_those_of_the_whole_model(
 ) -> None:
     """lm-eval's own HFLM over transformers' model, one request a batch; also where every batch is a part of its own."""
     monkeypatch.setattr(streamed_lm, "HIDDEN_BYTES", room)
-    monkeypatch.setattr(streamed_lm, "CPU_BATCH_TOKENS", 40)
+    monkeypatch.setattr(streamed, "CPU_TOKENS", 40)
     monkeypatch.setattr(streamed_lm, "LOGIT_ROWS", 3)
     folder = add_tokenizer(make(tmp_path / family, family))
     generator = torch.Generator().manual_seed(0)

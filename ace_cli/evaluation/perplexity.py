@@ -32,7 +32,7 @@ def perplexity(
 
     from ace_cli.model.spill import kept
 
-    batches, trimmer = kept(model.batches(windows_NL), spill), Trimmer()
+    batches, trimmer = kept(model.batches(windows_NL, tokens=model.plain_tokens), spill), Trimmer()
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):
             with model.loaded(block):

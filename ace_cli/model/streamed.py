@@ -28,6 +28,8 @@ from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
 #: depend on the memory at hand.
 BATCH_TOKENS = 16384
 BATCH_BYTES = 512 << 20
+#: More tokens leave the caches of a CPU and make it ask for fresh pages: with 16,384, SmolLM2 took three times as long.
+CPU_TOKENS = 1024
 
 #: Where the decoder blocks are, of classes whose annotations do not tell: class of the model -> path of the list.
 BLOCKS = {"BioGptForCausalLM": "biogpt.layers"}
@@ -119,12 +121,18 @@ class StreamedModel:
         other.checkpoint = checkpoint
         return other
 
-    def batches(self, windows_NL: Tensor, again: int = 0) -> Iterator[Batch]:
+    @property
+    def plain_tokens(self) -> int:
+        """Tokens that go through a block at once where nobody observes them together: few, on a CPU."""
+        return CPU_TOKENS if self.device.type == "cpu" else self.batch_tokens
+
+    def batches(self, windows_NL: Tensor, again: int = 0, tokens: int | None = None) -> Iterator[Batch]:
         """Split windows (N, L) into batches, embed them and capture how each block is called.
 
-        The first ``again`` windows come once more, as a last batch of their own.
+        A batch is of about ``tokens`` tokens, ``batch_tokens`` if not said; the first ``again`` windows come once more,
+        as a last batch of their own.
         """
-        step = max(1, self.batch_tokens // windows_NL.shape[1])
+        step = max(1, (tokens or self.batch_tokens) // windows_NL.shape[1])
         first: Batch | None = None
         with self._stem_loaded(head=False), torch.inference_mode():
             pieces = torch.split(windows_NL.to(self.device), step)

@@ -21,9 +21,7 @@ from ace_cli.texts import load_tokenizer
 #: Hidden states held at once: a bound that does not depend on the number of items; the blocks are read anew for each
 #: such part.
 HIDDEN_BYTES = 1 << 30
-#: Tokens that go through a block at once. On a CPU more of them leave its cache (16,384 took three times as long), and
-#: sequences of unlike length pad each other. Constants, so that results do not depend on the memory at hand.
-CPU_BATCH_TOKENS = 1024
+#: Tokens that go through a block at once, at most: sequences of unlike length pad each other.
 BATCH_TOKENS = 8192
 #: Rows of logits computed at once.
 LOGIT_ROWS = 256
@@ -54,7 +52,7 @@ class StreamedLM(HFLM):  # type: ignore[misc]
         self._device = model.device
         self._streamed = model
         self._progress = progress
-        self._batch_tokens = CPU_BATCH_TOKENS if model.device.type == "cpu" else min(BATCH_TOKENS, model.batch_tokens)
+        self._batch_tokens = min(BATCH_TOKENS, model.plain_tokens)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
         """As in lm-eval, without its bars."""
