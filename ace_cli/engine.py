@@ -9,15 +9,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ace_cli.clock import Clock
 from ace_cli.errors import AceError
+from ace_cli.finite import FiniteChecks
+from ace_cli.hooks import Observer, hooked, observe_expert, reached
 from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.experts import ExpertCall, Experts
@@ -429,91 +430,6 @@ class _BlockJob:
         return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds, routed)
 
 
-@dataclass
-class Observer:
-    """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only."""
-
-    seen: dict[str, Seen]
-    _leader: dict[str, str] = field(default_factory=dict)
-    _input: Tensor | None = None
-    _reader: str = ""
-
-    def update(self, slot: Slot, x: Tensor, output: Callable[[], Tensor]) -> None:
-        """Add one call of ``slot``: input (..., I); ``output`` gives its (..., O) if a statistic needs it."""
-        seen = self.seen[slot.name]
-        if slot.name not in self._leader:  # the first batch decides who observes for whom
-            same = self._input is x
-            self._leader[slot.name] = self._leader[self._reader] if same else slot.name
-            if same:
-                seen.share(self.seen[self._leader[slot.name]])
-        self._input, self._reader = x, slot.name
-        follows = self._leader[slot.name] != slot.name
-        due = [statistic for statistic in seen if statistic.needs_output or not follows]
-        if not due:
-            return
-        x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = x_TI
-        if any(statistic.needs_output for statistic in due):
-            y = output()
-            y_TO = y.reshape(-1, y.shape[-1])
-        for statistic in due:
-            statistic.update(x_TI, y_TO, slot.weight_OI)
-
-
-def observe_expert(
-    experts: Experts,
-    expert: int,
-    stage: list[Slot],
-    calls: list[ExpertCall],
-    everyone: bool,
-    wanted: tuple[Statistic, ...],
-) -> dict[str, Seen]:
-    """What the slots ``stage`` of one expert see of the tokens routed to it, or of ``everyone``'s; by slot name."""
-    observer = Observer({slot.name: Seen(wanted) for slot in stage})
-    for call in calls:
-        experts.show(call, expert, everyone, stage, lambda slot, x: observer.update(slot, x, lambda: slot.output(x)))
-    return observer.seen
-
-
-@contextmanager
-def hooked(slots: list[Slot], function: Callable[..., Tensor | None], before: bool) -> Iterator[None]:
-    """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module.
-
-    What it returns, if anything, replaces the input or the output.
-    """
-
-    def hook(slot: Slot) -> Callable[..., Tensor | None]:
-        def call(module: nn.Module, args: tuple[Tensor, ...], *output: Tensor) -> Tensor | None:
-            return function(slot, args[0], *output)
-
-        return call
-
-    handles = [
-        slot.module.register_forward_pre_hook(hook(slot)) if before else slot.module.register_forward_hook(hook(slot))
-        for slot in slots
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def reached(layers: list[Experts], function: Callable[[Experts, ExpertCall], None]) -> Iterator[None]:
-    """Call ``function(experts, call)`` before each call of each layer of experts."""
-
-    def hook(experts: Experts) -> Callable[..., None]:
-        return lambda module, args, kwargs: function(experts, experts.call(args, kwargs))
-
-    handles = [experts.module.register_forward_pre_hook(hook(experts), with_kwargs=True) for experts in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
     """Replace the hidden states of ``batches`` by the outputs of loaded block ``index``."""
     for batch in batches:
@@ -527,38 +443,3 @@ def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
     """
     bits_OI = keep_OI.to(torch.int32).neg_()
     return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
-
-
-class FiniteChecks:
-    """Expects tensors without NaN or Inf. On a CPU a fault is raised at once; a device is asked once, by ``settle``."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._at_once = device.type == "cpu"
-        self._expected: list[tuple[Tensor, str]] = []
-
-    def expect(self, values: Tensor, what: str) -> None:
-        """Note ``values``; ``what`` names them in the error."""
-        if self._at_once:
-            check_finite(values, what)
-        else:
-            self._expected.append((values.isfinite().all(), what))
-
-    def settle(self) -> None:
-        """Raise AceError for the first tensor that was not finite."""
-        if self._expected:
-            finite = torch.stack([flag for flag, _ in self._expected]).tolist()
-            for fine, (_, what) in zip(finite, self._expected, strict=True):
-                if not fine:
-                    _refuse(what)
-        self._expected.clear()
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """AceError unless every value is finite. Their sum tells, but for one of finite values that overflows."""
-    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
-        _refuse(what)
-
-
-def _refuse(what: str) -> None:
-    hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
-    raise AceError(f"NaN or Inf in {what}.", hint)

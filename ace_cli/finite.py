@@ -1,0 +1,43 @@
+"""Tensors that must be finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ace_cli.errors import AceError
+
+
+class FiniteChecks:
+    """Expects tensors without NaN or Inf. On a CPU a fault is raised at once; a device is asked once, by ``settle``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._at_once = device.type == "cpu"
+        self._expected: list[tuple[Tensor, str]] = []
+
+    def expect(self, values: Tensor, what: str) -> None:
+        """Note ``values``; ``what`` names them in the error."""
+        if self._at_once:
+            check_finite(values, what)
+        else:
+            self._expected.append((values.isfinite().all(), what))
+
+    def settle(self) -> None:
+        """Raise AceError for the first tensor that was not finite."""
+        if self._expected:
+            finite = torch.stack([flag for flag, _ in self._expected]).tolist()
+            for fine, (_, what) in zip(finite, self._expected, strict=True):
+                if not fine:
+                    _refuse(what)
+        self._expected.clear()
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """AceError unless every value is finite. Their sum tells, but for one of finite values that overflows."""
+    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+        _refuse(what)
+
+
+def _refuse(what: str) -> None:
+    hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
+    raise AceError(f"NaN or Inf in {what}.", hint)
