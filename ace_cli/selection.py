@@ -90,10 +90,13 @@ def _count_true(flag_RN: Array) -> Array:
 def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
     """A score stays if fewer than n of its group beat it; partners at one distance meet as two shifted vectors."""
     score_N = score_RN.reshape(-1)
-    beaten_by_N, partners = _group_tables(len(score_N), m, None if _is_numpy(score_N) else score_N.device)
-    beaten_by_N = beaten_by_N + 0
+    count = len(score_N)
+    partners = _partners(max(_CHUNK, count), m, None if _is_numpy(score_N) else score_N.device)
+    beaten_by_N = (
+        _numpy().zeros(count, "uint8") if _is_numpy(score_N) else score_N.new_zeros(count, dtype=_torch().uint8)
+    )
     for distance in range(1, m):
-        together = partners[distance - 1]
+        together = partners[distance - 1][: count - distance]
         later_wins = score_N[distance:] >= score_N[:-distance]
         later_wins &= together
         beaten_by_N[:-distance] += later_wins
@@ -103,15 +106,11 @@ def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
 
 
 @lru_cache(maxsize=4)
-def _group_tables(count: int, m: int, device: Any) -> tuple[Array, list[Array]]:
-    """Zeros, uint8 (count,); and for each distance 1 .. m - 1 which pairs at that distance share a group, bool."""
-    numpy = _numpy()
-    partners = [numpy.arange(count - distance) % m < m - distance for distance in range(1, m)]
-    zeros = numpy.zeros(count, dtype=numpy.uint8)
-    if device is None:
-        return zeros, partners
-    torch = _torch()
-    return torch.from_numpy(zeros).to(device), [torch.from_numpy(pairs).to(device) for pairs in partners]
+def _partners(count: int, m: int, device: Any) -> list[Array]:
+    """For each distance 1 .. m - 1, which of ``count`` scores has a partner so far behind it in its group, bool."""
+    place = _numpy().arange(count) % m
+    partners = [place < m - distance for distance in range(1, m)]
+    return partners if device is None else [_torch().from_numpy(pairs).to(device) for pairs in partners]
 
 
 def _keep_n_of_m_sorted(score_RN: Tensor, n: int, m: int) -> Tensor:
