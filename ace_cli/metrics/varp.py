@@ -107,7 +107,8 @@ class VarP(Metric):
         return [] if self.wpow in (1, 2) else [f"metric.wpow={self.wpow}: must be 1 or 2"]
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return weight_OI.abs() ** self.wpow * variance_factor(self.norm, self.form, seen).float()
+        size_OI = weight_OI.square() if self.wpow == 2 else weight_OI.abs()
+        return size_OI.mul_(variance_factor(self.norm, self.form, seen).float())
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)

@@ -24,7 +24,7 @@ class Wanda(Metric):
         return (SecondMoment(),)
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return weight_OI.abs() * seen[SecondMoment()].mean_I.sqrt().float()
+        return weight_OI.abs().mul_(seen[SecondMoment()].mean_I.sqrt().float())
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return {"spread": spread(seen[SecondMoment()].mean_I.sqrt())}

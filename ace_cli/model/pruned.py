@@ -74,6 +74,8 @@ class Pruned:
 
 def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[str, int]:
     """Re-read every pruned weight: name -> its zeros. Raises Violation at the first that breaks its pattern."""
+    import numpy as np
+
     zeros = {}
     last: tuple[str, Tensor] | None = None
     for name, weight in pruned.items():
@@ -84,7 +86,7 @@ def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[st
         weight_OI = weight.in_file(last[1])
         if problem := weight.pattern.violation(weight_OI):
             raise Violation(f"{name} breaks {weight.pattern}: {problem}")
-        zeros[name] = int((weight_OI == 0).reshape(-1).byte().sum())
+        zeros[name] = int(np.count_nonzero((weight_OI == 0).numpy()))
     return zeros
 
 
