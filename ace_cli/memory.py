@@ -64,6 +64,13 @@ class Trimmer:
             self._floor = min(self._floor, resident())
 
 
+def one_heap() -> None:
+    """All threads allocate from one heap (glibc): what a thread's own heap kept, ``trim`` cannot give back."""
+    arena_max = -8  # M_ARENA_MAX of malloc.h
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
 def trim() -> None:
     """Return free heap pages to the system (glibc; elsewhere nothing happens)."""
     with suppress(AttributeError, OSError):

@@ -57,6 +57,7 @@ from ace_cli.zero_shot import harness
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
+    memory.one_heap()
     try:
         with MemorySampler() as sampler:
             return _run(config, command, terminal, dense_cache, sampler)
