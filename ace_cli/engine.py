@@ -144,7 +144,7 @@ def replay(model: StreamedModel, batches: list[Batch], blocks: int, clock: Clock
     """Bring ``batches`` to where they were after ``blocks`` finished blocks, whose weights ``model`` reads."""
     for index in range(blocks):
         with clock("replay"), torch.inference_mode(), model.loaded(model.blocks[index]):
-            advance(model, index, batches)
+            model.advance(index, batches)
 
 
 def _write_block(
@@ -245,7 +245,7 @@ class _BlockJob:
             self._prune_experts(experts, calls.pop(id(experts), []), together=True)
         if not dense and not last:
             with self.clock("forward"):
-                advance(self.model, self.index, self.batches)
+                self.model.advance(self.index, self.batches)
 
     # --- sublayer order ------------------------------------------------------------------------------------------
 
@@ -282,7 +282,7 @@ class _BlockJob:
             left = [slot for slot in left if slot not in group]
         if len(self.batches) > 1 and not last:
             with self.clock("forward"):
-                advance(self.model, self.index, self.batches)
+                self.model.advance(self.index, self.batches)
 
     def _prune_group(self, left: list[Slot]) -> list[Slot]:
         """Observe and prune the first of ``left`` that the block reaches: those that read one tensor, or experts."""
@@ -384,10 +384,13 @@ class _BlockJob:
         else:
             slot.in_file(self._stored(slot.key)).copy_(new_OI)
 
+    def _stored_dtype(self, slot: Slot) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.key].dtype][0])
+        return dtype
+
     def _stored_weight(self, slot: Slot) -> Tensor:
         """The slot's weight as the file has it, float32 (O, I): read again where the compute dtype has fewer digits."""
-        stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.key].dtype][0])
-        if self.model.dtype in (torch.float32, stored):
+        if self.model.dtype in (torch.float32, self._stored_dtype(slot)):
             return slot.weight_OI.float().contiguous()
         return slot.in_file(self._stored(slot.key)).to(self.model.device, torch.float32).contiguous()
 
@@ -418,8 +421,7 @@ class _BlockJob:
             except ArithmeticError as fault:
                 raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         with self.clock("mask"):
-            stored = getattr(torch, DTYPES[self.model.checkpoint.tensors[slot.key].dtype][0])
-            new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(stored)
+            new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(self._stored_dtype(slot))
             slot.put(new_OI)
             self._store(slot, new_OI)
         if repaired.loss_before is not None and repaired.loss_after is not None:
@@ -428,12 +430,6 @@ class _BlockJob:
         if self._activations is not None and seen[self._activations].tokens:
             self._looks[slot.name] = seen[self._activations]
         return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds, routed)
-
-
-def advance(model: StreamedModel, index: int, batches: list[Batch]) -> None:
-    """Replace the hidden states of ``batches`` by the outputs of loaded block ``index``."""
-    for batch in batches:
-        batch.hidden_BLH = model.forward(index, batch)
 
 
 def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:

@@ -108,9 +108,8 @@ def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
 @lru_cache(maxsize=4)
 def _partners(count: int, m: int, device: Any) -> list[Array]:
     """For each distance 1 .. m - 1, which of ``count`` scores has a partner so far behind it in its group, bool."""
-    place = _numpy().arange(count) % m
-    partners = [place < m - distance for distance in range(1, m)]
-    return partners if device is None else [_torch().from_numpy(pairs).to(device) for pairs in partners]
+    place = (_numpy().arange(count) if device is None else _torch().arange(count, device=device)) % m
+    return [place < m - distance for distance in range(1, m)]
 
 
 def _keep_n_of_m_sorted(score_RN: Tensor, n: int, m: int) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ace_cli.allocation.base import Allocation
-from ace_cli.engine import advance
 from ace_cli.errors import AceError
 from ace_cli.finite import check_finite
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
@@ -59,7 +58,7 @@ def _observe(model: StreamedModel, index: int, batches: list[Batch], allocation:
             hooked(block.layers, watch, before=False),
             reached(block.experts, lambda experts, call: calls.setdefault(id(experts), []).append(call)),
         ):
-            advance(model, index, batches)
+            model.advance(index, batches)
         for batch in batches:
             check_finite(batch.hidden_BLH, f"the output of {block.name}")
     seen = observer.seen

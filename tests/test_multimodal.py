@@ -55,13 +55,10 @@ def test_the_decoder_streams_as_in_the_whole_model(folder: Path) -> None:
     ids_BL = token_windows(3, 20).clamp(max=100)
     model = StreamedModel(Checkpoint(folder), torch.device("cpu"), torch.float32)
     (batch,) = model.batches(ids_BL)
-    with torch.inference_mode():
-        for index, block in enumerate(model.blocks):
-            with model.loaded(block):
-                batch.hidden_BLH = model.forward(index, batch)
-        with model.head_loaded():
-            loaded = [name for name, parameter in model.skeleton.named_parameters() if not parameter.is_meta]
-            assert torch.equal(model.logits(ids_BL, batch.hidden_BLH), logits_of(folder, ids_BL))
+    model.run([batch])
+    with torch.inference_mode(), model.head_loaded():
+        loaded = [name for name, parameter in model.skeleton.named_parameters() if not parameter.is_meta]
+        assert torch.equal(model.logits(ids_BL, batch.hidden_BLH), logits_of(folder, ids_BL))
     assert model.others
     assert not any(name.startswith(tuple(model.others)) for name in loaded), "the tower takes memory"
 

@@ -226,27 +226,21 @@ def test_an_interrupted_run_of_another_method_method_is_not_continued(
     assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
 
 
-def test_lost_shards_are_not_trusted(tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal tells of finished blocks, but the file that held them is gone."""
-    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
-    fail_after(monkeypatch, CheckpointWriter, "write", 7 * 2 + 3, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        prune_here(model, tmp_path / "out", "metric=wanda")
-    monkeypatch.undo()
-    (tmp_path / "out" / "checkpoint.partial" / "model.safetensors").unlink()
-    prune_here(model, tmp_path / "out", "metric=wanda")
-    prune_here(model, tmp_path / "straight", "metric=wanda")
-    assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
-
-
-def test_a_shortened_shard_is_not_trusted(tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("left", [None, -1000], ids=["lost", "shortened"])
+def test_damaged_shards_are_not_trusted(
+    tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, left: int | None
+) -> None:
+    """The journal tells of finished blocks, but the file that held them is gone, or its end is."""
     model = make(tmp_path / "m", "llama", num_hidden_layers=4)
     fail_after(monkeypatch, CheckpointWriter, "write", 7 * 2 + 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         prune_here(model, tmp_path / "out", "metric=wanda")
     monkeypatch.undo()
     shard = tmp_path / "out" / "checkpoint.partial" / "model.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1000])
+    if left is None:
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:left])
     prune_here(model, tmp_path / "out", "metric=wanda")
     prune_here(model, tmp_path / "straight", "metric=wanda")
     assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")

@@ -33,19 +33,13 @@ def perplexity(
     from ace_cli.model.spill import kept
 
     batches, trimmer = kept(model.batches(windows_NL, tokens=model.plain_tokens), spill), Trimmer()
-    with torch.inference_mode():
-        for index, block in enumerate(model.blocks):
-            with model.loaded(block):
-                for batch in batches:
-                    batch.hidden_BLH = model.forward(index, batch)
-            trimmer()
-            on_block(index)
-        losses = []
-        with model.head_loaded():
-            for batch in batches:
-                for ids_L, hidden_LH in zip(batch.ids_BL, batch.hidden_BLH, strict=True):
-                    logits_LV = model.logits(ids_L[None], hidden_LH[None])[0, :-1].float()
-                    losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
-                    watch(ids_L, hidden_LH, logits_LV)
-                    trimmer()
+    model.run(batches, on_block)
+    losses = []
+    with torch.inference_mode(), model.head_loaded():
+        for batch in batches:
+            for ids_L, hidden_LH in zip(batch.ids_BL, batch.hidden_BLH, strict=True):
+                logits_LV = model.logits(ids_L[None], hidden_LH[None])[0, :-1].float()
+                losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
+                watch(ids_L, hidden_LH, logits_LV)
+                trimmer()
     return float(torch.stack(losses).mean().exp())

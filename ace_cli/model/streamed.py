@@ -8,7 +8,7 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
+from ace_cli.memory import Trimmer
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
@@ -184,6 +185,21 @@ class StreamedModel:
         self._returns_tuple = isinstance(out, tuple)
         hidden_BLH: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden_BLH
+
+    def advance(self, index: int, batches: Iterable[Batch]) -> None:
+        """Replace the hidden states of ``batches`` by the outputs of loaded block ``index``."""
+        for batch in batches:
+            batch.hidden_BLH = self.forward(index, batch)
+
+    def run(self, batches: list[Batch], on_block: Callable[[int], None] = lambda _: None) -> None:
+        """Take ``batches`` through all blocks, each read once; ``on_block`` is called with the index of each."""
+        trimmer = Trimmer()
+        with torch.inference_mode():
+            for index, block in enumerate(self.blocks):
+                with self.loaded(block):
+                    self.advance(index, batches)
+                trimmer()
+                on_block(index)
 
     @contextmanager
     def head_loaded(self) -> Iterator[None]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.errors import AceError
+from ace_cli.report.markdown import protocol_words
 
 #: Columns of numbers: name -> how it is shown.
 NUMBERS = {
@@ -177,10 +178,7 @@ def _protocol(report: dict[str, Any]) -> str:
     """In words, with the fingerprints that tell two apart."""
     parts = []
     if protocol := report["perplexity"]["protocol"]:
-        parts.append(
-            f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seq_len']} tokens, "
-            f"{protocol['dtype']}, tokens {protocol['fingerprint'][:8]}"
-        )
+        parts.append(protocol_words(protocol))
     if zero_shot := report["zero_shot"]:
         tasks = ", ".join(f"{task['name']} {task['fingerprint'][:6]}" for task in zero_shot["tasks"])
         parts.append(f"tasks {tasks}, {zero_shot['dtype']}")

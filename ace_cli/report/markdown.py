@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ace_cli.report.facts import Report, ZeroShot
@@ -41,6 +42,14 @@ def protocol_line(report: Report) -> str:
     return (
         f"Perplexity on {protocol.dataset}: {which} {protocol.windows} windows of {protocol.seq_len} tokens without "
         f"overlap, mean over windows, computed in {protocol.dtype}."
+    )
+
+
+def protocol_words(protocol: Mapping[str, Any]) -> str:
+    """What tells one protocol of report.json from another, with the fingerprint of its tokens."""
+    return (
+        f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seq_len']} tokens, {protocol['dtype']}, "
+        f"tokens {protocol['fingerprint'][:8]}"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.report.facts import Report, Score
-from ace_cli.report.markdown import table
+from ace_cli.report.markdown import protocol_words, table
 from ace_cli.report.zero_shot import percent, task_protocol
 
 SCHEMA_VERSION = 1
@@ -72,11 +72,7 @@ class Sweep:
         groups: dict[str, list[dict[str, Any]]] = {}
         for job in self.jobs:
             protocol = job.get("protocol")
-            title = (
-                "Failed" if "error" in job else "Not evaluated" if protocol is None
-                else f"{protocol['dataset']}, {protocol['windows']} windows of {protocol['seq_len']} tokens, "
-                f"{protocol['dtype']}, tokens {protocol['fingerprint'][:8]}"
-            )  # fmt: skip
+            title = "Failed" if "error" in job else protocol_words(protocol) if protocol else "Not evaluated"
             if tasks := job.get("tasks"):
                 title = "; ".join([*([title] if protocol else []), tasks["protocol"]])
             groups.setdefault(title, []).append(job)

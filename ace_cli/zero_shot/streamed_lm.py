@@ -91,18 +91,12 @@ class StreamedLM(HFLM):  # type: ignore[misc]
 
     def _score(self, part: list[list[_Row]], step: Callable[[], None]) -> Iterator[tuple[int, tuple[float, bool]]]:
         model, trimmer = self._streamed, Trimmer()
-        with torch.inference_mode():
-            batches = list(model.embedded(_padded(rows) for rows in part))
-            for index, block in enumerate(model.blocks):
-                with model.loaded(block):
-                    for batch in batches:
-                        batch.hidden_BLH = model.forward(index, batch)
+        batches = list(model.embedded(_padded(rows) for rows in part))
+        model.run(batches, lambda _: step())
+        with torch.inference_mode(), model.head_loaded():
+            for rows, batch in zip(part, batches, strict=True):
+                yield from self._read_off(rows, batch)
                 trimmer()
-                step()
-            with model.head_loaded():
-                for rows, batch in zip(part, batches, strict=True):
-                    yield from self._read_off(rows, batch)
-                    trimmer()
 
     def _read_off(self, rows: list[_Row], batch: Batch) -> Iterator[tuple[int, tuple[float, bool]]]:
         answers = [(place, len(row.ids), *answer) for place, row in enumerate(rows) for answer in row.answers]
