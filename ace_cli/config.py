@@ -21,6 +21,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
 from ace_cli.gate import Gate
+from ace_cli.hardware import Dtype
 from ace_cli.metrics.base import Metric
 from ace_cli.model.source import ModelConfig
 from ace_cli.observe import Observe
@@ -28,15 +29,6 @@ from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
 from ace_cli.repair.base import Repair
 from ace_cli.trackers.base import Tracker
-
-
-class Dtype(Enum):
-    """The dtype of computation. auto: the stored one; float32 on a CPU without units for it."""
-
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 class Permute(Enum):

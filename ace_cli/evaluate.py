@@ -8,13 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.config import Dtype, named_model
+from ace_cli.config import named_model
 from ace_cli.errors import AceError
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.c4 import C4
 from ace_cli.evaluation.tasks import SEVEN, TaskOptions
 from ace_cli.evaluation.text import Text
 from ace_cli.evaluation.wikitext2 import WikiText2
+from ace_cli.hardware import Dtype, choose_device, choose_dtype
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
@@ -98,8 +99,7 @@ def _evaluate(
     from ace_cli.model.source import open_model
     from ace_cli.model.streamed import StreamedModel
     from ace_cli.report import facts
-    from ace_cli.report.terminal import Terminal
-    from ace_cli.run import choose_device, choose_dtype, quiet_libraries
+    from ace_cli.report.terminal import Terminal, quiet_libraries
     from ace_cli.texts import load_tokenizer
     from ace_cli.zero_shot import harness
 

@@ -1,6 +1,25 @@
-"""What the processor is good at."""
+"""What this machine computes with: which device, in which dtype, and what its processor is good at."""
 
 from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING
+
+from ace_cli.errors import AceError
+
+if TYPE_CHECKING:
+    import torch
+
+    from ace_cli.model.files import Checkpoint
+
+
+class Dtype(Enum):
+    """The dtype of computation. auto: the stored one; float32 on a CPU without units for it."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 def has_bfloat16_units() -> bool:
@@ -8,3 +27,30 @@ def has_bfloat16_units() -> bool:
     import torch
 
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: a GPU where there is one. Raises AceError for one that is not there."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        index = int(name.partition(":")[2] or 0)
+        if index >= count:
+            raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
+    return torch.device(name)
+
+
+def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
+    """``auto``: the stored 16-bit dtype where it is computed fast, else float32."""
+    import torch
+
+    if choice is not Dtype.auto:
+        return getattr(torch, choice.value)  # type: ignore[no-any-return]
+    if device.type == "cpu" and not has_bfloat16_units():
+        return torch.float32
+    stored = {"F16": torch.float16, "BF16": torch.bfloat16} if device.type != "cpu" else {"BF16": torch.bfloat16}
+    kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
+    return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import hashlib
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from torch import Tensor
 from ace_cli import memory
 from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
-from ace_cli.config import Dtype, Permute, RunConfig
+from ace_cli.config import Permute, RunConfig
 from ace_cli.engine import Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError, first_line
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.hardware import has_bfloat16_units
+from ace_cli.hardware import choose_device, choose_dtype
 from ace_cli.limit import Limit, probe
 from ace_cli.measure import evaluate, write_samples
 from ace_cli.model.files import Checkpoint, CheckpointWriter
@@ -47,7 +46,7 @@ from ace_cli.report.assemble import (
 )
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import model_card, render
-from ace_cli.report.terminal import Terminal
+from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.survey import survey
 from ace_cli.texts import fingerprint
 from ace_cli.trackers.base import choices_of, numbers_of
@@ -251,35 +250,12 @@ def _allocate(
 # --- checks and choices ------------------------------------------------------------------------------------------
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto``: a GPU where there is one. Raises AceError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda"):
-        count = torch.cuda.device_count()
-        index = int(name.partition(":")[2] or 0)
-        if index >= count:
-            raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
-    return torch.device(name)
-
-
 def _budget(memory_gb: float | None, device: torch.device) -> float:
     """Bytes of the memory that computes which the run may use: as told, or nine tenths of what is free."""
     if memory_gb is not None:
         return memory_gb * 1e9
     free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
     return 0.9 * free
-
-
-def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:
-    """``auto``: the stored 16-bit dtype where it is computed fast, else float32."""
-    if choice is not Dtype.auto:
-        return getattr(torch, choice.value)  # type: ignore[no-any-return]
-    if device.type == "cpu" and not has_bfloat16_units():
-        return torch.float32
-    stored = {"F16": torch.float16, "BF16": torch.bfloat16} if device.type != "cpu" else {"BF16": torch.bfloat16}
-    kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
-    return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
 
 
 def _check_not_source(source: Checkpoint, output_dir: Path) -> None:
@@ -300,12 +276,3 @@ def _check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> 
     for name, length in lengths.items():
         if length > limit:
             raise AceError(f"{name}={length}: the model has {limit} positions.", f"Use {name}={limit} or less.")
-
-
-def quiet_libraries() -> None:
-    """Our own bar is the only one, and other libraries' remarks about files they read are not for the user."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()

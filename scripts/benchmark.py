@@ -69,9 +69,8 @@ def save_windows(options: argparse.Namespace, file: Path) -> str:
     import torch
 
     from ace_cli.calibration.text import Text
-    from ace_cli.config import Dtype
+    from ace_cli.hardware import Dtype, choose_dtype
     from ace_cli.model.files import Checkpoint
-    from ace_cli.run import choose_dtype
 
     source = Checkpoint(options.model)
     calib = Text(n_samples=options.n_samples, seq_len=options.seq_len, path=str(options.pages))

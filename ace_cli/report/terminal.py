@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,15 @@ class Terminal:
         )
         for warning in report.warnings:
             self.say(f"Warning: {warning}", style="yellow")
+
+
+def quiet_libraries() -> None:
+    """Our own bar is the only one, and other libraries' remarks about files they read are not for the user."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _limit(report: Report) -> str:
