@@ -33,18 +33,23 @@ def peak() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def available() -> int:
-    """Bytes this process may take in all: what it has, and what the system, or its control group, still gives."""
+def free() -> int:
+    """Bytes that the system, or this process's control group, still gives."""
     import psutil
 
-    free = int(psutil.virtual_memory().available)
+    left = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError, KeyError):
         group = Path("/sys/fs/cgroup")
         most = int((group / "memory.max").read_text())  # "max", no limit, is no number
         parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
         cached = int(parts["inactive_file"]) + int(parts["active_file"])  # given back when it is asked for
-        free = min(free, most - int((group / "memory.current").read_text()) + cached)
-    return resident() + free
+        left = min(left, most - int((group / "memory.current").read_text()) + cached)
+    return left
+
+
+def available() -> int:
+    """Bytes this process may take in all: what it has, and what is still free."""
+    return resident() + free()
 
 
 class Trimmer:

@@ -80,6 +80,14 @@ def test_large_models_are_not_asked(llama: Path, tmp_path: Path, prune_here: Pru
     assert any("samples.max_gb=1e-06" in warning for warning in report.warnings)
 
 
+def test_a_model_that_would_fill_what_is_free_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What counts is what this process may still take, a control group's limit included."""
+    monkeypatch.setattr("ace_cli.memory.free", lambda: 1000)
+    assert Samples().refusal(250, torch.bfloat16) is None
+    assert "half of what is free" in str(Samples().refusal(251, torch.bfloat16))
+    assert "samples.max_gb=4" in str(Samples().refusal(2 * 10**9 + 1, torch.bfloat16))
+
+
 def test_a_model_without_tokenizer_loses_only_its_samples(own_llama: Path, tmp_path: Path, prune_here: Prune) -> None:
     for file in own_llama.glob("tokenizer*"):
         file.unlink()

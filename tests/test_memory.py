@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
+from ace_cli import memory
 from ace_cli.memory import Trimmer
 
 WIDTH, INNER, VOCABULARY, N_SAMPLES, SEQ_LEN = 384, 1024, 512, 16, 16
@@ -68,3 +69,17 @@ def test_peak_memory_does_not_grow_with_depth(
     assert deep < bound
     # the heap may grow by the slack before it is trimmed; 30 blocks kept would be 212 MB
     assert deep - shallow < 2 * BLOCK + Trimmer.SLACK, f"30 more blocks cost {deep - shallow:,} bytes"
+
+
+def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pages of files are given back when asked for."""
+    group = tmp_path / "sys" / "fs" / "cgroup"
+    group.mkdir(parents=True)
+    whole = memory.free()
+    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
+    (group / "memory.current").write_text("700\n")
+    (group / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
+    (group / "memory.max").write_text("1000\n")
+    assert memory.free() == 1000 - 700 + 200
+    (group / "memory.max").write_text("max\n")
+    assert memory.free() > whole / 2

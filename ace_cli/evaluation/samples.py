@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ace_cli import memory
 from ace_cli.errors import AceError, first_line
 
 if TYPE_CHECKING:
@@ -50,12 +51,10 @@ class Samples:
 
     def refusal(self, parameters: int, dtype: torch.dtype) -> str | None:
         """Why a model of so many parameters is not asked; None if it is."""
-        import psutil
-
         need = parameters * dtype.itemsize
         if need > self.max_gb * 1e9:
             return f"No samples: the model needs {need / 1e9:.1f} GB in memory, samples.max_gb={self.max_gb:g}."
-        if need > psutil.virtual_memory().available / 2:
+        if need > memory.free() / 2:
             return f"No samples: the model needs {need / 1e9:.1f} GB in memory, more than half of what is free."
         return None
 
