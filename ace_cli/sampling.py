@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ace_cli.errors import AceError, first_line
 from ace_cli.hardware import has_bfloat16_units
@@ -38,33 +38,40 @@ def continue_windows(
     on the CPU in bfloat16 where it has units for it and in float32 where not.
     """
     import torch
-    from transformers import AutoConfig
-
-    from ace_cli.model.auto import auto_class
 
     on_cpu = torch.bfloat16 if has_bfloat16_units() else torch.float32
     dtype = on_cpu if device == "cpu" else "auto"
-    try:
-        auto = auto_class(AutoConfig.from_pretrained(checkpoint.folder))
-        model = auto.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
-    except Exception as fault:  # whatever a damaged folder makes the library raise
-        reason = first_line(fault)
-        raise AceError(
-            f"{checkpoint.folder} cannot be loaded to write text: {reason}", "Use text of your own."
-        ) from fault
+    model = whole_model(checkpoint, dtype, device, "Use text of your own.")
     generator = torch.Generator().manual_seed(2 * seed + purpose)
     cache, new_NL, trimmer = None, ids_NL, Trimmer()
     with torch.inference_mode():
         while ids_NL.shape[1] < length:
             out = model(new_NL.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
-            new_NL = _draw(out.logits[:, -1], generator)
+            new_NL = draw(out.logits[:, -1], generator)
             ids_NL = torch.cat([ids_NL, new_NL], dim=1)
             trimmer()  # a cache that grows at every step leaves holes in the heap
     return ids_NL
 
 
-def _draw(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
+def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.device | str, hint: str) -> Any:
+    """transformers' own model, all of it in memory, ready to write; with images or without, it is given text alone.
+
+    ``dtype``: "auto" for the stored one. Raises AceError with ``hint`` when transformers cannot load the folder.
+    """
+    from transformers import AutoConfig
+
+    from ace_cli.model.auto import auto_class
+
+    try:
+        auto = auto_class(AutoConfig.from_pretrained(checkpoint.folder))
+        return auto.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+    except Exception as fault:  # whatever a damaged folder makes the library raise
+        problem = f"{checkpoint.folder} cannot be loaded to write text: {first_line(fault)}"
+        raise AceError(problem, hint) from fault
+
+
+def draw(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
     """One token of each row, int64 (N, 1), where a uniform number falls in the summed probabilities.
 
     Drawn on the CPU, with the same generator for every device; ``torch.multinomial`` takes twenty times as long.

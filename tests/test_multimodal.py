@@ -74,3 +74,17 @@ def test_a_run_prunes_the_text_decoder_alone(folder: Path, tmp_path: Path, prune
     assert report.model["copied"]
     assert any("text decoder" in line for line in report.warnings)
     assert bool(logits_of(tmp_path / "out" / "checkpoint", token_windows(1, 8).clamp(max=100)).isfinite().all())
+
+
+def test_the_text_decoder_writes_samples(folder: Path, tmp_path: Path, prune_here: Any) -> None:
+    """Greedily as the whole model does, token by token, without a cache."""
+    options = ("eval=self", "eval.seq_len=8", "eval.max_windows=2", "samples.prompts=[w5 w6 w7,w9]", "samples.tokens=3")
+    report = prune_here(folder, tmp_path / "out", "metric=magnitude", *options)
+    assert [sample.sampled for sample in report.samples] == [False, False, True, True], report.warnings
+    for name, checkpoint in (("dense", folder), ("pruned", tmp_path / "out" / "checkpoint")):
+        for sample in report.samples[:2]:
+            ids = [int(word[1:]) for word in sample.prompt.split()]
+            start = len(ids)
+            while len(ids) < start + 3 and (ids[-1] != 2 or len(ids) == start):
+                ids.append(int(logits_of(checkpoint, torch.tensor([ids]))[0, -1].argmax()))
+            assert getattr(sample, name).split() == [f"w{token}" for token in ids[start:] if token > 2]

@@ -185,7 +185,7 @@ def test_self_written_windows_follow_the_model_s_distribution(llama: Path) -> No
 
 def test_an_impossible_token_is_never_drawn() -> None:
     logits_NV = torch.tensor([float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]).expand(5000, 5)
-    drawn_N = sampling._draw(logits_NV, torch.Generator().manual_seed(0))[:, 0]
+    drawn_N = sampling.draw(logits_NV, torch.Generator().manual_seed(0))[:, 0]
     assert drawn_N.unique().tolist() == [1, 3]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ace_cli import memory
-from ace_cli.errors import AceError, first_line
+from ace_cli.sampling import draw, whole_model
 
 if TYPE_CHECKING:
     import torch
@@ -73,34 +73,30 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
     Raises AceError when the folder has no tokenizer or transformers cannot load the model.
     """
     import torch
-    from transformers import AutoModelForCausalLM, LogitsProcessorList
+    from transformers import LogitsProcessorList
 
     from ace_cli.texts import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
-    except Exception as fault:  # whatever a damaged folder makes the library raise
-        problem = f"{checkpoint.folder} cannot be loaded to write: {first_line(fault)}"
-        raise AceError(problem, "Use samples.prompts=[].") from fault
+    model = whole_model(checkpoint, dtype, device, "Use samples.prompts=[].")
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     inputs = tokenizer(options.prompts * 2, return_tensors="pt", padding=True).to(device)
     inputs.pop("token_type_ids", None)
-    draw = _Draw(len(options.prompts), options.temperature, options.seed)
+    choose = _DrawLast(len(options.prompts), options.temperature, options.seed)
     with torch.inference_mode():
         ids = model.generate(
             **inputs, max_new_tokens=options.tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-            pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([draw]),
+            pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([choose]),
         )  # fmt: skip
     new = ids[:, inputs["input_ids"].shape[1] :]
     texts = tokenizer.batch_decode(new, skip_special_tokens=True)
     return Continuations(texts[: len(options.prompts)], texts[len(options.prompts) :])
 
 
-class _Draw:
-    """Leaves the first rows to greedy decoding; draws the others' next token itself, on the CPU."""
+class _DrawLast:
+    """Leaves the first rows to greedy decoding; draws the others' next token."""
 
     def __init__(self, greedy: int, temperature: float, seed: int) -> None:
         import torch
@@ -111,7 +107,6 @@ class _Draw:
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Any:
         import torch
 
-        p_NV = (scores_BV[self._greedy :].float() / self._temperature).softmax(-1).cpu()
-        drawn_N1 = torch.multinomial(p_NV, 1, generator=self._generator).to(scores_BV.device)
+        drawn_N1 = draw(scores_BV[self._greedy :].float() / self._temperature, self._generator).to(scores_BV.device)
         only_NV = torch.full_like(scores_BV[self._greedy :], float("-inf")).scatter_(1, drawn_N1, 0.0)
         return torch.cat([scores_BV[: self._greedy], only_NV])
