@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import load, make, weights
+from tiny_models import edit, load, make, weights
 
 from ace_cli.errors import AceError
 from ace_cli.model import files
@@ -135,6 +135,21 @@ def test_the_fingerprint_changes_with_the_weights_and_only_with_them(tmp_path: P
     first, second = make(tmp_path / "a", "llama"), make(tmp_path / "b", "llama")
     assert Checkpoint(first).fingerprint() == Checkpoint(second).fingerprint()
     assert Checkpoint(make(tmp_path / "c", "llama", seed=1)).fingerprint() != Checkpoint(first).fingerprint()
+
+
+def test_the_fingerprint_is_read_once_and_again_when_a_file_changed(
+    own_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(own_llama)
+    first = checkpoint.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "_read_fingerprint", lambda _: pytest.fail("read again"))
+        assert checkpoint.fingerprint() == first
+    edit(own_llama, "model.layers.0.mlp.up_proj.weight", lambda weight: weight.neg())
+    second = checkpoint.fingerprint()
+    assert second != first
+    (own_llama / "config.json").write_text((own_llama / "config.json").read_text() + " ")
+    assert checkpoint.fingerprint() not in (first, second)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ class Checkpoint:
             raise AceError(
                 f"{folder} has no config.json.", "Give a Hugging Face model folder, a hub id or a GGUF file."
             )
+        self._fingerprint: tuple[list[tuple[int, ...]], str] | None = None
         self.tensors: dict[str, TensorEntry] = {}
         for file in self._shards():
             self.tensors.update((entry.name, entry) for entry in _read_header(file))
@@ -101,7 +102,22 @@ class Checkpoint:
         return data.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
 
     def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights."""
+        """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights.
+
+        Read again only when a file was touched since it was last asked for.
+        """
+        stamps = self._stamps()
+        if self._fingerprint is None or self._fingerprint[0] != stamps:
+            self._fingerprint = stamps, self._read_fingerprint()
+        return self._fingerprint[1]
+
+    def _stamps(self) -> list[tuple[int, ...]]:
+        """What changes when a file that counts is written or replaced."""
+        files = [self.folder / "config.json", *sorted({entry.file for entry in self.tensors.values()})]
+        found = [file.stat() for file in files]
+        return [(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+
+    def _read_fingerprint(self) -> str:
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
         for entry in sorted(self.tensors.values(), key=lambda e: (str(e.file), e.start)):
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}".encode())
