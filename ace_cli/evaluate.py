@@ -133,11 +133,11 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
 
     found: dict[str, facts.TextScores] = {}
     for name, model in models.items():
-        windows_NL = text.windows(model.checkpoint, str(model.device))
-        protocol = protocol_of(text, windows_NL, model.dtype)
+        windows = text.windows(model.checkpoint, str(model.device))
+        protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
         with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
-            entry.models[name] = perplexity(model, windows_NL, lambda _, step=step: step())  # type: ignore[misc]
+            entry.models[name] = perplexity(model, windows.ids_NL, lambda _, step=step: step())  # type: ignore[misc]
         if not 0 < entry.models[name] < float("inf"):
             raise AceError(f"{name}: perplexity is not finite.", "Try --dtype float32.")
     return list(found.values())

@@ -5,11 +5,9 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from torch import Tensor
-
 from ace_cli.config import RunConfig
 from ace_cli.errors import AceError, first_line
-from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import Comparison, DenseStates
 from ace_cli.evaluation.perplexity import perplexity
@@ -23,7 +21,7 @@ from ace_cli.report.terminal import Terminal
 
 
 def evaluate(
-    config: RunConfig, model: StreamedModel, folder: Path, eval_NL: Tensor, terminal: Terminal, cache: DenseCache,
+    config: RunConfig, model: StreamedModel, folder: Path, windows: Windows, terminal: Terminal, cache: DenseCache,
     spill: Spill | None = None,
 ) -> tuple[facts.Perplexity, facts.Fidelity]:  # fmt: skip
     """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew.
@@ -31,7 +29,7 @@ def evaluate(
     ``spill`` holds hidden states that are not to stay in memory.
     """
     assert isinstance(config.eval, Evaluation)
-    protocol = protocol_of(config.eval, eval_NL, model.dtype)
+    protocol = protocol_of(config.eval.dataset, windows, model.dtype)
     key = (
         model.checkpoint.fingerprint(),
         protocol.fingerprint,
@@ -43,11 +41,11 @@ def evaluate(
     if dense is None:
         states = DenseStates()
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
-            dense = Dense(perplexity(model, eval_NL, lambda _: step(), states, spill), states)
+            dense = Dense(perplexity(model, windows.ids_NL, lambda _: step(), states, spill), states)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = Comparison(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
-        after = perplexity(pruned, eval_NL, lambda _: step(), comparison, spill)
+        after = perplexity(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
     if not (0 < dense.perplexity < float("inf") and 0 < after < float("inf")):
         raise AceError(f"Perplexity is not finite (dense {dense.perplexity}, pruned {after}).", "Try dtype=float32.")
     cache.remember(key, dense)

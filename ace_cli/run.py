@@ -89,7 +89,7 @@ def _run(
         windows_NL = config.calib.windows(source, str(device)) if needs_data else None
     # before hours of pruning: a missing evaluation text is found now
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
-        eval_NL = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
+        eval_windows = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
     with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
         tasks = harness.load(config.eval, source)
 
@@ -104,16 +104,16 @@ def _run(
         with phases("prune"):
             _prune(config, model, windows_NL, work, inner, terminal, command, plan)
         found = Measured()
-        if eval_NL is not None:
+        if eval_windows is not None:
             with phases("evaluate"):
                 found.perplexity, found.fidelity = evaluate(
-                    config, model, work.final, eval_NL, terminal, dense_cache,
-                    Spill(config.output_dir) if plan.spills(eval_NL.numel()) else None,
+                    config, model, work.final, eval_windows, terminal, dense_cache,
+                    Spill(config.output_dir) if plan.spills(eval_windows.ids_NL.numel()) else None,
                 )  # fmt: skip
         if tasks is not None:
             with phases("evaluate"):
                 found.zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
-        if eval_NL is not None and config.samples.wanted:
+        if eval_windows is not None and config.samples.wanted:
             with phases("samples"), terminal.waiting("samples of text, dense and pruned"):
                 found.samples, why_not = write_samples(config.samples, model, work.final, dense_cache)
                 found.notes += [why_not] if why_not else []

@@ -145,7 +145,7 @@ def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length:
     return torch.tensor(windows, dtype=torch.int64)
 
 
-def consecutive_windows(text: str, tokenizer: Any, length: int, limit: int | None) -> Tensor:
+def consecutive_windows(text: str, tokenizer: Any, length: int) -> Tensor:
     """The text's tokens cut into windows without overlap, int64 (n, length); the remainder is dropped."""
     import torch
 
@@ -156,7 +156,7 @@ def consecutive_windows(text: str, tokenizer: Any, length: int, limit: int | Non
             f"The evaluation text has {len(ids)} tokens, fewer than one window of {length}.",
             "Lower eval.seq_len or give more text.",
         )
-    return torch.as_tensor(ids[: count * length].view(count, length)[:limit].clone())
+    return torch.as_tensor(ids[: count * length].view(count, length))
 
 
 def fingerprint(ids_NL: Tensor) -> str:

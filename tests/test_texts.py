@@ -14,6 +14,8 @@ from tiny_models import VOCABULARY
 
 from ace_cli import sampling
 from ace_cli.errors import AceError
+from ace_cli.evaluation.self_written import SelfWritten
+from ace_cli.evaluation.text import Text as EvaluationText
 from ace_cli.model.files import Checkpoint
 from ace_cli.sampling import CALIBRATION, EVALUATION, sample_windows, start_token
 from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents, local_file_fault, random_windows
@@ -132,11 +134,27 @@ def test_too_few_long_documents(documents: list[str]) -> None:
 
 def test_consecutive_windows_cover_the_text_without_overlap() -> None:
     text = " ".join(map(str, range(23)))
-    assert consecutive_windows(text, words, 5, None).tolist() == torch.arange(20).view(4, 5).tolist()
-    assert consecutive_windows(text, words, 5, 2).tolist() == torch.arange(10).view(2, 5).tolist()
-    assert consecutive_windows(text, words, 23, 9).tolist() == [list(range(23))]
+    assert consecutive_windows(text, words, 5).tolist() == torch.arange(20).view(4, 5).tolist()
+    assert consecutive_windows(text, words, 23).tolist() == [list(range(23))]
     with pytest.raises(AceError, match="23 tokens"):
-        consecutive_windows(text, words, 24, None)
+        consecutive_windows(text, words, 24)
+
+
+@pytest.mark.parametrize(("most", "count", "whole"), [(None, 4, True), (5, 4, True), (4, 4, True), (3, 3, False)])
+def test_a_text_with_no_more_windows_is_measured_whole(
+    llama: Path, tmp_path: Path, most: int | None, count: int, whole: bool
+) -> None:
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(3, 26)))
+    windows = EvaluationText(path=str(tmp_path / "text.txt"), seq_len=5, max_windows=most).windows(
+        Checkpoint(llama), "cpu"
+    )
+    assert windows.ids_NL.tolist() == torch.arange(3, 23).view(4, 5)[:count].tolist()
+    assert windows.whole is whole
+
+
+def test_what_the_model_wrote_is_measured_whole(llama: Path) -> None:
+    windows = SelfWritten(seq_len=4, max_windows=3).windows(Checkpoint(llama), "cpu")
+    assert (windows.ids_NL.shape, windows.whole) == ((3, 4), True)
 
 
 def test_the_folder_s_own_tokenizer(tokenizer: Any) -> None:

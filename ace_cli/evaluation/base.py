@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ace_cli.evaluation.tasks import TaskOptions
 
@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ace_cli.model.files import Checkpoint
+
+
+class Windows(NamedTuple):
+    """Token ids, int64 (n, seq_len), on the CPU; and whether the text has no more windows than these."""
+
+    ids_NL: Tensor
+    whole: bool
 
 
 @dataclass
@@ -32,6 +39,11 @@ class Evaluation(TaskOptions):
             faults.append(f"eval.max_windows={self.max_windows}: must be at least 1, or null for all")
         return faults
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        """Token ids, int64 (n, seq_len), on the CPU; ``checkpoint`` is the dense model."""
+    def windows(self, checkpoint: Checkpoint, device: str) -> Windows:
+        """The windows to be measured; ``checkpoint`` is the dense model."""
+        ids_NL = self.cut(checkpoint, device)
+        return Windows(ids_NL[: self.max_windows].clone(), self.max_windows is None or len(ids_NL) <= self.max_windows)
+
+    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
+        """All windows of the text, int64 (n, seq_len), on the CPU."""
         raise NotImplementedError

@@ -23,6 +23,6 @@ class C4(Evaluation):
     max_windows: int | None = 256
     dataset = "allenai/c4 en validation 00000-of-00008, first 1100 documents"
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
         text = " ".join(c4_documents("validation")[:1100])
-        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len, self.max_windows)
+        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len)

@@ -36,5 +36,5 @@ class SelfWritten(Evaluation):
             faults.append(f"eval.seed={self.seed}: must not be negative")
         return faults
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
         return sample_windows(checkpoint, self.max_windows or 0, self.seq_len, self.seed, EVALUATION, device)

@@ -33,6 +33,6 @@ class Text(Evaluation):
         fault = local_file_fault(self.path, "eval.path")
         return super().faults() + ([fault] if fault else [])
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
         text = "\n\n".join(local_documents(str(self.path), self.field))
-        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len, self.max_windows)
+        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len)

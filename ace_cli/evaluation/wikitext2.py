@@ -22,6 +22,6 @@ class WikiText2(Evaluation):
 
     dataset = "Salesforce/wikitext wikitext-2-raw-v1 test"
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
         text = "\n\n".join(wikitext2_documents("test"))
-        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len, self.max_windows)
+        return consecutive_windows(text, load_tokenizer(checkpoint), self.seq_len)

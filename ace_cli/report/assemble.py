@@ -19,7 +19,7 @@ from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import RunConfig
 from ace_cli.engine import BlockFacts, SlotFacts
-from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.base import Windows
 from ace_cli.limit import Limit
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
@@ -85,12 +85,11 @@ def make_report(
     )
 
 
-def protocol_of(evaluation: Evaluation, windows_NL: Tensor, dtype: torch.dtype) -> facts.Protocol:
+def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Protocol:
     """What must be equal for two perplexities to be compared."""
     return facts.Protocol(
-        dataset=evaluation.dataset, seq_len=windows_NL.shape[1], windows=len(windows_NL),
-        all_windows=evaluation.max_windows is None or len(windows_NL) < evaluation.max_windows,
-        tokens=windows_NL.numel(), dtype=str(dtype).removeprefix("torch."), fingerprint=fingerprint(windows_NL),
+        dataset=dataset, seq_len=windows.ids_NL.shape[1], windows=len(windows.ids_NL), all_windows=windows.whole,
+        tokens=windows.ids_NL.numel(), dtype=str(dtype).removeprefix("torch."), fingerprint=fingerprint(windows.ids_NL),
     )  # fmt: skip
 
 
