@@ -241,7 +241,20 @@ def test_other_names_are_looked_up_in_lm_eval(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(evaluation_tasks, "lm_eval_index", Index)
     assert faults(["piqa", "arc_easy"], None, "hub") == ""
+    assert "Did you mean 'piqa'?" in faults(["qa", "piqa"], None, "hub"), "a word of the files but no task"
+
+
+def test_names_that_no_file_of_lm_eval_writes_are_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole names count; those of Python tasks, groups and included files are found."""
+    monkeypatch.setattr(evaluation_tasks, "lm_eval_index", lambda: pytest.fail("the index was built"))
     assert "Did you mean 'piqa'?" in faults(["piqqa"], None, "hub")
+    both = faults(["mmlu_anatomi", "rte", "hellasw"], None, "hub")
+    assert "Did you mean 'mmlu_anatomy'?" in both
+    assert "Did you mean 'hellaswag'?" in both
+    monkeypatch.undo()
+    index = type("Index", (), {"all_tasks": ("squadv2", "mmlu", "adr_tasks", "acp_bench_hard")})
+    monkeypatch.setattr(evaluation_tasks, "lm_eval_index", index)
+    assert faults(list(index.all_tasks), None, "hub") == ""
 
 
 @pytest.mark.parametrize("choice", ["none", "self", "c4", "wikitext2"])

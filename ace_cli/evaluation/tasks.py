@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ class TaskOptions:
         return _inside(Path(next(iter(places)))) if places else None
 
     def faults(self) -> list[str]:
-        """What is wrong with these options, one line each. Names beyond the seven need lm-eval's index: seconds."""
+        """What is wrong with these options, one line each. Good names beyond the seven take lm-eval's index: 6 s."""
         faults = []
         if self.limit is not None and self.limit < 1:
             faults.append(f"eval.limit={self.limit}: must be at least 1, or null for all items")
@@ -104,11 +106,24 @@ def _unknown_to_lm_eval(names: list[str]) -> list[str]:
     others = [name for name in names if name not in LOCAL]
     if not others:
         return []
-    known = lm_eval_index().all_tasks
-    faults = []
-    for name in others:
-        if name not in known:
-            close = difflib.get_close_matches(name, [SEVEN, *LOCAL, *known], n=1, cutoff=0.5)
-            guess = f" Did you mean '{close[0]}'?" if close else ""
-            faults.append(f"eval.tasks: lm-eval has no task '{name}'.{guess} `lm-eval ls tasks` lists them")
-    return faults
+    written = _lm_eval_files()  # what no file writes is no name: said in a tenth of the time that the index takes
+    if unknown := [name for name in others if not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", written)]:
+        known = re.findall(r"^[\"']?(?:task|group|tag)[\"']?: *[\"']?([\w.-]+)[\"']? *$", written, re.MULTILINE)
+    else:
+        known = lm_eval_index().all_tasks
+        unknown = [name for name in others if name not in known]
+    return [_no_such_task(name, known) for name in unknown]
+
+
+def _no_such_task(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [SEVEN, *LOCAL, *known], n=1, cutoff=0.5)
+    guess = f" Did you mean '{close[0]}'?" if close else ""
+    return f"eval.tasks: lm-eval has no task '{name}'.{guess} `lm-eval ls tasks` lists them"
+
+
+def _lm_eval_files() -> str:
+    """All that lm-eval's tasks are made from: its YAML files, and those without an ending that they include."""
+    found = importlib.util.find_spec("lm_eval")
+    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    files = [file for folder in folders for file in Path(folder, "tasks").rglob("*") if file.suffix in ("", ".yaml")]
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file())
