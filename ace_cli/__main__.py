@@ -54,7 +54,7 @@ def main() -> None:
     if faults and not sweep.jobs:
         sys.exit(MEND)
     if sweep.jobs:
-        print("\n" + "\n\n".join(sweep.write()))
+        print("\n" + sweep.write())
         sweep.finish()
         print(f"\nSweep: {sweep.folder}")
         if sweep.failed:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ace_cli.errors import AceError
-from ace_cli.report.collect import Group, as_csv, as_json, find, groups
+from ace_cli.report.collect import Group, as_csv, as_json, as_markdown, find, groups
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +41,8 @@ def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:
         for shown in overview.terminal_tables(found):
             console.print(shown)
     else:
-        forms: dict[str, Callable[[list[Group]], str]] = {"md": overview.as_markdown, "csv": as_csv, "json": as_json}
-        print(forms[form](found), end="")
+        forms: dict[str, Callable[[list[Group]], str]] = {"md": as_markdown, "csv": as_csv, "json": as_json}
+        print(forms[form](found).rstrip("\n"))
     if out is not None:
         overview.write_all(found, out, "overview", f"{sum(len(group.rows) for group in found)} runs")
         print(f"Written: {out / 'overview.html'}", file=sys.stderr)

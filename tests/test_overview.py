@@ -17,7 +17,7 @@ from conftest import Terminal, composed, run
 
 from ace_cli import overview
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.report.collect import find, groups
+from ace_cli.report.collect import Row, find, groups, row, varied
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -58,11 +58,52 @@ def runs(one: dict[str, Any], tmp_path: Path) -> Path:
 def test_unlike_protocols_stand_apart(runs: Path) -> None:
     found = groups(find([runs]))
     assert [len(group.rows) for group in found] == [6, 1]
-    assert found[0].varied == ["metric", "length"]
+    assert found[0].varied == ["metric", "calib.seq_len"]
     head, lines = found[0].cells()
-    assert head[:3] == ["metric", "length", "perplexity"]
+    assert head[:3] == ["metric", "calib.seq_len", "perplexity"]
     assert lines[0][:3] == ["wanda", "16", "9.000"]
     assert "3.000" not in json.dumps(lines)
+
+
+def run_of(one: dict[str, Any], metric: str, typed: dict[str, str], **options: Any) -> Row:
+    report = copy.deepcopy(one)
+    report["method"] |= {"metric": metric, "metric_options": options}
+    if metric == "magnitude":
+        report["calibration"] = None
+    return row(Path("report.json"), report, typed)
+
+
+def test_columns_are_the_overrides_in_which_runs_differ(one: dict[str, Any]) -> None:
+    wanda, magnitude = run_of(one, "wanda", {}), run_of(one, "magnitude", {})
+    raw, share = (run_of(one, "varp", {}, norm=norm, form="norms") for norm in ("raw", "share"))
+    assert varied([wanda, raw]) == ["metric"], "one metric's options tell nothing beside another metric"
+    assert varied([raw, wanda, share]) == ["metric", "metric.norm"]
+    (group,) = groups([raw, wanda, share])
+    assert [line[:2] for line in group.cells()[1]] == [["varp", "raw"], ["wanda", ""], ["varp", "share"]]
+    assert varied([wanda, magnitude]) == ["metric"], "a run without calibration has no windows to differ in"
+    longer = run_of(one, "wanda", {"calib.continue_to": "64", "sparsity": "50%", "model.revision": "a"})
+    assert varied([longer, wanda]) == ["model.revision", "calib.continue_to"], "what was typed, and not told yet"
+    assert varied([longer, wanda], always=("sparsity", "job")) == ["model.revision", "sparsity", "calib.continue_to"]
+
+
+def test_what_a_report_s_command_says_is_shown(runs: Path) -> None:
+    report = json.loads((runs / "0" / "report.json").read_text())
+    report["command"] = "ace-prune --config-dir=x model=smollm2 'include=*.q_proj.*' html=false eval.limit=5"
+    (runs / "0" / "report.json").write_text(json.dumps(report))
+    first, second, *_ = find([runs])
+    assert (first.choices["model"], first.choices["include"]) == ("smollm2", "*.q_proj.*")
+    assert set(first.choices) - set(second.choices) == {"include"}
+
+
+def test_mean_accuracies_are_shown_in_per_cent_with_their_error(one: dict[str, Any]) -> None:
+    report = copy.deepcopy(one)
+    task = {"name": "rte", "fingerprint": "abcdef012345"}
+    average = {"pruned": {"value": 0.5, "stderr": 0.0123}, "dense": {"value": 0.625, "stderr": None}}
+    report["zero_shot"] = {"tasks": [task], "average": average, "dtype": "float32"}
+    (group,) = groups([row(Path("report.json"), report, {})])
+    shown = dict(zip(*(part if index == 0 else part[0] for index, part in enumerate(group.cells())), strict=True))
+    assert (shown["tasks"], shown["dense tasks"]) == ("50.0 ± 1.2", "62.5")
+    assert "1 zero-shot tasks (rte:abcdef), float32" in group.protocol
 
 
 def test_lines_over_length_are_means_over_seeds(runs: Path) -> None:

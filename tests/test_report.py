@@ -123,6 +123,10 @@ def json_like(report: Report) -> Report:
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
 
+def by(report: Report, metric: str) -> Report:
+    return dataclasses.replace(report, method={**report.method, "metric": metric})
+
+
 def changed(report: Report, **protocol: Any) -> Report:
     assert report.perplexity.protocol is not None
     new = dataclasses.replace(report.perplexity.protocol, **protocol)
@@ -132,12 +136,14 @@ def changed(report: Report, **protocol: Any) -> Report:
 def test_a_sweep_keeps_unlike_protocols_apart(finished: tuple[Report, Path], tmp_path: Path) -> None:
     """Perplexities of different windows never stand in one table."""
     sweep = Sweep(tmp_path)
-    sweep.add(["metric=wanda", "seed=1"], finished[0])
-    sweep.add(["metric=ria", "seed=1"], finished[0])
-    sweep.add(["metric=varp", "seed=1"], changed(finished[0], seq_len=64))
+    sweep.add(["metric=wanda", "seed=1"], by(finished[0], "wanda"))
+    sweep.add(["metric=ria", "seed=1"], by(finished[0], "ria"))
+    sweep.add(["metric=varp", "seed=1"], by(changed(finished[0], seq_len=64), "varp"))
     sweep.add(["metric=ace", "seed=1"], "It broke.")
-    tables = sweep.write()
+    tables = sweep.write().split("\n\n## ")
     assert len(tables) == 3
+    assert tables[1].splitlines()[2].startswith("| job | metric | perplexity | dense | ratio |")
+    assert tables[1].splitlines()[4].startswith("| 2 | varp |"), "what tells it from the runs of other tables"
     assert [sum(name in text for name in ("wanda", "ria", "varp", "ace")) for text in tables] == [2, 1, 1]
     assert "It broke." in tables[2]
     assert "seed" not in tables[0], "what does not vary needs no column"

@@ -1,36 +1,52 @@
-"""Many runs side by side: their report.json files -> tables and pictures. Unlike protocols never share a table."""
+"""Many runs side by side: their reports -> the table of sweeps and of ace-report. Unlike protocols never share one."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ace_cli.errors import AceError
-from ace_cli.report.markdown import protocol_words
+from ace_cli.report.facts import Score
+from ace_cli.report.markdown import protocol_words, table
+from ace_cli.report.zero_shot import percent, task_protocol
 
-#: Columns of numbers: name -> how it is shown.
+#: Columns of numbers: name -> how it is shown; mean accuracies in per cent, with their standard error.
 NUMBERS = {
-    "perplexity": ".3f", "dense": ".3f", "ratio": ".3f", "KL": ".4f", "same top-1": ".3f", "tasks": ".3f",
-    "zeros": ".4f", "prune s": ".1f", "total s": ".1f", "peak GB": ".2f",
+    "perplexity": ".3f", "dense": ".3f", "ratio": ".3f", "KL": ".4f", "same top-1": ".3f", "tasks": "%",
+    "dense tasks": "%", "zeros": ".4f", "prune s": ".1f", "total s": ".1f", "peak GB": ".2f",
 }  # fmt: skip
 
-
-#: Columns about the calibration windows -> their names in report.json.
-_WINDOWS = {"calib": "source", "windows": "n_samples", "length": "seq_len", "seed": "seed"}
+#: Columns of zero-shot tasks -> the model whose mean accuracy they show.
+_TASKS = {"tasks": "pruned", "dense tasks": "dense"}
+#: Choices with options of their own: "metric", "metric.alpha".
+_GROUPS = ("metric", "repair", "allocation")
+#: Choices about the calibration windows -> their names in report.json. A run without calibration has none of them.
+_WINDOWS = {"calib": "source", "calib.n_samples": "n_samples", "calib.seq_len": "seq_len", "calib.seed": "seed"}
+#: Choices by the names of their overrides, in the order of the columns; what else was typed comes last.
+_ORDER = (
+    "job", "experiment", "model", "metric", "repair", "allocation", "sparsity", "scope", "propagate", "permute",
+    "dtype", "calib",
+)  # fmt: skip
+#: Overrides that say how a run is measured, shown or kept, not what is done to the model.
+_ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples", "gate", "tracker")
+#: Choices whose value says enough beside a picture's line.
+_BARE = ("experiment", "model", *_GROUPS, "sparsity", "calib")
 
 
 @dataclass
 class Row:
-    """One run: its choices by name, its numbers by column (None where not measured)."""
+    """One run: its choices by name, its numbers by column (None where not measured), ``errors`` of some of them."""
 
     choices: dict[str, str]
     numbers: dict[str, float | None]
+    errors: dict[str, float | None]
     protocol: str
     machine: str
     length: int | None
@@ -40,7 +56,7 @@ class Row:
 
 @dataclass
 class Group:
-    """Runs under one protocol. ``varied``: the choices in which they differ."""
+    """Runs under one protocol. ``varied``: the choices in which the runs, also those of other protocols, differ."""
 
     protocol: str
     varied: list[str]
@@ -54,7 +70,7 @@ class Group:
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and lines of the table, as text."""
         lines = [
-            [*(row.choices[name] for name in self.varied), *(_shown(name, row.numbers[name]) for name in self.columns)]
+            [*(row.choices.get(name, "") for name in self.varied), *(_shown(name, row) for name in self.columns)]
             for row in self.rows
         ]
         return [*self.varied, *self.columns], lines
@@ -62,19 +78,22 @@ class Group:
     def lengths(self) -> dict[str, list[tuple[int, float]]]:
         """Method -> (calibration length, perplexity), a mean over seeds; empty if all have one length."""
         points: dict[str, dict[int, list[float]]] = {}
+        names = [name for name in varied(self.rows) if name not in ("job", "calib.seq_len", "calib.seed")]
         for row in self.rows:
             if row.length is not None and (value := row.numbers["perplexity"]) is not None:
-                points.setdefault(_method(self, row), {}).setdefault(row.length, []).append(value)
+                method = _name(row, names) or row.choices["metric"]
+                points.setdefault(method, {}).setdefault(row.length, []).append(value)
         lines = {name: sorted((x, statistics.fmean(values)) for x, values in of.items()) for name, of in points.items()}
         return lines if len({x for line in lines.values() for x, _ in line}) > 1 else {}
 
     def times(self) -> dict[str, list[tuple[str, float, float, bool]]]:
         """Machine -> (method, seconds to prune and write, perplexity, whether no run is better and as fast)."""
         machines: dict[str, list[tuple[str, float, float]]] = {}
+        names = [name for name in varied(self.rows) if name != "job"]
         for row in self.rows:
             seconds, value = row.numbers["prune s"], row.numbers["perplexity"]
             if seconds is not None and value is not None:
-                machines.setdefault(row.machine, []).append((_name(row, self.varied), seconds, value))
+                machines.setdefault(row.machine, []).append((_name(row, names), seconds, value))
         return {
             machine: [(name, x, y, not any(_beats(other, (x, y)) for _, *other in points)) for name, x, y in points]
             for machine, points in machines.items()
@@ -82,49 +101,68 @@ class Group:
         }
 
 
-def find(folders: Iterable[Path]) -> list[tuple[Path, dict[str, Any]]]:
+def find(folders: Iterable[Path]) -> list[Row]:
     """Every report.json in and below the folders, in the order of their paths. AceError where there is none."""
-    found: dict[Path, dict[str, Any]] = {}
+    found: dict[Path, Row] = {}
     for folder in folders:
         files = sorted(folder.rglob("report.json"), key=lambda file: [_natural(part) for part in file.parts])
         if not files:
             raise AceError(f"{folder}: no report.json in it or below.", "Name folders of runs or sweeps.")
         for file in files:
             found[file.resolve()] = _read(file)
-    return list(found.items())
+    return list(found.values())
 
 
-def groups(reports: list[tuple[Path, dict[str, Any]]]) -> list[Group]:
-    """The runs by protocol, in order of appearance; a run that measured nothing has a protocol of its own."""
+def groups(rows: Sequence[Row], always: Sequence[str] = ()) -> list[Group]:
+    """The runs by protocol, in order of appearance; a run that measured nothing has a protocol of its own.
+
+    ``always``: choices that every table shows, if any run has them.
+    """
     together: dict[str, list[Row]] = {}
-    for file, report in reports:
-        row = _row(file, report)
+    for row in rows:
         together.setdefault(row.protocol, []).append(row)
-    return [Group(protocol, _varied(rows), rows) for protocol, rows in together.items()]
+    columns = varied(rows, always)
+    return [Group(protocol, columns, of_protocol) for protocol, of_protocol in together.items()]
 
 
-def _varied(rows: list[Row]) -> list[str]:
-    """The choices in which the runs differ. That a run without calibration has no windows is no difference."""
-    values = {name: {row.choices[name] for row in rows} for name in rows[0].choices}
-    varied = [name for name, found in values.items() if len(found - ({"none"} if name in _WINDOWS else set())) > 1]
-    # options of two metrics differ because the metrics do: they say something only between runs of one metric
-    for group in ("metric", "repair", "allocation"):
-        pairs = {(row.choices[group], row.choices[f"{group} options"]) for row in rows}
-        if f"{group} options" in varied and len(pairs) == len(values[group]):
-            varied.remove(f"{group} options")
-    return varied
+def varied(rows: Sequence[Row], always: Sequence[str] = ()) -> list[str]:
+    """The choices in which the runs differ, and those of ``always``, in the order of the columns."""
+    return [name for name in _names(rows) if name in always or _differs(name, rows)]
+
+
+def _names(rows: Iterable[Row]) -> list[str]:
+    names = dict.fromkeys(name for row in rows for name in row.choices)
+    places = {name: place for place, name in enumerate(_ORDER)}
+    return sorted(names, key=lambda name: places.get(name.partition(".")[0], len(places)))
+
+
+def _differs(name: str, rows: Iterable[Row]) -> bool:
+    """Whether a choice tells runs apart. An option of a metric does so only between runs of this metric."""
+    group = name.partition(".")[0]
+    option = group in _GROUPS and group != name
+    found: dict[str, set[str | None]] = {}
+    for row in rows:
+        found.setdefault(row.choices[group] if option else "", set()).add(row.choices.get(name))
+    nothing = {None} if option or name == "scope" or name in _WINDOWS else set()  # it does not apply to all runs
+    return any(len(values - nothing) > 1 for values in found.values())
+
+
+def as_markdown(found: Iterable[Group]) -> str:
+    """One table for each protocol."""
+    return "\n\n".join(f"## {group.protocol}\n\n" + table(*group.cells()) for group in found)
 
 
 def as_csv(found: list[Group]) -> str:
     """All runs, all choices, all numbers; the protocol is a column."""
     stream = io.StringIO()
-    names = list(found[0].rows[0].choices)
+    names = _names(row for group in found for row in group.rows)
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["protocol", *names, *NUMBERS, "machine", "report"])
     for group in found:
         for row in group.rows:
             numbers = ["" if row.numbers[name] is None else row.numbers[name] for name in NUMBERS]
-            writer.writerow([row.protocol, *row.choices.values(), *numbers, row.machine, row.report])
+            choices = [row.choices.get(name, "") for name in names]
+            writer.writerow([row.protocol, *choices, *numbers, row.machine, row.report])
     return stream.getvalue()
 
 
@@ -136,68 +174,78 @@ def as_json(found: list[Group]) -> str:
                   for row in group.rows]}
         for group in found
     ]  # fmt: skip
-    return json.dumps({"schema_version": 1, "groups": content}, indent=1, allow_nan=False) + "\n"
+    return json.dumps({"schema_version": 2, "groups": content}, indent=1, allow_nan=False) + "\n"
 
 
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        _row(file, report)
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise AceError(f"{file} is no report of this version of ace-prune.", "Leave it out.") from fault
-    return report
-
-
-def _row(file: Path, report: dict[str, Any]) -> Row:
-    method, calibration = report["method"], report["calibration"] or {}
-    choices = {"model": report["model"]["path"]}
-    for group in ("metric", "repair", "allocation"):
-        options = ", ".join(f"{name}={value}" for name, value in method[f"{group}_options"].items())
-        choices |= {group: method[group], f"{group} options": options}
-    choices |= {name: str(method[name]) for name in ("pattern", "scope", "propagate", "permute", "dtype")}
-    choices |= {shown: str(calibration.get(name, "none")) for shown, name in _WINDOWS.items()}
+def row(file: Path, report: Mapping[str, Any], typed: Mapping[str, str]) -> Row:
+    """The run of a report.json that lies in ``file``; ``typed`` are the overrides of its command."""
+    calibration = report["calibration"] or {}
     return Row(
-        choices, _numbers(report), _protocol(report), _machine(report), calibration.get("seq_len"), str(file),
-        report["samples"],
+        _choices(report, calibration, typed), _numbers(report), _errors(report), _protocol(report), _machine(report),
+        calibration.get("seq_len"), str(file), report["samples"],
     )  # fmt: skip
 
 
-def _numbers(report: dict[str, Any]) -> dict[str, float | None]:
+def _read(file: Path) -> Row:
+    try:
+        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        words = [word for word in shlex.split(report["command"]) if "=" in word and not word.startswith("-")]
+        typed = dict(word.split("=", 1) for word in words)
+        return row(file, report, {n: value for n, value in typed.items() if n.partition(".")[0] not in _ASIDE})
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise AceError(f"{file} is no report of this version of ace-prune.", "Leave it out.") from fault
+
+
+def _choices(report: Mapping[str, Any], calibration: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, str]:
+    """What was done, by the names of the overrides; and what else was typed."""
+    method, path = report["method"], report["model"]["path"]
+    choices = {"model": path if "model.path" in typed else typed.get("model", path)}
+    for group in _GROUPS:
+        choices[group] = method[group]
+        choices |= {f"{group}.{name}": str(value) for name, value in method[f"{group}_options"].items()}
+    done = {"sparsity": "pattern", **{name: name for name in ("scope", "propagate", "permute", "dtype")}}
+    choices |= {name: str(method[key]) for name, key in done.items() if method[key] is not None}
+    choices |= {name: str(calibration[key]) for name, key in _WINDOWS.items() if key in calibration}
+    told = {"model", "model.path", *done, *_WINDOWS}
+    others = {n: value for n, value in typed.items() if n not in told and n.partition(".")[0] not in _GROUPS}
+    return {**choices, **others}
+
+
+def _numbers(report: Mapping[str, Any]) -> dict[str, float | None]:
     perplexity, fidelity, seconds = report["perplexity"], report["fidelity"] or {}, report["seconds"]
     average = (report["zero_shot"] or {}).get("average", {})
     return {
         "perplexity": perplexity["pruned"], "dense": perplexity["dense"], "ratio": perplexity["ratio"],
         "KL": fidelity.get("kl"), "same top-1": fidelity.get("agreement"),
-        "tasks": average.get("pruned", {}).get("value"), "zeros": report["sparsity"]["achieved"],
+        **{name: average.get(model, {}).get("value") for name, model in _TASKS.items()},
+        "zeros": report["sparsity"]["achieved"],
         "prune s": seconds["prune"] + seconds["write"], "total s": seconds["total"],
         "peak GB": report["peak_memory_bytes"]["host"] / 1e9,
     }  # fmt: skip
 
 
-def _protocol(report: dict[str, Any]) -> str:
+def _errors(report: Mapping[str, Any]) -> dict[str, float | None]:
+    average = (report["zero_shot"] or {}).get("average", {})
+    return {name: average.get(model, {}).get("stderr") for name, model in _TASKS.items()}
+
+
+def _protocol(report: Mapping[str, Any]) -> str:
     """In words, with the fingerprints that tell two apart."""
-    parts = []
-    if protocol := report["perplexity"]["protocol"]:
-        parts.append(protocol_words(protocol))
-    if zero_shot := report["zero_shot"]:
-        tasks = ", ".join(f"{task['name']} {task['fingerprint'][:6]}" for task in zero_shot["tasks"])
-        parts.append(f"tasks {tasks}, {zero_shot['dtype']}")
+    protocol, zero_shot = report["perplexity"]["protocol"], report["zero_shot"]
+    parts = [protocol_words(protocol)] if protocol else []
+    parts += [task_protocol(zero_shot)] if zero_shot else []
     return "; ".join(parts) or "Not evaluated"
 
 
-def _machine(report: dict[str, Any]) -> str:
+def _machine(report: Mapping[str, Any]) -> str:
     hardware = report["hardware"]
     return f"{hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} threads"
 
 
-def _method(group: Group, row: Row) -> str:
-    """What tells a line of the length plot from the others."""
-    return _name(row, [name for name in group.varied if name not in ("length", "seed")]) or row.choices["metric"]
-
-
-def _name(row: Row, varied: list[str]) -> str:
-    shown = [(name, row.choices[name]) for name in varied if name not in _WINDOWS or row.choices[name] != "none"]
-    return " ".join(f"{name}={value}" if name in _WINDOWS else value for name, value in shown)
+def _name(row: Row, names: Iterable[str]) -> str:
+    """What a picture calls a run."""
+    shown = [(name, value) for name in names if (value := row.choices.get(name, "none")) not in ("none", "")]
+    return " ".join(value if name in _BARE else f"{name}={value}" for name, value in shown)
 
 
 def _beats(other: Iterable[float], point: tuple[float, float]) -> bool:
@@ -205,8 +253,11 @@ def _beats(other: Iterable[float], point: tuple[float, float]) -> bool:
     return seconds <= point[0] and value <= point[1] and (seconds, value) != point
 
 
-def _shown(name: str, value: float | None) -> str:
-    return "" if value is None else format(value, NUMBERS[name])
+def _shown(name: str, row: Row) -> str:
+    value = row.numbers[name]
+    if value is None:
+        return ""
+    return percent(Score(value, row.errors[name])) if NUMBERS[name] == "%" else format(value, NUMBERS[name])
 
 
 def _natural(part: str) -> tuple[int, int, str]:

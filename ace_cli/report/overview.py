@@ -7,18 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.report import plots
-from ace_cli.report.collect import Group, Row, as_csv, as_json
+from ace_cli.report.collect import Group, Row, as_csv, as_json, as_markdown
 from ace_cli.report.facts import write_whole
 from ace_cli.report.html import environment
-from ace_cli.report.markdown import table
 
 #: Runs of one table whose samples are shown.
 MOST_SAMPLES = 24
-
-
-def as_markdown(found: Sequence[Group]) -> str:
-    """One table for each protocol."""
-    return "\n\n".join(f"## {group.protocol}\n\n" + table(*group.cells()) for group in found) + "\n"
 
 
 def write(found: list[Group], folder: Path, name: str, title: str, failures: Sequence[str] = ()) -> None:
@@ -34,7 +28,7 @@ def write(found: list[Group], folder: Path, name: str, title: str, failures: Seq
 def write_all(found: list[Group], folder: Path, name: str, title: str) -> None:
     """The page and pictures, and the same as Markdown, CSV and JSON."""
     write(found, folder, name, title)
-    write_whole(folder / f"{name}.md", f"# {title}\n\n" + as_markdown(found))
+    write_whole(folder / f"{name}.md", f"# {title}\n\n{as_markdown(found)}\n")
     write_whole(folder / f"{name}.csv", as_csv(found))
     write_whole(folder / f"{name}.json", as_json(found))
 
@@ -76,7 +70,8 @@ def _samples(group: Group) -> dict[str, list[tuple[str, str]]]:
 
 
 def _who(group: Group, row: Row) -> str:
-    return ", ".join(f"{name} {row.choices[name]}" for name in group.varied) or Path(row.report).parent.name
+    shown = [f"{name} {row.choices[name]}" for name in group.varied if name in row.choices]
+    return ", ".join(shown) or Path(row.report).parent.name
 
 
 def terminal_tables(found: Sequence[Group]) -> list[Any]:

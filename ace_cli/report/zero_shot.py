@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ace_cli.report.facts import Comparison, Score, ZeroShot
 
 
@@ -60,10 +63,10 @@ def task_line(facts: ZeroShot) -> str:
     )
 
 
-def task_protocol(facts: ZeroShot) -> str:
-    """What must be equal for two averages to stand in one column."""
-    marks = " ".join(f"{task.name}:{task.fingerprint[:4]}" for task in facts.tasks)
-    return f"{len(facts.tasks)} zero-shot tasks ({marks}), {facts.dtype}"
+def task_protocol(zero_shot: Mapping[str, Any]) -> str:
+    """What must be equal for two averages of report.json to stand in one column."""
+    marks = " ".join(f"{task['name']}:{task['fingerprint'][:6]}" for task in zero_shot["tasks"])
+    return f"{len(zero_shot['tasks'])} zero-shot tasks ({marks}), {zero_shot['dtype']}"
 
 
 def _models(facts: ZeroShot) -> list[str]:
