@@ -136,30 +136,13 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     if faults := _unknown_options(config):
         raise AceError("; ".join(faults))
     parts: Any = OmegaConf.to_object(config)
-    if not str(config.output_dir).strip():
-        faults.append("output_dir is empty: name a folder")
-    for name in ("model", *SETTINGS, *registry.PACKAGES):
-        faults += getattr(parts, name).faults()
-    if parts.gate.max_ppl_ratio is not None and isinstance(parts.eval, NoEvaluation):
-        faults.append("gate.max_ppl_ratio needs a perplexity, eval=none measures none: choose an eval")
+    faults = _faults(parts)
     pattern: Pattern | None = None
     try:
         pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
+        faults += _misfits(parts, pattern)
     except AceError as fault:
         faults.append(str(fault).rstrip("."))
-    if pattern is not None and (reason := parts.allocation.refusal(pattern)):
-        faults.append(f"allocation={registry.name_of('allocation', parts.allocation)}: {reason}")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
-        faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
-    if parts.memory_gb is not None and not parts.memory_gb > 0:
-        faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
-    if isinstance(pattern, NofM) and parts.scope is Scope.layer:
-        faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
-    if parts.permute is not Permute.none and isinstance(pattern, Ratio):
-        faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
-    for name in ("include", "exclude"):
-        if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
-            faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")
     if faults or pattern is None:
         raise AceError("; ".join(faults) + ".")
     return RunConfig(
@@ -188,6 +171,37 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         output_dir_given=output_dir_given,
         text=OmegaConf.to_yaml(config),
     )
+
+
+def _faults(parts: Any) -> list[str]:
+    """What is wrong with the choices, whatever the pattern."""
+    faults = []
+    if not str(parts.output_dir).strip():
+        faults.append("output_dir is empty: name a folder")
+    for name in ("model", *SETTINGS, *registry.PACKAGES):
+        faults += getattr(parts, name).faults()
+    if parts.gate.max_ppl_ratio is not None and isinstance(parts.eval, NoEvaluation):
+        faults.append("gate.max_ppl_ratio needs a perplexity, eval=none measures none: choose an eval")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
+        faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
+    if parts.memory_gb is not None and not parts.memory_gb > 0:
+        faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
+    for name in ("include", "exclude"):
+        if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
+            faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")
+    return faults
+
+
+def _misfits(parts: Any, pattern: Pattern) -> list[str]:
+    """What makes no sense with this pattern."""
+    faults = []
+    if reason := parts.allocation.refusal(pattern):
+        faults.append(f"allocation={registry.name_of('allocation', parts.allocation)}: {reason}")
+    if isinstance(pattern, NofM) and parts.scope is Scope.layer:
+        faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
+    if parts.permute is not Permute.none and isinstance(pattern, Ratio):
+        faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
+    return faults
 
 
 def _globs(value: Any) -> tuple[Any, ...]:

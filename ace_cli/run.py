@@ -18,7 +18,7 @@ from ace_cli.clock import Clock
 from ace_cli.config import Permute, RunConfig
 from ace_cli.engine import Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError, first_line
-from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.hardware import choose_device, choose_dtype
 from ace_cli.limit import Limit, probe
@@ -103,25 +103,9 @@ def _run(
         inner = Clock()  # without waiting for a device: what it still computes counts where its result is needed
         with phases("prune"):
             _prune(config, model, windows_NL, work, inner, terminal, command, plan)
-        found = Measured()
-        if eval_windows is not None:
-            with phases("evaluate"):
-                found.perplexity, found.fidelity = evaluate(
-                    config, model, work.final, eval_windows, terminal, dense_cache,
-                    Spill(config.output_dir) if plan.spills(eval_windows.ids_NL.numel()) else None,
-                )  # fmt: skip
-        if tasks is not None:
-            with phases("evaluate"):
-                found.zero_shot = harness.dense_and_pruned(tasks, model, work.final, terminal, dense_cache.tasks)
-        if eval_windows is not None and config.samples.wanted:
-            with phases("samples"), terminal.waiting("samples of text, dense and pruned"):
-                found.samples, why_not = write_samples(config.samples, model, work.final, dense_cache)
-                found.notes += [why_not] if why_not else []
+        found = _measured(config, model, work.final, eval_windows, tasks, terminal, phases, dense_cache, plan)
         report = make_report(config, command, start, model, plan, limit, windows_NL, work, found, phases, inner)
-        facts.save(report, config.output_dir / "report.json")
-        facts.write_whole(config.output_dir / "report.md", render(report))
-        if config.html:
-            facts.write_whole(config.output_dir / "report.html", page(dataclasses.asdict(report)))
+        _write(config, report)
         _track(config, report, terminal)
         work.close()
         if not config.keep_checkpoint:
@@ -144,6 +128,33 @@ def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Termin
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
     return plan, limit
+
+
+def _measured(
+    config: RunConfig, model: StreamedModel, pruned: Path, windows: Windows | None, tasks: harness.Tasks | None,
+    terminal: Terminal, phases: Phases, cache: DenseCache, plan: Plan,
+) -> Measured:  # fmt: skip
+    """What was asked about the checkpoint in the folder ``pruned``."""
+    found = Measured()
+    if windows is not None:
+        with phases("evaluate"):
+            spill = Spill(config.output_dir) if plan.spills(windows.ids_NL.numel()) else None
+            found.perplexity, found.fidelity = evaluate(config, model, pruned, windows, terminal, cache, spill)
+    if tasks is not None:
+        with phases("evaluate"):
+            found.zero_shot = harness.dense_and_pruned(tasks, model, pruned, terminal, cache.tasks)
+    if windows is not None and config.samples.wanted:
+        with phases("samples"), terminal.waiting("samples of text, dense and pruned"):
+            found.samples, why_not = write_samples(config.samples, model, pruned, cache)
+            found.notes += [why_not] if why_not else []
+    return found
+
+
+def _write(config: RunConfig, report: facts.Report) -> None:
+    facts.save(report, config.output_dir / "report.json")
+    facts.write_whole(config.output_dir / "report.md", render(report))
+    if config.html:
+        facts.write_whole(config.output_dir / "report.html", page(dataclasses.asdict(report)))
 
 
 def _track(config: RunConfig, report: facts.Report, terminal: Terminal) -> None:
@@ -192,13 +203,8 @@ def _prune(
         return
     try:
         with clock("write"):
-            writer = CheckpointWriter(model.checkpoint, work.partial)
-            if work.finished and not writer.continued:
-                terminal.say(f"{work.partial} is not as it was left: starting anew.")
-                work.restart()
-                writer = CheckpointWriter(model.checkpoint, work.partial)
-            done = len(work.finished)
-            writer.left -= {key for block in model.blocks[:done] for key in block.files}
+            writer = _writer(model, work, terminal)
+        done = len(work.finished)
         with clock("embed"):
             spill, again = Spill(work.folder) if plan.spills(plan.tokens) else None, config.observe.windows
             batches = kept(model.batches(windows_NL, again), spill) if windows_NL is not None else []
@@ -218,21 +224,40 @@ def _prune(
                 step()
         with clock("write"):
             writer.finish()
-        with clock("verify"):
-            slots = [slot for block in model.blocks for slot in block.slots]
-            pruned = {slot.name: Pruned(slot.key, slot.in_file, recipe.patterns[slot.name]) for slot in slots}
-            zeros = count_zeros(Checkpoint(work.partial, bare=True), pruned)
-        with clock("write"):
-            entries = [manifest_entry(slot, recipe.patterns[slot.name], zeros[slot.name]) for slot in slots]
-            summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
-            card = model_card(config.model.path, command, summary)
-            write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
+        _verify(config, model, patterns, windows_NL, work, clock, command, plan)
         work.publish()
     except TransientError:
         raise
     except AceError:
         work.discard()  # the fault is in the model or the data: there is nothing to continue
         raise
+
+
+def _writer(model: StreamedModel, work: Work, terminal: Terminal) -> CheckpointWriter:
+    """Begins the new checkpoint, or continues one whose finished blocks are on disk."""
+    writer = CheckpointWriter(model.checkpoint, work.partial)
+    if work.finished and not writer.continued:
+        terminal.say(f"{work.partial} is not as it was left: starting anew.")
+        work.restart()
+        writer = CheckpointWriter(model.checkpoint, work.partial)
+    writer.left -= {key for block in model.blocks[: len(work.finished)] for key in block.files}
+    return writer
+
+
+def _verify(
+    config: RunConfig, model: StreamedModel, patterns: dict[str, Pattern], windows_NL: Tensor | None, work: Work,
+    clock: Clock, command: str, plan: Plan,
+) -> None:  # fmt: skip
+    """Reads the written weights again, and writes what was found beside them."""
+    slots = [slot for block in model.blocks for slot in block.slots]
+    with clock("verify"):
+        pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
+        zeros = count_zeros(Checkpoint(work.partial, bare=True), pruned)
+    with clock("write"):
+        entries = [manifest_entry(slot, patterns[slot.name], zeros[slot.name]) for slot in slots]
+        summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
+        card = model_card(config.model.path, command, summary)
+        write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
 
 
 def _allocate(
