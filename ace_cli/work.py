@@ -36,6 +36,7 @@ class Work:
         self.folder = folder
         self.final = folder / "checkpoint"
         self.partial = folder / "checkpoint.partial"
+        self._old = folder / "checkpoint.old"
         self.identity = identity
         self.finished: list[BlockFacts] = []
         self.resumed = False
@@ -67,20 +68,20 @@ class Work:
         """Rename the whole checkpoint into place; the reports of an older one go with it."""
         for name in ("report.json", "report.md", "report.html"):
             (self.folder / name).unlink(missing_ok=True)
-        old = self.folder / "checkpoint.old"
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
         if self.final.exists():
-            os.rename(self.final, old)
+            os.rename(self.final, self._old)
         os.rename(self.partial, self.final)
-        shutil.rmtree(old, ignore_errors=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def close(self) -> None:
-        """The report is written: there is nothing left to continue."""
+        """The report is written: there is nothing left to continue, or of an older checkpoint if a stop left it."""
         (self.folder / _JOURNAL).unlink(missing_ok=True)
+        shutil.rmtree(self._old, ignore_errors=True)
 
     def discard(self) -> None:
         """Drop what cannot be continued: the journal first, so that it never tells of blocks that are gone."""
-        self.close()
+        (self.folder / _JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
 
     def _resume(self) -> None:

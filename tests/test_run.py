@@ -349,6 +349,28 @@ def test_a_finished_checkpoint_is_only_evaluated(
     assert report.tokens_per_second == {}
 
 
+def test_an_older_checkpoint_that_could_not_be_removed_goes_with_the_next_start(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run ended after the new checkpoint took the old one's place."""
+    prune_here(llama, tmp_path / "out", "metric=wanda")
+    remove = shutil.rmtree
+
+    def interrupted(path: Path, **options: Any) -> None:
+        if path.name == "checkpoint.old" and path.exists():
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr("shutil.rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=magnitude")
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "checkpoint.old").exists()
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude")
+    assert any("interrupted" in warning for warning in report.warnings)
+    assert not (tmp_path / "out" / "checkpoint.old").exists()
+
+
 def test_a_model_is_never_overwritten_by_its_own_result(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
     prune_here(llama, tmp_path / "out", "metric=wanda")
     before = digests(tmp_path / "out" / "checkpoint")
