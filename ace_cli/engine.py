@@ -415,6 +415,8 @@ class _BlockJob:
                 diagnosis["permutation_gain"] = kept_score(score_OI, pattern) / as_it_was - 1
         with self.clock("select"):
             keep_OI = pattern.keep(score_OI)
+        with self.clock("refine"):
+            keep_OI = metric.refine(dense_OI, keep_OI, seen, pattern)
         with self.clock("repair"):
             try:
                 repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)

@@ -244,8 +244,12 @@ def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) ->
 
 @dataclass(unsafe_hash=True)
 class Gram(Statistic):
-    """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I). ``factors``: what a repair made of it, once."""
+    """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I). ``factors``: what a repair made of it, once.
 
+    ``unit_tokens``: of x_t / ||x_t||, every token brought to size 1; one of size 0 adds nothing.
+    """
+
+    unit_tokens: bool = False
     total_II: Tensor = field(init=False, compare=False, repr=False)
     factors: Any = field(default=None, init=False, compare=False, repr=False)
 
@@ -262,6 +266,9 @@ class Gram(Statistic):
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         x_TI = x_TI.float()
+        if self.unit_tokens:
+            size_T1 = x_TI.norm(dim=1, keepdim=True)
+            x_TI = x_TI / size_T1.masked_fill_(size_T1 == 0, float("inf"))
         total_II = x_TI.T @ x_TI
         self.total_II = total_II if not self.tokens else self.total_II.add_(total_II)
         self.tokens += len(x_TI)

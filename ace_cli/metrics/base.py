@@ -10,6 +10,7 @@ from ace_cli.patterns import Scope
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.patterns import Pattern
     from ace_cli.repair.base import Repair
     from ace_cli.statistics import Seen, Statistic
 
@@ -32,6 +33,10 @@ class Metric:
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
         raise NotImplementedError
+
+    def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
+        """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group."""
+        return keep_OI
 
     def with_repair(self, repair: Repair) -> Repair:
         """The repair that belongs to this metric, given the one asked for."""
