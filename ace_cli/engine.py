@@ -19,6 +19,7 @@ from ace_cli.clock import Clock
 from ace_cli.errors import AceError
 from ace_cli.finite import FiniteChecks
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
+from ace_cli.masking import masked, prune_rows
 from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.experts import ExpertCall, Experts
@@ -389,22 +390,50 @@ class _BlockJob:
         return dtype
 
     def _stored_weight(self, slot: Slot) -> Tensor:
-        """The slot's weight as the file has it, float32 (O, I): read again where the compute dtype has fewer digits."""
-        if self.model.dtype in (torch.float32, self._stored_dtype(slot)):
-            return slot.weight_OI.float().contiguous()
-        return slot.in_file(self._stored(slot.key)).to(self.model.device, torch.float32).contiguous()
+        """The slot's weight as the file has it, (O, I): read again where the compute dtype has fewer digits."""
+        return slot.weight_OI if self._exact(slot) else slot.in_file(self._stored(slot.key))
+
+    def _exact(self, slot: Slot) -> bool:
+        """Whether the loaded weight has all digits of the file's."""
+        return self.model.dtype in (torch.float32, self._stored_dtype(slot))
 
     def _prune_slot(self, slot: Slot, seen: Seen, routed: int | None = None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
         tokens = max((statistic.tokens for statistic in seen), default=0)
+        if metric.needs() and not tokens:
+            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+        diagnosis: dict[str, Any] = {**metric.diagnose(seen)}
+        notes = [] if self._prune_rows(slot, seen) else self._prune_whole(slot, seen, diagnosis)
+        seconds = time.perf_counter() - start
+        if self._activations is not None and seen[self._activations].tokens:
+            self._looks[slot.name] = seen[self._activations]
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, notes, seconds, routed)
+
+    def _prune_rows(self, slot: Slot, seen: Seen) -> bool:
+        """Prune without anything of the weight's size beside it; False where the choices, or the device, need that."""
+        pattern, weight_OI = self.recipe.patterns[slot.name], self._stored_weight(slot)
+        alone = pattern.by_rows and not self.recipe.repair.acts and slot.name not in self._links
+        if not alone or weight_OI.device.type != "cpu":
+            return False
         with self.clock("score"):
-            dense_OI = self._stored_weight(slot)
-            if metric.needs() and not tokens:
-                raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+            scores = self.recipe.metric.scores_of_rows(weight_OI, seen)
+        if scores is None:
+            return False
+        with self.clock("mask"):
+            prune_rows(weight_OI, scores, pattern, f"{slot.name} or the score of its weights")
+            if not self._exact(slot):
+                slot.put(weight_OI)
+            self._store(slot, weight_OI.to(self._stored_dtype(slot)))
+        return True
+
+    def _prune_whole(self, slot: Slot, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
+        """Score, permute, select, repair and mask, one after the other; what the repair noted."""
+        metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
+        with self.clock("score"):
+            dense_OI = self._stored_weight(slot).to(self.model.device, torch.float32).contiguous()
             score_OI = metric.score(dense_OI, seen)
             self._finite.expect(score_OI, f"{slot.name} or the score of its weights")
-        diagnosis: dict[str, Any] = {**metric.diagnose(seen)}
         with self.clock("permute"):
             order_I = self._order(slot, score_OI)
             if order_I is not None:
@@ -423,21 +452,9 @@ class _BlockJob:
             except ArithmeticError as fault:
                 raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         with self.clock("mask"):
-            new_OI = _masked(repaired.weight_OI, repaired.keep_OI).to(self._stored_dtype(slot))
+            new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
             slot.put(new_OI)
             self._store(slot, new_OI)
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
-        seconds = time.perf_counter() - start
-        if self._activations is not None and seen[self._activations].tokens:
-            self._looks[slot.name] = seen[self._activations]
-        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, repaired.notes, seconds, routed)
-
-
-def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:
-    """``weight_OI`` (float32) where kept, +0.0 elsewhere.
-
-    On the bits: ten times faster on a CPU than masked_fill or where, and a product would leave -0.0.
-    """
-    bits_OI = keep_OI.to(torch.int32).neg_()
-    return bits_OI.bitwise_and_(weight_OI.view(torch.int32)).view(torch.float32)
+        return repaired.notes

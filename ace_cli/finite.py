@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ class FiniteChecks:
 
 def check_finite(values: Tensor, what: str) -> None:
     """AceError unless every value is finite. Their sum tells, but for one of finite values that overflows."""
-    if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+    if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
         _refuse(what)
 
 

@@ -32,6 +32,8 @@ class Pattern:
 
     #: M for a pattern N:M; 0 where a whole row or layer is compared.
     group_width = 0
+    #: True where the scores of a row decide alone what stays of it.
+    by_rows = True
 
     def misfit(self, rows: int, columns: int) -> str | None:
         """Why the pattern cannot be laid on a (rows, columns) weight; None if it can."""
@@ -45,8 +47,11 @@ class Pattern:
         """bool (O, I): True where the weight stays. ``score_OI``: float32 without NaN."""
         raise NotImplementedError
 
-    def violation(self, weight_OI: Tensor) -> str | None:
-        """Where a stored weight breaks the pattern (non-zeros beyond those allowed); None if it holds."""
+    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
+        """Where a stored weight, true where it is not 0, breaks the pattern; None if it holds.
+
+        If ``by_rows``, some rows of it will do: ``first`` is the number of the first one.
+        """
         raise NotImplementedError
 
 
@@ -56,6 +61,11 @@ class Ratio(Pattern):
 
     p: Fraction
     scope: Scope = Scope.row
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """Not if the whole layer is compared."""
+        return self.scope is Scope.row
 
     def __str__(self) -> str:
         return f"{float(self.p):g}"
@@ -67,15 +77,15 @@ class Ratio(Pattern):
         compared_RN = score_OI.reshape(1, -1) if self.scope is Scope.layer else score_OI
         return keep_largest(compared_RN, floor(compared_RN.shape[1] * self.p)).view(score_OI.shape)
 
-    def violation(self, weight_OI: Tensor) -> str | None:
+    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
         if self.scope is Scope.layer:
-            weight_OI = weight_OI.reshape(1, -1)
-        kept = weight_OI.shape[1] - floor(weight_OI.shape[1] * self.p)
-        nonzero_O = _count_true(weight_OI != 0)
+            nonzero_OI = nonzero_OI.reshape(1, -1)
+        kept = nonzero_OI.shape[1] - floor(nonzero_OI.shape[1] * self.p)
+        nonzero_O = _count_true(nonzero_OI)
         if int(nonzero_O.max()) <= kept:
             return None
         row = int(nonzero_O.argmax())
-        where = f"row {row}" if self.scope is Scope.row else "the layer"
+        where = f"row {first + row}" if self.scope is Scope.row else "the layer"
         return f"{where} has {int(nonzero_O[row])} non-zeros, {kept} allowed"
 
 
@@ -103,13 +113,13 @@ class NofM(Pattern):
     def keep(self, score_OI: Tensor) -> Tensor:
         return keep_n_of_m(score_OI, self.n, self.m)
 
-    def violation(self, weight_OI: Tensor) -> str | None:
-        nonzero_G = _count_in_groups(weight_OI != 0, self.m)
+    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
+        nonzero_G = _count_in_groups(nonzero_OI, self.m)
         if int(nonzero_G.max()) <= self.n:
             return None
-        row, group = divmod(int(nonzero_G.argmax()), weight_OI.shape[1] // self.m)
+        row, group = divmod(int(nonzero_G.argmax()), nonzero_OI.shape[1] // self.m)
         return (
-            f"row {row}, inputs {group * self.m} to {group * self.m + self.m - 1} have {int(nonzero_G.max())} "
+            f"row {first + row}, inputs {group * self.m} to {group * self.m + self.m - 1} have {int(nonzero_G.max())} "
             f"non-zeros, {self.n} allowed"
         )
 

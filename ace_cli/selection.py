@@ -8,9 +8,10 @@ is torch's, without waiting for the device. The operators are the same, so the f
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from ace_cli.pieces import PIECE, each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,10 +19,8 @@ if TYPE_CHECKING:
 #: A numpy array or a torch tensor.
 Array = Any
 
-#: Scores handled at a time on a CPU, so that intermediates stay in its caches; elsewhere few large pieces are better.
-_CHUNK = 1 << 17
-_CHUNK_ON_DEVICE = 1 << 24
-_CHUNKS_PER_THREAD = 8
+#: Scores handled at a time where it is not a CPU: few large pieces.
+_PIECE_ON_DEVICE = 1 << 24
 
 
 def keep_largest(score_RN: Tensor, k: int) -> Tensor:
@@ -39,26 +38,18 @@ def keep_n_of_m(score_RN: Tensor, n: int, m: int) -> Tensor:
 
 
 def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:
-    """``keep`` of chunks of rows; on all of a CPU's threads where there are enough to pay for waking them."""
+    """``keep`` of pieces of rows."""
     torch = _torch()
-    on_cpu = score_RN.device.type == "cpu"
-    rows = max(1, (_CHUNK if on_cpu else _CHUNK_ON_DEVICE) // score_RN.shape[1])
-    if not on_cpu:
-        return torch.cat([keep(chunk_RN) for chunk_RN in torch.split(score_RN, rows)])  # type: ignore[no-any-return]
+    if score_RN.device.type != "cpu":
+        pieces = torch.split(score_RN, max(1, _PIECE_ON_DEVICE // score_RN.shape[1]))
+        return torch.cat([keep(piece_RN) for piece_RN in pieces])  # type: ignore[no-any-return]
     keep_RN = torch.empty(score_RN.shape, dtype=torch.bool)
     source, target = score_RN.numpy(), keep_RN.numpy()
 
-    def work(start: int) -> None:
-        target[start : start + rows] = keep(source[start : start + rows])
+    def work(rows: slice) -> None:
+        target[rows] = keep(source[rows])
 
-    starts = range(0, len(source), rows)
-    threads = torch.get_num_threads()
-    if threads == 1 or len(starts) < _CHUNKS_PER_THREAD * threads:
-        for start in starts:
-            work(start)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, starts))
+    each_piece(*source.shape, work)
     return keep_RN  # type: ignore[no-any-return]
 
 
@@ -90,14 +81,12 @@ def _count_true(flag_RN: Array) -> Array:
 def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
     """A score stays if fewer than n of its group beat it; partners at one distance meet as two shifted vectors."""
     score_N = score_RN.reshape(-1)
-    count = len(score_N)
-    partners = _partners(max(_CHUNK, count), m, None if _is_numpy(score_N) else score_N.device)
-    beaten_by_N = (
-        _numpy().zeros(count, "uint8") if _is_numpy(score_N) else score_N.new_zeros(count, dtype=_torch().uint8)
-    )
+    count, byte = len(score_N), "uint8" if _is_numpy(score_N) else _torch().uint8
+    partners = _partners(max(PIECE, count), m, None if _is_numpy(score_N) else score_N.device)
+    beaten_by_N = _numpy().zeros(count, byte) if _is_numpy(score_N) else score_N.new_zeros(count, dtype=byte)
     for distance in range(1, m):
         together = partners[distance - 1][: count - distance]
-        later_wins = score_N[distance:] >= score_N[:-distance]
+        later_wins = (score_N[distance:] >= score_N[:-distance]).view(byte)  # bools would be cast to be added
         later_wins &= together
         beaten_by_N[:-distance] += later_wins
         later_wins ^= together
@@ -107,9 +96,10 @@ def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
 
 @lru_cache(maxsize=4)
 def _partners(count: int, m: int, device: Any) -> list[Array]:
-    """For each distance 1 .. m - 1, which of ``count`` scores has a partner so far behind it in its group, bool."""
+    """For each distance 1 .. m - 1, which of ``count`` scores has a partner so far behind it in its group, uint8."""
     place = (_numpy().arange(count) if device is None else _torch().arange(count, device=device)) % m
-    return [place < m - distance for distance in range(1, m)]
+    byte = "uint8" if device is None else _torch().uint8
+    return [(place < m - distance).view(byte) for distance in range(1, m)]
 
 
 def _keep_n_of_m_sorted(score_RN: Tensor, n: int, m: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,16 @@ if TYPE_CHECKING:
     from ace_cli.repair.base import Repair
     from ace_cli.statistics import Seen, Statistic
 
+    #: Some rows of a weight, float32 (R, I), not to be changed, and which they are -> their scores, float32 (R, I).
+    RowScores = Callable[[Tensor, slice], Tensor]
+
 
 @dataclass
 class Metric:
-    """Statistics of a slot's inputs -> importance of its weights. Fields are knobs, ``score`` is the formula."""
+    """Statistics of a slot's inputs -> importance of its weights. Fields are knobs.
+
+    The formula is ``scores_of_rows``, or ``score`` where a row's scores depend on other rows' (or for brevity).
+    """
 
     #: What a ratio compares where the user does not say.
     default_scope = Scope.row
@@ -32,7 +39,17 @@ class Metric:
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
-        raise NotImplementedError
+        scores = self.scores_of_rows(weight_OI, seen)
+        if scores is None:
+            raise NotImplementedError(f"{type(self).__name__} has neither score nor scores_of_rows.")
+        return scores(weight_OI, slice(None))
+
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores | None:
+        """How to score any rows of ``weight_OI`` (of any float dtype), what all rows need being computed here, once.
+
+        A large weight is then scored, selected and masked without leaving a CPU's caches.
+        """
+        return None
 
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group."""

@@ -11,6 +11,7 @@ from ace_cli.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.metrics.base import RowScores
     from ace_cli.statistics import Seen
 
 
@@ -19,5 +20,5 @@ if TYPE_CHECKING:
 class Magnitude(Metric):
     """S_ij = |W_ij|. Needs no calibration."""
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return weight_OI.abs()
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        return lambda rows_RI, _: rows_RI.abs()

@@ -4,20 +4,55 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ace_cli.pieces import each_piece
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: A column or row of zeros has nothing to compare: its weights stay 0 rather than 0/0.
+_LEAST = 1e-30
+#: Columns summed together: of fewer than a few vectors torch adds the rows up in another order.
+_BLOCK = 64
 
-def relative_weight(weight_OI: Tensor) -> Tensor:
-    """|W_ij| / sum_i' |W_i'j| + |W_ij| / sum_j' |W_ij'|, float32 (O, I); RIA (Zhang et al. 2024), Equation 3."""
-    return weight_OI.abs() * relative_scale(weight_OI)
+
+class RelativeWeight:
+    """|W_ij| / sum_i' |W_i'j| + |W_ij| / sum_j' |W_ij'|; RIA (Zhang et al. 2024), Equation 3.
+
+    Called with rows of W, float32 (R, I), it gives theirs. Computed in float32: in float16 one ratio in six of a 4096 x
+    4096 weight is subnormal.
+    """
+
+    def __init__(self, weight_OI: Tensor) -> None:
+        """``weight_OI``: the whole W, of any float dtype."""
+        self._column_1I = 1 / _sizes_of_columns(weight_OI).clamp(min=_LEAST)
+
+    def __call__(self, rows_RI: Tensor) -> Tensor:
+        size_RI = rows_RI.abs()
+        return size_RI.mul_(self.scale(size_RI))
+
+    def scale(self, rows_RI: Tensor) -> Tensor:
+        """1 / sum_i' |W_i'j| + 1 / sum_j' |W_ij'|, float32 (R, I): what |W_ij| is multiplied by to become relative."""
+        return self._column_1I + 1 / rows_RI.abs().sum(1, keepdim=True).clamp(min=_LEAST)
 
 
 def relative_scale(weight_OI: Tensor) -> Tensor:
-    """1 / sum_i' |W_i'j| + 1 / sum_j' |W_ij'|, float32 (O, I): what |W_ij| is multiplied by to become relative.
+    """``RelativeWeight.scale`` of a whole weight, float32 (O, I)."""
+    return RelativeWeight(weight_OI).scale(weight_OI)
 
-    A column or row of zeros has nothing to compare: its weights stay 0 rather than 0/0. Computed in float32: in float16
-    one ratio in six of a 4096 x 4096 weight is subnormal.
-    """
-    size_OI = weight_OI.abs()
-    return 1 / size_OI.sum(0, keepdim=True).clamp(min=1e-30) + 1 / size_OI.sum(1, keepdim=True).clamp(min=1e-30)
+
+def _sizes_of_columns(weight_OI: Tensor) -> Tensor:
+    """sum_i |W_ij|, float32 (1, I); on a CPU a few columns at a time, so that nothing of the weight's size is made."""
+    import torch
+
+    if weight_OI.device.type != "cpu":
+        return weight_OI.float().abs().sum(0, keepdim=True)
+    rows, columns = weight_OI.shape
+    blocks = max(1, columns // _BLOCK)
+    sizes_1I = weight_OI.new_empty((1, columns), dtype=torch.float32)
+
+    def work(piece: slice) -> None:
+        at = slice(piece.start * _BLOCK, columns if piece.stop == blocks else piece.stop * _BLOCK)
+        sizes_1I[:, at] = weight_OI[:, at].float().abs().sum(0, keepdim=True)
+
+    each_piece(blocks, rows * _BLOCK, work)
+    return sizes_1I

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import relative_weight
+from ace_cli.metrics.relative import RelativeWeight
 from ace_cli.registry import register
 from ace_cli.statistics import SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.metrics.base import RowScores
     from ace_cli.statistics import Seen, Statistic
 
 
@@ -33,8 +34,9 @@ class RIA(Metric):
     def faults(self) -> list[str]:
         return [] if 0 <= self.alpha <= 4 else [f"metric.alpha={self.alpha}: must lie in [0, 4]"]
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return relative_weight(weight_OI) * seen[SecondMoment()].mean_I.pow(self.alpha / 2).float()
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        relative, norm_I = RelativeWeight(weight_OI), seen[SecondMoment()].mean_I.pow(self.alpha / 2).float()
+        return lambda rows_RI, _: relative(rows_RI).mul_(norm_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return {"spread": spread(seen[SecondMoment()].mean_I.pow(self.alpha / 2))}

@@ -7,13 +7,14 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import relative_weight
+from ace_cli.metrics.relative import RelativeWeight
 from ace_cli.registry import register
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.metrics.base import RowScores
     from ace_cli.statistics import Seen, Statistic
 
 
@@ -106,9 +107,9 @@ class VarP(Metric):
     def faults(self) -> list[str]:
         return [] if self.wpow in (1, 2) else [f"metric.wpow={self.wpow}: must be 1 or 2"]
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        size_OI = weight_OI.square() if self.wpow == 2 else weight_OI.abs()
-        return size_OI.mul_(variance_factor(self.norm, self.form, seen).float())
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        factor_I = variance_factor(self.norm, self.form, seen).float()
+        return lambda rows_RI, _: (rows_RI.square() if self.wpow == 2 else rows_RI.abs()).mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)
@@ -128,8 +129,9 @@ class RIAVarP(Metric):
     def needs(self) -> tuple[Statistic, ...]:
         return variance_needs(self.norm, self.form)
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return relative_weight(weight_OI) * variance_factor(self.norm, self.form, seen).float()
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        relative, factor_I = RelativeWeight(weight_OI), variance_factor(self.norm, self.form, seen).float()
+        return lambda rows_RI, _: relative(rows_RI).mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)

@@ -12,6 +12,7 @@ from ace_cli.statistics import SecondMoment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.metrics.base import RowScores
     from ace_cli.statistics import Seen, Statistic
 
 
@@ -23,8 +24,9 @@ class Wanda(Metric):
     def needs(self) -> tuple[Statistic, ...]:
         return (SecondMoment(),)
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return weight_OI.abs().mul_(seen[SecondMoment()].mean_I.sqrt().float())
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        norm_I = seen[SecondMoment()].mean_I.sqrt().float()
+        return lambda rows_RI, _: rows_RI.abs().mul_(norm_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return {"spread": spread(seen[SecondMoment()].mean_I.sqrt())}

@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -84,22 +85,34 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own."""
+        with self.opened(name) as read:
+            return read(0, self.tensors[name].numel).reshape(self.tensors[name].shape)
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Callable[[int, int], Tensor]]:
+        """``read(first, count)`` gives so many elements of the tensor ``name``, flat; on any thread."""
         import torch
 
         entry = self.tensors[name]
         if entry.dtype not in DTYPES:
             raise AceError(f"{entry.file.name}: {name} is stored as {entry.dtype}.", "Give a 16- or 32-bit checkpoint.")
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(data.numpy())  # type: ignore[arg-type]
-        with open(entry.file, "rb", buffering=0) as file:
-            file.seek(entry.start)
-            done = 0
-            while done < entry.nbytes:
-                count = file.readinto(view[done : done + (1 << 30)])
-                if not count:
+        kind, width = DTYPES[entry.dtype]
+
+        def read(first: int, count: int) -> Tensor:
+            data = torch.empty(count * width, dtype=torch.uint8)
+            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+            while done < len(view):
+                got = os.preadv(file, [view[done : done + (1 << 30)]], entry.start + first * width + done)
+                if not got:
                     raise TransientError(f"{entry.file} ended while reading {name}.", "Fetch the file again.")
-                done += count
-        return data.view(getattr(torch, DTYPES[entry.dtype][0])).reshape(entry.shape)
+                done += got
+            return data.view(getattr(torch, kind))
+
+        file = os.open(entry.file, os.O_RDONLY)
+        try:
+            yield read
+        finally:
+            os.close(file)
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights.

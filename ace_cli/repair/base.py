@@ -30,6 +30,9 @@ class Repaired:
 class Repair:
     """Refits, or re-chooses, the weights that stay so that the slot's output stays close."""
 
+    #: False for one that leaves both as they are.
+    acts = True
+
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``repair`` reads."""
         return ()

@@ -20,5 +20,7 @@ if TYPE_CHECKING:
 class NoRepair(Repair):
     """The kept weights stay as they are."""
 
+    acts = False
+
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         return Repaired(weight_OI, keep_OI)

@@ -1,0 +1,58 @@
+"""A large matrix, some rows at a time: what is made of a piece stays in a core's cache, and every core has its own.
+
+Whole-matrix temporaries cost far more than the arithmetic on them: each is a pass through memory, on fresh pages.
+Rows do not depend on each other, so neither the size of a piece nor the number of threads changes a bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+#: Elements of a piece: their values, scores and flags fit a core's own cache, and calling torch costs little beside.
+PIECE = 1 << 17
+
+
+def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
+    """Call ``work`` with slices that cover ``count`` rows of ``width`` elements, on as many threads as torch has.
+
+    Inside ``work`` torch is in inference mode and has one thread. Raises the first fault that ``work`` raised.
+    """
+    import torch
+
+    step = max(1, PIECE // max(1, width))
+    slices = iter([slice(start, min(start + step, count)) for start in range(0, count, step)])
+    threads = torch.get_num_threads()
+
+    def run() -> None:
+        with torch.inference_mode():
+            for rows in slices:  # shared: who is done takes the next
+                work(rows)
+
+    if threads == 1 or count < 2 * step:
+        run()
+        return
+    for done in [_pool(threads).submit(run) for _ in range(threads)]:
+        done.result()
+
+
+@lru_cache(maxsize=2)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that share the cores one each: with torch's own in every one of them they would wait for each other."""
+    import torch
+
+    started = threading.Barrier(threads + 1)
+
+    def alone() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that have not asked yet ...
+        torch.get_num_threads()
+        started.wait()
+
+    pool = ThreadPoolExecutor(threads, "piece", alone)
+    for _ in range(threads):
+        pool.submit(lambda: None)
+    started.wait()
+    torch.set_num_threads(threads)  # ... which get back what they had
+    return pool
