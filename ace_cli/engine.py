@@ -412,14 +412,13 @@ class _BlockJob:
 
     def _prune_rows(self, slot: Slot, seen: Seen) -> bool:
         """Prune without anything of the weight's size beside it; False where the choices, or the device, need that."""
-        pattern, weight_OI = self.recipe.patterns[slot.name], self._stored_weight(slot)
-        alone = pattern.by_rows and not self.recipe.repair.acts and slot.name not in self._links
-        if not alone or weight_OI.device.type != "cpu":
+        metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
+        whole = self.recipe.repair.acts or slot.name in self._links or self.model.device.type != "cpu"
+        if whole or not metric.by_rows or not pattern.by_rows:
             return False
         with self.clock("score"):
-            scores = self.recipe.metric.scores_of_rows(weight_OI, seen)
-        if scores is None:
-            return False
+            weight_OI = self._stored_weight(slot)
+            scores = metric.scores_of_rows(weight_OI, seen)
         with self.clock("mask"):
             prune_rows(weight_OI, scores, pattern, f"{slot.name} or the score of its weights")
             if not self._exact(slot):

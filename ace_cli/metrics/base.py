@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class Metric:
     """Statistics of a slot's inputs -> importance of its weights. Fields are knobs.
 
-    The formula is ``scores_of_rows``, or ``score`` where a row's scores depend on other rows' (or for brevity).
+    The formula is ``score``; or ``scores_of_rows``, which a large weight is pruned by without leaving a CPU's caches.
     """
 
     #: What a ratio compares where the user does not say.
@@ -39,17 +39,16 @@ class Metric:
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
-        scores = self.scores_of_rows(weight_OI, seen)
-        if scores is None:
-            raise NotImplementedError(f"{type(self).__name__} has neither score nor scores_of_rows.")
-        return scores(weight_OI, slice(None))
+        return self.scores_of_rows(weight_OI, seen)(weight_OI, slice(None))
 
-    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores | None:
-        """How to score any rows of ``weight_OI`` (of any float dtype), what all rows need being computed here, once.
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        """How to score any rows of ``weight_OI`` (of any float dtype); what all rows need is computed here, once."""
+        raise NotImplementedError
 
-        A large weight is then scored, selected and masked without leaving a CPU's caches.
-        """
-        return None
+    @property
+    def by_rows(self) -> bool:
+        """Whether the formula is ``scores_of_rows``."""
+        return type(self).score is Metric.score
 
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group."""

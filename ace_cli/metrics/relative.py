@@ -52,7 +52,7 @@ def _sizes_of_columns(weight_OI: Tensor) -> Tensor:
 
     def work(piece: slice) -> None:
         at = slice(piece.start * _BLOCK, columns if piece.stop == blocks else piece.stop * _BLOCK)
-        sizes_1I[:, at] = weight_OI[:, at].float().abs().sum(0, keepdim=True)
+        sizes_1I[:, at] = weight_OI[:, at].float().contiguous().abs().sum(0, keepdim=True)
 
     each_piece(blocks, rows * _BLOCK, work)
     return sizes_1I

@@ -1,0 +1,260 @@
+"""Work on pieces of rows against the same work on the whole."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make, token_windows, weights
+from torch import Tensor
+
+from ace_cli import pieces
+from ace_cli.clock import Clock
+from ace_cli.engine import Recipe, prune
+from ace_cli.errors import AceError
+from ace_cli.masking import masked, prune_rows
+from ace_cli.metrics.base import Metric
+from ace_cli.metrics.magnitude import Magnitude
+from ace_cli.metrics.ria import RIA
+from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP
+from ace_cli.metrics.wanda import Wanda
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import Pruned, Violation, count_zeros
+from ace_cli.model.slots import View
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.pieces import each_piece
+from ace_cli.propagate import Propagate
+from ace_cli.repair.none import NoRepair
+from ace_cli.statistics import Seen
+
+PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
+METRICS = [Magnitude(), Wanda(), RIA(), RIA(alpha=0), VarP(), VarP(wpow=2, norm=Norm.raw, form=Form.poly), RIAVarP()]
+
+
+@pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Torch's number of threads, with pieces so small that every one of them is used."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    monkeypatch.setattr(pieces, "PIECE", 200)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+# --- pieces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "width"), [(0, 5), (1, 5), (41, 5), (40, 5), (7, 1000), (97, 64)])
+def test_every_row_comes_once(threads: int, count: int, width: int) -> None:
+    seen: list[int] = []
+    each_piece(count, width, lambda rows: seen.extend(range(rows.start, rows.stop)))
+    assert sorted(seen) == list(range(count))
+
+
+def test_a_piece_has_one_thread_and_the_caller_keeps_its_own(threads: int) -> None:
+    inside: list[tuple[int, bool]] = []
+    workers: set[str] = set()
+
+    def work(rows: slice) -> None:
+        inside.append((torch.get_num_threads(), torch.is_inference_mode_enabled()))
+        workers.add(threading.current_thread().name)
+
+    each_piece(64, 100, work)
+    assert set(inside) == {(1, True)}
+    assert (threading.current_thread().name in workers) == (threads == 1)
+    assert torch.get_num_threads() == threads
+    later: list[int] = []
+    other = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    other.start()
+    other.join()
+    assert later == [threads]
+
+
+def test_a_fault_in_a_piece_is_raised(threads: int) -> None:
+    def work(rows: slice) -> None:
+        if rows.start <= 33 < rows.stop:
+            raise AceError("row 33", "")
+
+    with pytest.raises(AceError, match="row 33"):
+        each_piece(64, 100, work)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=repr)
+@pytest.mark.parametrize("shape", [(33, 72), (5, 200), (130, 129), (64, 8), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_score_as_the_whole_does(
+    threads: int, metric: Metric, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight_OI = normal(*shape, dtype=dtype)
+    seen = Seen(metric.needs())
+    x_TI = normal(50, shape[1])
+    for statistic in seen:
+        statistic.update(x_TI, x_TI, weight_OI)
+    whole_OI = metric.score(weight_OI.float(), seen)
+    scores = metric.scores_of_rows(weight_OI.T.contiguous().T, seen)
+    for start in range(0, shape[0], 7):
+        rows = slice(start, start + 7)
+        assert torch.equal(scores(weight_OI[rows].float(), rows), whole_OI[rows])
+
+
+def test_relative_weights_are_divided_by_plain_sums(threads: int) -> None:
+    """The sums of columns, made some columns at a time, are those that torch makes of the whole."""
+    for shape in ((300, 700), (1000, 100), (70, 63), (2, 65)):
+        size_OI = normal(*shape).abs()
+        expected_OI = size_OI * (1 / size_OI.sum(0, keepdim=True) + 1 / size_OI.sum(1, keepdim=True))
+        assert torch.equal(RIA(alpha=0).score(size_OI, _Ones(shape[1])), expected_OI)  # type: ignore[arg-type]
+
+
+class _Ones:
+    """Statistics of inputs that are all alike."""
+
+    def __init__(self, inputs: int) -> None:
+        self.mean_I = torch.ones(inputs, dtype=torch.float64)
+
+    def __getitem__(self, _: Any) -> _Ones:
+        return self
+
+
+# --- masks -----------------------------------------------------------------------------------------------------------
+
+
+def few_values(*shape: int) -> Tensor:
+    """Ties everywhere, half of them zeros, some of these negative."""
+    values = (normal(*shape) * 1.5).round().clamp(-1, 1)
+    values[0] = -0.0
+    return values
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("make_weight", [normal, few_values])
+@pytest.mark.parametrize("view", [View(), View(transposed=True), View(2), View(1, transposed=True)], ids=repr)
+def test_pruned_by_rows_as_whole(
+    threads: int, pattern: Pattern, dtype: torch.dtype, make_weight: Any, view: View
+) -> None:
+    """Ragged last pieces, ties, zeros of either sign, weights stored either way round, experts in one parameter."""
+    stored = make_weight(*(() if view.index is None else (3,)), *((96, 37) if view.transposed else (37, 96))).to(dtype)
+    before, weight_OI = stored.clone(), view(stored)
+    norm_I = normal(96).abs()
+    score_OI = weight_OI.float().abs() * norm_I
+    expected_OI = weight_OI.masked_fill(~pattern.keep(score_OI), 0)
+    prune_rows(weight_OI, lambda rows_RI, _: rows_RI.abs() * norm_I, pattern, "it")
+    assert torch.equal(weight_OI, expected_OI)
+    assert torch.equal(weight_OI.signbit(), expected_OI.signbit())
+    view(before)[:] = expected_OI
+    assert torch.equal(stored, before), "something beside the slot was changed"
+
+
+def test_rows_that_are_not_finite_are_refused(threads: int) -> None:
+    weight_OI = normal(37, 96)
+    weight_OI[31, 5] = float("inf")
+    with pytest.raises(AceError, match="NaN or Inf in it"):
+        prune_rows(weight_OI, lambda rows_RI, _: rows_RI.abs(), NofM(2, 4), "it")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_in_pieces(threads: int, dtype: torch.dtype) -> None:
+    weight_OI, keep_OI = normal(37, 96), normal(37, 96) > 0.2
+    new_OI = masked(weight_OI, keep_OI, dtype)
+    assert new_OI.dtype == dtype
+    assert torch.equal(new_OI, weight_OI.masked_fill(~keep_OI, 0).to(dtype))
+    assert not (new_OI.signbit() & ~keep_OI).any()
+
+
+# --- the engine ------------------------------------------------------------------------------------------------------
+
+
+class WandaWhole(Wanda):
+    """The same scores, given for the whole weight: nothing is pruned by rows."""
+
+    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
+        return self.scores_of_rows(weight_OI, seen)(weight_OI, slice(None))
+
+
+@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+@pytest.mark.parametrize(
+    ("family", "stored", "computed"),
+    [
+        ("llama", torch.float32, torch.float32), ("llama", torch.bfloat16, torch.bfloat16),
+        ("llama", torch.bfloat16, torch.float32), ("llama", torch.float32, torch.bfloat16),
+        ("gpt2", torch.float32, torch.float32), ("gpt2", torch.bfloat16, torch.float32),
+        ("mixtral", torch.float32, torch.float32), ("gpt_oss", torch.float32, torch.bfloat16),
+        ("phi3", torch.float32, torch.float32),
+    ],
+)  # fmt: skip
+def test_the_engine_prunes_by_rows_as_whole(
+    tmp_path: Path, threads: int, family: str, stored: torch.dtype, computed: torch.dtype, sparsity: str
+) -> None:
+    folder = make(tmp_path / "model", family, dtype=stored)
+    whole, rows = (
+        _pruned(folder, tmp_path / type(metric).__name__, metric, sparsity, computed)
+        for metric in (WandaWhole(), Wanda())
+    )
+    assert any(not torch.equal(tensor, weights(folder)[name]) for name, tensor in rows.items())
+    assert all(torch.equal(rows[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("metric", "sparsity", "scope", "by_rows"),
+    [
+        (Wanda(), "0.5", Scope.row, True), (Wanda(), "2:4", Scope.layer, True),
+        (Wanda(), "0.5", Scope.layer, False), (WandaWhole(), "2:4", Scope.row, False),
+    ],
+)  # fmt: skip
+def test_what_needs_the_whole_gets_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, sparsity: str, scope: Scope,
+    by_rows: bool,
+) -> None:  # fmt: skip
+    called: list[str] = []
+    monkeypatch.setattr("ace_cli.engine.prune_rows", lambda weight, scores, pattern, what: called.append(what))
+    _pruned(llama, tmp_path / "out", metric, sparsity, torch.float32, scope)
+    assert len(called) == (14 if by_rows else 0)
+
+
+def _pruned(
+    folder: Path, out: Path, metric: Metric, sparsity: str, dtype: torch.dtype, scope: Scope = Scope.row
+) -> dict[str, Tensor]:
+    out.mkdir()
+    model = StreamedModel(Checkpoint(folder), torch.device("cpu"), dtype)
+    patterns = {slot.name: parse_sparsity(sparsity, scope) for block in model.blocks for slot in block.slots}
+    writer = CheckpointWriter(model.checkpoint, out)
+    recipe = Recipe(metric, patterns, NoRepair(), Propagate.sublayer)
+    for _ in prune(model, list(model.batches(token_windows(6, 16))), recipe, writer, Clock()):
+        pass
+    writer.finish()
+    return weights(out)
+
+
+# --- verification ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("view", [View(), View(2), View(transposed=True), View(0, transposed=True)], ids=repr)
+def test_zeros_are_counted_in_the_file(tmp_path: Path, threads: int, dtype: torch.dtype, view: View) -> None:
+    """A zero of either sign is one; the first row that breaks the pattern is named by its number in the weight."""
+    from safetensors.torch import save_file
+
+    stored = normal(*(() if view.index is None else (3,)), *((96, 37) if view.transposed else (37, 96)), dtype=dtype)
+    weight_OI = view(stored)
+    weight_OI[~NofM(2, 4).keep(weight_OI.float().abs().contiguous())] = -0.0
+    weight_OI[9, 8:12] = 0.0
+    pruned = {"it": Pruned("w", view, NofM(2, 4))}
+    save_file({"w": stored}, tmp_path / "model.safetensors")
+    assert count_zeros(Checkpoint(tmp_path, bare=True), pruned) == {"it": 37 * 48 + 2}
+    weight_OI[30] = weight_OI[23, 8:12] = 1.0
+    save_file({"w": stored}, tmp_path / "model.safetensors")
+    with pytest.raises(Violation, match="row 23, inputs 8 to 11 have 4 non-zeros, 2 allowed"):
+        count_zeros(Checkpoint(tmp_path, bare=True), pruned)
