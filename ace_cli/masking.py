@@ -32,11 +32,11 @@ def prune_rows(weight_OI: Tensor, scores: RowScores, pattern: Pattern, what: str
         check_finite(score_RI, what)
         _zero(weight_OI[rows], pattern.keep(score_RI))
 
-    each_piece(*weight_OI.shape, work)
+    each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
 
 
 def _zero(weight_RI: Tensor, keep_RI: Tensor) -> None:
-    """+0.0 where not kept. On the bits: a product of floats would leave -0.0, and numpy's of integers is the fastest."""
+    """+0.0 where not kept. On the bits: a product of floats would leave -0.0; numpy's of integers is the fastest."""
     bits_RI = weight_RI.view(_BITS[weight_RI.dtype.itemsize]).numpy()
     bits_RI *= keep_RI.numpy()
 
@@ -50,7 +50,7 @@ def masked(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:
     def work(rows: slice) -> None:
         new_OI[rows] = _masked(weight_OI[rows], keep_OI[rows])
 
-    each_piece(*weight_OI.shape, work)
+    each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
     return new_OI
 
 

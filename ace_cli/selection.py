@@ -49,7 +49,7 @@ def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:
     def work(rows: slice) -> None:
         target[rows] = keep(source[rows])
 
-    each_piece(*source.shape, work)
+    each_piece(source.shape[0], source.shape[1], work)
     return keep_RN  # type: ignore[no-any-return]
 
 

@@ -95,9 +95,7 @@ def test_a_fault_in_a_piece_is_raised(threads: int) -> None:
 @pytest.mark.parametrize("metric", METRICS, ids=repr)
 @pytest.mark.parametrize("shape", [(33, 72), (5, 200), (130, 129), (64, 8), (3, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_score_as_the_whole_does(
-    threads: int, metric: Metric, shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_rows_score_as_the_whole_does(threads: int, metric: Metric, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight_OI = normal(*shape, dtype=dtype)
     seen = Seen(metric.needs())
     x_TI = normal(50, shape[1])

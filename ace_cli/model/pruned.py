@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from ace_cli.errors import AceError
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
 from ace_cli.model.slots import Slot, View
-from ace_cli.pieces import each_piece
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.pieces import each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +112,7 @@ def _zeros_by_rows(checkpoint: Checkpoint, name: str, weight: Pruned) -> int:
 
 
 def _zeros(name: str, weight: Pruned, values_OI: Tensor, first: int = 0) -> int:
-    """How many of stored ``values_OI``, the weight or its rows from ``first`` on; Violation if they break the pattern."""
+    """Zeros of stored ``values_OI``, the weight or its rows from ``first`` on; Violation if they break the pattern."""
     nonzero_OI = _nonzero(values_OI)
     if problem := weight.pattern.violation(nonzero_OI, first):
         raise Violation(f"{name} breaks {weight.pattern}: {problem}")
