@@ -19,7 +19,7 @@ from ace_cli.clock import Clock
 from ace_cli.errors import AceError
 from ace_cli.finite import FiniteChecks
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
-from ace_cli.masking import masked, prune_rows
+from ace_cli.masking import by_rows, masked, prune_rows
 from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.experts import ExpertCall, Experts
@@ -413,8 +413,8 @@ class _BlockJob:
     def _prune_rows(self, slot: Slot, seen: Seen) -> bool:
         """Prune without anything of the weight's size beside it; False where the choices, or the device, need that."""
         metric, pattern = self.recipe.metric, self.recipe.patterns[slot.name]
-        whole = self.recipe.repair.acts or slot.name in self._links or self.model.device.type != "cpu"
-        if whole or not metric.by_rows or not pattern.by_rows:
+        whole = slot.name in self._links or self.model.device.type != "cpu"
+        if whole or not by_rows(metric, pattern, self.recipe.repair):
             return False
         with self.clock("score"):
             weight_OI = self._stored_weight(slot)

@@ -6,6 +6,7 @@ file. Reading and writing can go on while the blocks compute, so the limit is th
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -17,7 +18,9 @@ from typing import Any
 
 import torch
 
+from ace_cli.masking import prune_rows
 from ace_cli.model.files import Checkpoint
+from ace_cli.patterns import Pattern
 
 _PROBE_SECONDS = 0.1
 _PIECE = 4 << 20
@@ -26,12 +29,19 @@ _LARGEST_PRODUCT = 8192
 
 @dataclass(frozen=True)
 class Rates:
-    """Per second: operations in matrix products, bytes from and to the disk (or its cache), bytes copied in memory."""
+    """Per second: operations in matrix products, bytes from and to the disk (or its cache), bytes copied in memory.
+
+    For a forecast, of a CPU: ``fresh``, bytes of memory taken anew and filled; ``prune``, weights pruned by rows and
+    checked; ``threads`` that compute.
+    """
 
     matmul: float
     read: float
     write: float
     memory: float
+    fresh: float = math.inf
+    prune: float = math.inf
+    threads: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,18 +83,21 @@ class Limit:
             "method_flops": self.method_flops,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "rates": dict(vars(self.rates)),
+            "rates": {name: rate for name, rate in vars(self.rates).items() if math.isfinite(rate)},
             "parts_seconds": self.parts,
         }
 
 
-def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: Path) -> Rates:
-    """Measure, in less than half a second. ``folder`` need not exist: nothing is left in it or its parents.
+def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: Path, pattern: Pattern) -> Rates:
+    """Measure, in about half a second. ``folder`` need not exist: nothing is left in it or its parents.
 
     OSError when the disk cannot be written.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return Rates(_matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait))
+    rates = _matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait)
+    if device.type != "cpu":
+        return Rates(*rates)
+    return Rates(*rates, _fresh(), _prune(dtype, pattern), torch.get_num_threads())
 
 
 def existing(folder: Path) -> Path:
@@ -108,6 +121,26 @@ def _memory(device: torch.device, wait: Callable[[], None]) -> float:
     source = torch.ones(4 * _PIECE, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     return 2 * source.nbytes / min(_shortest(lambda: target.copy_(source), wait) for _ in range(2))
+
+
+def _fresh() -> float:
+    size = 64 << 20
+    return size / _shortest(lambda: torch.empty(size, dtype=torch.uint8).fill_(1), lambda: None)
+
+
+def _prune(dtype: torch.dtype, pattern: Pattern) -> float:
+    """With the run's pattern and the simplest of scores, on random weights; a whole layer is compared row by row."""
+    columns = 4096 // max(1, pattern.group_width) * max(1, pattern.group_width) or pattern.group_width
+    rows = max(1, (1 << 21) // columns)
+    weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
+    copies = iter([weight_OI.clone() for _ in range(3)])
+
+    def work() -> None:
+        copy_OI = next(copies)
+        prune_rows(copy_OI, lambda rows_RI, _: rows_RI.abs(), pattern, "random weights")
+        pattern.violation(copy_OI != 0)
+
+    return weight_OI.numel() / _shortest(work, lambda: None)
 
 
 def _shortest(work: Callable[[], object], wait: Callable[[], None]) -> float:

@@ -15,10 +15,16 @@ from ace_cli.pieces import each_piece
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
+    from ace_cli.metrics.base import Metric, RowScores
     from ace_cli.patterns import Pattern
+    from ace_cli.repair.base import Repair
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def by_rows(metric: Metric, pattern: Pattern, repair: Repair) -> bool:
+    """Whether a row can be pruned before the next one is scored."""
+    return metric.by_rows and pattern.by_rows and not repair.acts
 
 
 def prune_rows(weight_OI: Tensor, scores: RowScores, pattern: Pattern, what: str) -> None:

@@ -24,16 +24,17 @@ MINIMUM_COVERAGE = 0.9
 _LIBRARIES = 540_000_000
 #: glibc gives larger allocations back at once; of smaller ones about as much is kept as is used.
 _GIVEN_BACK = 32 << 20
-#: Fitted to runs of SmolLM2-135M and of a 1.1B Llama: a forward beside large square products; passes over the weights
-#: and over the inputs, in float32, that scoring, selecting, masking, casting and verifying make.
-_FORWARD_SHARE, _WEIGHT_PASSES, _INPUT_PASSES = 0.5, 12, 12
+#: Counted in profiles of SmolLM2-135M and of a 7B Llama: a block's products beside large square ones; passes over the
+#: inputs, as if in float32, of all else that a block computes and observes; whole-weight temporaries, in float32, where
+#: rows are not pruned one after the other.
+_PRODUCT_SHARE, _INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
 
 
 @dataclass(frozen=True)
 class Demand:
     """What the chosen methods ask for: statistics, forwards through every block, and a look ahead at the dense model.
 
-    ``length`` is the tokens in one row.
+    ``length`` is the tokens in one row; ``by_rows``: see ``masking``.
     """
 
     tokens: int = 1
@@ -41,6 +42,7 @@ class Demand:
     statistics: tuple[Statistic, ...] = ()
     propagate: Propagate = Propagate.sublayer
     surveys: bool = False
+    by_rows: bool = True
 
     def forwards(self, batch_tokens: int) -> float:
         """Forwards of all tokens; several batches in sublayer order stop at the first, the second, ... input."""
@@ -79,6 +81,7 @@ class Plan:
     flops: int
     method_flops: int
     forwards: float
+    by_rows: bool
 
     def spills(self, tokens: int) -> bool:
         """Whether the hidden states of so many tokens must go to disk."""
@@ -89,12 +92,18 @@ class Plan:
         return Limit(self.flops, self.method_flops, nbytes, nbytes, rates)
 
     def seconds(self, limit: Limit) -> float:
-        """Expected seconds of pruning and writing, a repair's own work apart."""
-        parts, weights = limit.parts, 4 * self.slot_weights
+        """Expected seconds of pruning, writing and verifying, a repair's own work apart.
+
+        Reading and writing go on meanwhile, on a thread of their own that takes its share of the cores.
+        """
+        parts, rates = limit.parts, limit.rates
         inputs = 4 * self.tokens * sum(columns for _, columns in self.shapes.values()) * self.forwards
-        compute = parts["compute"] * self.forwards / _FORWARD_SHARE + parts["method"]
-        passes = (_WEIGHT_PASSES * weights + _INPUT_PASSES * inputs) / limit.rates.memory
-        return max(compute + passes, parts["read"] + parts["write"])
+        compute = parts["compute"] * self.forwards / _PRODUCT_SHARE + parts["method"]
+        prune = self.slot_weights / rates.prune
+        whole = 0.0 if self.by_rows else _WEIGHT_PASSES * 4 * self.slot_weights / rates.fresh
+        files = parts["read"] + parts["write"]
+        work = compute + _INPUT_PASSES * inputs / rates.memory + prune + whole
+        return max(work + files / rates.threads, files) + limit.bytes_written / rates.read
 
 
 def make_plan(
@@ -148,6 +157,7 @@ def make_plan(
             s.flops(round(demand.tokens * share), *shape) for s in demand.statistics for share, shape in shares
         ),
         forwards=demand.forwards(model.batch_tokens),
+        by_rows=demand.by_rows,
     )
 
 

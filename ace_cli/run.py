@@ -22,6 +22,7 @@ from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.hardware import choose_device, choose_dtype
 from ace_cli.limit import Limit, probe
+from ace_cli.masking import by_rows
 from ace_cli.measure import evaluate, write_samples
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
@@ -118,13 +119,15 @@ def _run(
 def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Terminal) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
-    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys)
+    alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
+    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone)
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, demand, _budget(config.memory_gb, model.device))
     _check_length(model, config, tokens > 0)
     _check_not_source(model.checkpoint, config.output_dir)
-    limit = plan.limit(probe(model.device, model.dtype, model.checkpoint, config.output_dir), model.checkpoint.nbytes)
+    rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern)
+    limit = plan.limit(rates, model.checkpoint.nbytes)
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
     return plan, limit

@@ -12,6 +12,7 @@ import torch
 from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
 from ace_cli.model.files import Checkpoint
+from ace_cli.patterns import NofM
 from ace_cli.report.facts import Report
 from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
@@ -19,9 +20,9 @@ Prune = Callable[..., Report]
 
 
 def test_rates_are_measured_and_leave_nothing(llama: Path, tmp_path: Path) -> None:
-    rates = probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path / "not" / "there")
+    rates = probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path / "not" / "there", NofM(2, 4))
     assert 1e8 < rates.matmul < 1e14
-    assert all(1e6 < rate < 1e13 for rate in (rates.read, rates.write, rates.memory))
+    assert all(1e6 < rate < 1e13 for rate in (rates.read, rates.write, rates.memory, rates.fresh, rates.prune))
     assert list(tmp_path.iterdir()) == []
 
 
