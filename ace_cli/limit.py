@@ -31,14 +31,16 @@ _LARGEST_PRODUCT = 8192
 class Rates:
     """Per second: operations in matrix products, bytes from and to the disk (or its cache), bytes copied in memory.
 
-    For a forecast, of a CPU: ``fresh``, bytes of memory taken anew and filled; ``prune``, weights pruned by rows and
-    checked; ``threads`` that compute.
+    ``float32``: operations in the products that statistics are summed by, as fast as ``matmul`` if 0. For a forecast,
+    of a CPU: ``fresh``, bytes of memory taken anew and filled; ``prune``, weights pruned by rows and checked;
+    ``threads`` that compute.
     """
 
     matmul: float
     read: float
     write: float
     memory: float
+    float32: float = 0.0
     fresh: float = math.inf
     prune: float = math.inf
     threads: int = 1
@@ -64,7 +66,7 @@ class Limit:
             "read": self.bytes_read / self.rates.read,
             "write": self.bytes_written / self.rates.write,
             "memory": (self.bytes_read + self.bytes_written) / self.rates.memory,
-            "method": self.method_flops / self.rates.matmul,
+            "method": self.method_flops / (self.rates.float32 or self.rates.matmul),
         }
 
     @property
@@ -94,7 +96,8 @@ def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: 
     OSError when the disk cannot be written.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    rates = _matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait)
+    float32 = 0.0 if dtype is torch.float32 else _matmul(device, torch.float32, wait)
+    rates = _matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait), float32
     if device.type != "cpu":
         return Rates(*rates)
     return Rates(*rates, _fresh(), _prune(dtype, pattern), torch.get_num_threads())

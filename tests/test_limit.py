@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,9 @@ import torch
 from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM
+from ace_cli.plan import Demand, Plan, make_plan
 from ace_cli.report.facts import Report
 from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
@@ -41,6 +44,7 @@ def test_the_limit_is_the_longer_of_computing_and_the_disk() -> None:
     assert found.parts == {"compute": 10, "read": 6, "write": 2, "memory": 2, "method": 5}
     assert found.seconds == 10
     assert Limit(100, 500, 60, 40, found.rates).seconds == 8
+    assert replace(found, rates=replace(found.rates, float32=25)).parts["method"] == 20
     assert found.efficiency(20)["efficiency"] == 0.5
 
 
@@ -63,3 +67,25 @@ def test_the_report_has_its_efficiency(llama: Path, tmp_path: Path, prune_here: 
     assert found["efficiency"] == pytest.approx(found["limit_seconds"] / found["measured_seconds"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"limit is {found['limit_seconds']:.2f} s" in text
+
+
+def test_the_forecast_adds_up_what_was_measured(llama: Path) -> None:
+    """Each rate, slower, makes the forecast longer; rows pruned one after the other take no fresh memory."""
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    patterns = {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}
+    rates = Rates(matmul=1e9, read=1e9, write=1e9, memory=1e9, fresh=1e9, prune=1e9)
+    demand = Demand(2048, 16, (Gram(),))
+    by_rows, whole = (make_plan(model, patterns, replace(demand, by_rows=flag)) for flag in (True, False))
+
+    def seconds(plan: Plan, **slower: float) -> float:
+        return plan.seconds(plan.limit(replace(rates, **slower), model.checkpoint.nbytes))
+
+    assert seconds(whole) > seconds(by_rows)
+    assert seconds(by_rows, fresh=1e6) == seconds(by_rows)
+    for rate in ("matmul", "read", "write", "memory", "prune"):
+        assert seconds(by_rows, **{rate: 1e6}) > seconds(by_rows), rate
+    added = seconds(by_rows, prune=1e6) - seconds(by_rows)
+    assert added == pytest.approx(by_rows.slot_weights * (1e-6 - 1e-9))
+    assert seconds(by_rows, write=1e6) - seconds(by_rows, write=1e6, threads=2) == pytest.approx(
+        (model.checkpoint.nbytes / 1e6 + model.checkpoint.nbytes / 1e9) / 2
+    )
