@@ -19,6 +19,7 @@ from ace_cli.engine import Recipe, prune
 from ace_cli.errors import AceError
 from ace_cli.masking import masked, prune_rows
 from ace_cli.metrics.base import Metric
+from ace_cli.metrics.cosp import CosP, Mode
 from ace_cli.metrics.magnitude import Magnitude
 from ace_cli.metrics.ria import RIA
 from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP
@@ -35,6 +36,7 @@ from ace_cli.statistics import Seen
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
 METRICS = [Magnitude(), Wanda(), RIA(), RIA(alpha=0), VarP(), VarP(wpow=2, norm=Norm.raw, form=Form.poly), RIAVarP()]
+METRICS += [CosP(mode=mode) for mode in Mode]
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
@@ -100,7 +102,7 @@ def test_rows_score_as_the_whole_does(threads: int, metric: Metric, shape: tuple
     seen = Seen(metric.needs())
     x_TI = normal(50, shape[1])
     for statistic in seen:
-        statistic.update(x_TI, x_TI, weight_OI)
+        statistic.update(x_TI, x_TI @ weight_OI.float().T, weight_OI.float())
     whole_OI = metric.score(weight_OI.float(), seen)
     scores = metric.scores_of_rows(weight_OI.T.contiguous().T, seen)
     for start in range(0, shape[0], 7):
@@ -182,6 +184,13 @@ class WandaWhole(Wanda):
         return self.scores_of_rows(weight_OI, seen)(weight_OI, slice(None))
 
 
+class WandaRefined(Wanda):
+    """A mask that is looked at once more, as a whole."""
+
+    def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
+        return keep_OI
+
+
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
 @pytest.mark.parametrize(
     ("family", "stored", "computed"),
@@ -210,6 +219,7 @@ def test_the_engine_prunes_by_rows_as_whole(
     [
         (Wanda(), "0.5", Scope.row, True), (Wanda(), "2:4", Scope.layer, True),
         (Wanda(), "0.5", Scope.layer, False), (WandaWhole(), "2:4", Scope.row, False),
+        (WandaRefined(), "2:4", Scope.row, False),
     ],
 )  # fmt: skip
 def test_what_needs_the_whole_gets_it(

@@ -47,8 +47,8 @@ class Metric:
 
     @property
     def by_rows(self) -> bool:
-        """Whether the formula is ``scores_of_rows``."""
-        return type(self).score is Metric.score
+        """Whether the formula is ``scores_of_rows``, and all."""
+        return type(self).score is Metric.score and type(self).refine is Metric.refine
 
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group."""

@@ -16,6 +16,7 @@ from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.metrics.base import RowScores
     from ace_cli.patterns import Pattern
     from ace_cli.statistics import Seen, Statistic
 
@@ -45,11 +46,14 @@ def cosine_needs(mode: Mode) -> tuple[Statistic, ...]:
     return (CosineTerm(_TERM[mode]), *norm)
 
 
-def cosine_loss(mode: Mode, weight_OI: Tensor, seen: Seen) -> Tensor:
-    """float32, (O, I): the loss term alone, linear in |W| for every mode (a square root for the second-order ones)."""
+def cosine_loss(mode: Mode, weight_OI: Tensor, seen: Seen, rows: slice = slice(None)) -> Tensor:
+    """float32, (O, I): the loss term alone, linear in |W| for every mode (a square root for the second-order ones).
+
+    ``weight_OI``, like the result, is these ``rows`` of the slot's.
+    """
     term = seen[CosineTerm(_TERM[mode])]
     assert term.total_OI is not None
-    mean_OI = term.total_OI / term.tokens
+    mean_OI = (term.total_OI if mode is Mode.tokwanda else term.total_OI[rows]) / term.tokens
     if mode is Mode.exact:
         return mean_OI.sqrt().float()
     if mode in (Mode.paper, Mode.paper_abs):
@@ -57,9 +61,9 @@ def cosine_loss(mode: Mode, weight_OI: Tensor, seen: Seen) -> Tensor:
     return weight_OI.abs() * mean_OI.sqrt().float()
 
 
-def cosine_score(mode: Mode, weight_OI: Tensor, seen: Seen) -> Tensor:
+def cosine_score(mode: Mode, weight_OI: Tensor, seen: Seen, rows: slice = slice(None)) -> Tensor:
     """The CosP score, float32 (O, I); the paper's modes multiply the loss by Wanda's |W_ij| ||X_j||."""
-    loss_OI = cosine_loss(mode, weight_OI, seen)
+    loss_OI = cosine_loss(mode, weight_OI, seen, rows)
     if mode in (Mode.paper, Mode.paper_abs):
         return weight_OI.abs() * seen[SecondMoment()].mean_I.sqrt().float() * loss_OI
     return loss_OI
@@ -80,8 +84,8 @@ class CosP(Metric):
     def needs(self) -> tuple[Statistic, ...]:
         return cosine_needs(self.mode)
 
-    def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
-        return cosine_score(self.mode, weight_OI, seen)
+    def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
+        return lambda rows_RI, rows: cosine_score(self.mode, rows_RI, seen, rows)
 
 
 class Combine(Enum):
