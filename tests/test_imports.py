@@ -16,7 +16,7 @@ from ace_cli import registry
 PACKAGE = Path(ace_cli.__file__).parent
 #: From the leaves up. A module may import rooms of a lower level, and its own room.
 LEVELS: dict[str, int] = {
-    "pieces": -1, "exchange": 3,
+    "pieces": -1,
     "": 0, "errors": 0, "registry": 0, "statistics": 0, "clock": 0, "memory": 0, "propagate": 0, "gate": 0,
     "selection": 0, "hardware": 1, "finite": 1, "phases": 1, "trackers": 1, "patterns": 1, "model": 2, "masking": 2,
     "hooks": 3, "limit": 3, "observe": 3, "texts": 3, "sampling": 3, "permutation": 3,
