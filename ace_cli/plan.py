@@ -224,7 +224,7 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
 
     The stem is in memory while the windows are embedded, then one block computes while the last one is written, then
     the next one read; pruned weights in another dtype than the one computed in, scores and masks of the largest slot
-    and a batch's activations come on top.
+    (unless it is pruned by rows) and a batch's activations come on top.
     """
     entries, width = model.checkpoint.tensors, model.dtype.itemsize
     blocks = [[entries[key] for key in block.files] for block in model.blocks]
@@ -233,7 +233,7 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     converted = stored if any(entry.nbytes != entry.numel * width for entry in blocks[0]) else 0
     kept = max(sum(entry.nbytes for entry in block if entry.nbytes < _GIVEN_BACK) for block in blocks)
     shapes = [slot.shape for block in model.blocks for slot in block.slots]
-    working = 14 * max(rows * columns for rows, columns in shapes)
+    working = 0 if demand.by_rows else 14 * max(rows * columns for rows, columns in shapes)
     held = max(_statistics(block, demand) for block in model.blocks)
     in_batch = min(demand.tokens, model.batch_tokens)
     active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width

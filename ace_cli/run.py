@@ -120,6 +120,7 @@ def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Termin
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
     alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
+    alone &= model.device.type == "cpu"
     demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone)
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
