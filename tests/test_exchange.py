@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.repair import exchange
-from ace_cli.repair.exchange import descend, exchanged
 from ace_cli.metrics.cosp import ACE
 from ace_cli.patterns import NofM, Ratio, Scope
+from ace_cli.repair import exchange
+from ace_cli.repair.exchange import descend, exchanged
 from ace_cli.repair.least_squares import row_errors
 from ace_cli.statistics import Gram, Seen
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.repair.exchange import exchanged
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.relative import relative_scale
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.registry import register
+from ace_cli.repair.exchange import exchanged
 from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
 if TYPE_CHECKING:

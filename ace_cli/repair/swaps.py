@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.repair.exchange import exchanged
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
+from ace_cli.repair.exchange import exchanged
 from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit
 from ace_cli.statistics import Gram
 
