@@ -56,10 +56,10 @@ def test_every_group_makes_its_best_exchange(pattern: Ratio | NofM, monkeypatch:
     monkeypatch.setattr(exchange, "_BLOCK", 16)  # several blocks, the last one ragged
     unit, x = layer(0)
     keep, matrix = pattern.keep(unit.abs()), x.T @ x / len(x)
-    got, count = descend(unit, keep, matrix, pattern.group_width, 2)
-    want, swaps = slow_descend(unit, keep, matrix, pattern.group_width, 2)
+    got = descend(unit, keep, matrix, pattern.group_width, 2)
+    want, count = slow_descend(unit, keep, matrix, pattern.group_width, 2)
     assert torch.equal(got, want)
-    assert int(count) == swaps > 0
+    assert count > 0
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -68,7 +68,7 @@ def test_no_row_gets_worse_with_any_sweep_and_counts_stay(pattern: Ratio | NofM)
     keep, matrix = pattern.keep(unit.abs()), x.T @ x / len(x)
     errors = [pruned_error(unit, keep, matrix)]
     for sweeps in range(1, 5):
-        kept, _ = descend(unit, keep, matrix, pattern.group_width, sweeps)
+        kept = descend(unit, keep, matrix, pattern.group_width, sweeps)
         errors.append(pruned_error(unit, kept, matrix))
         assert torch.equal(kept.sum(1), keep.sum(1))
         if width := pattern.group_width:
@@ -81,26 +81,23 @@ def test_uncorrelated_inputs_leave_the_best_single_scores_alone() -> None:
     unit, _ = layer(2)
     for pattern in (Ratio(Fraction("0.5")), NofM(2, 4)):
         keep = pattern.keep(unit.abs())
-        kept, count = descend(unit, keep, torch.eye(40) * 3, pattern.group_width, 3)
+        kept = descend(unit, keep, torch.eye(40) * 3, pattern.group_width, 3)
         assert torch.equal(kept, keep)
-        assert int(count) == 0
 
 
 def test_an_exchange_with_a_weight_of_zero_is_kept_account_of() -> None:
     unit = torch.tensor([[0.0, 2.0, 1.0, 1.0]])
     keep = torch.tensor([[True, False, True, False]])
-    kept, count = descend(unit, keep, torch.eye(4), 4, 1)
+    kept = descend(unit, keep, torch.eye(4), 4, 1)
     assert kept.tolist() == [[False, True, True, False]]
-    assert int(count) == 1
 
 
 @pytest.mark.parametrize("keep", [torch.ones(7, 40, dtype=torch.bool), torch.zeros(7, 40, dtype=torch.bool)])
 def test_nothing_to_exchange(keep: Tensor) -> None:
     unit, x = layer(3)
     for width in (0, 4):
-        kept, count = descend(unit, keep, x.T @ x, width, 2)
+        kept = descend(unit, keep, x.T @ x, width, 2)
         assert torch.equal(kept, keep)
-        assert int(count) == 0
 
 
 def test_dealt_orders_are_permutations_and_differ() -> None:
@@ -120,8 +117,8 @@ def test_shrinkage_that_the_tokens_ask_for_is_the_edge_of_their_noise() -> None:
     assert 1 + shared.edge() == pytest.approx(largest, rel=0.03)
     weight = torch.randn(8, 512, generator=gen)
     keep = NofM(2, 4).keep(weight.abs())
-    by_default, _ = exchanged(weight, keep, gram, 4, 2, None)
-    assert torch.equal(by_default, exchanged(weight, keep, gram, 4, 2, shared.edge())[0])
+    by_default = exchanged(weight, keep, gram, 4, 2, None)
+    assert torch.equal(by_default, exchanged(weight, keep, gram, 4, 2, shared.edge()))
 
 
 def refined(metric: ACE, weight: Tensor, x: Tensor, pattern: Ratio | NofM) -> tuple[Tensor, Tensor]:

@@ -143,4 +143,4 @@ class ACE(Metric):
         if not self.sweeps:
             return keep_OI
         gram = seen[Gram(unit_tokens=True)]
-        return exchanged(weight_OI, keep_OI, gram, pattern.group_width, self.sweeps, self.shrinkage)[0]
+        return exchanged(weight_OI, keep_OI, gram, pattern.group_width, self.sweeps, self.shrinkage)

@@ -4,69 +4,73 @@ What a row loses when the set P of its weights is pruned is v_P A v_P^T: the wei
 errors add up or cancel. Scores of single weights see the diagonal of A alone. The 1-swaps are those of SparseSwaps
 (arXiv 2512.10922); the order in which they are tried is ours.
 
-Shapes: O outputs (rows), I inputs, M inputs of a group. Everything here is (I, O), so that a group is contiguous.
+Shapes: O outputs (rows), R of them at a time, I inputs, B of a block, M of a group, P = M (M - 1) / 2 pairs of a group.
+Inputs come first here: a group of them is contiguous, and every row makes its exchange in the same few operations.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ace_cli.repair.least_squares import factors_of
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from ace_cli.statistics import Gram
 
-#: Inputs whose pull is kept up to date swap by swap; that of the others follows in one matrix product.
+#: Inputs whose pull is kept up to date group by group; that of the others follows in one matrix product.
 _BLOCK = 128
 
 #: Inputs of a group where the pattern has none.
 _WIDTH = 16
 
+#: Rows handled at a time: enough that calling torch costs little beside the work, few enough for a small memory.
+_ROWS = 2048
+
 #: Multiples of the golden ratio fill the unit interval evenly: as keys of a sort they deal inputs out without a seed.
 _GOLDEN = 0.6180339887498949
+
+#: Makes a pair impossible, and leaves finite what is multiplied by zero.
+_NEVER = 1e30
 
 
 def exchanged(
     weight_OI: Tensor, keep_OI: Tensor, gram: Gram, width: int, sweeps: int, shrinkage: float | None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """A mask with as many weights in every row (every group of ``width`` for N:M) and no larger error in any.
 
     In unit coordinates V = W s, A = R + shrinkage * I (``repair.least_squares``). ``shrinkage=None``: the largest
     eigenvalue, above 1, that T tokens of uncorrelated inputs give to R (``Factors.edge``): directions that cannot be
     told from noise are not followed.
 
-    Returns: bool (O, I) and the number of exchanges, int64 (). Raises ArithmeticError if the Gram matrix is not finite.
+    Returns: bool (O, I). Raises ArithmeticError if the Gram matrix is not finite.
     """
     shared = factors_of(gram)
     matrix_II = shared.damped(shared.edge() if shrinkage is None else shrinkage)
     return descend(weight_OI.float() * shared.scale_I, keep_OI, matrix_II, width, sweeps)
 
 
-def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, sweeps: int) -> tuple[Tensor, Tensor]:
+def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, sweeps: int) -> Tensor:
     """``sweeps`` times through all groups: in each, every row makes the one exchange that lowers its error most.
 
-    With r the pruned part of a row and c = A r, pruning p while reviving q changes the row's error r A r^T by
+    With r the pruned part of a row, c = A r and y_j = v_j where kept, -v_j where pruned, a change of sides of input j
+    alone changes the row's error r A r^T by f_j = v_j^2 A_jj + 2 y_j c_j; an exchange of p and q, one of them kept, by
 
-        D(p, q) = 2 v_p c_p + v_p^2 A_pp  -  2 v_q c_q + v_q^2 A_qq  -  2 v_p v_q A_pq.
+        D(p, q) = f_p + f_q - 2 v_p v_q A_pq.
 
     A group is one of the pattern's, or, for a ratio (``width`` 0), 16 inputs dealt out anew for every sweep. A sweep
-    costs 2 O I^2 operations, all of them in matrix products.
+    costs 4 O I^2 operations in matrix products. Rows know nothing of each other.
     """
     import torch
 
-    kept_IO, unit_IO = keep_OI.T.contiguous(), unit_OI.T.contiguous()
-    count = torch.zeros((), dtype=torch.int64, device=unit_OI.device)
+    unit_IO, side_IO = unit_OI.T.contiguous(), (2 * keep_OI.T.float() - 1).contiguous()
     for sweep in range(sweeps):
-        order_I = None if width else _dealt(len(unit_IO), sweep + 1).to(unit_OI.device)
-        if order_I is None:
-            count += _sweep(unit_IO, kept_IO, matrix_II, width)
-        else:
-            some_IO = kept_IO[order_I]
-            count += _sweep(unit_IO[order_I], some_IO, matrix_II[order_I][:, order_I], _WIDTH)
-            kept_IO[order_I] = some_IO
-    return kept_IO.T.contiguous(), count
+        order_I = torch.arange(len(unit_IO)) if width else _dealt(len(unit_IO), sweep + 1)
+        _sweep(unit_IO, side_IO, matrix_II, order_I.to(unit_OI.device), width or _WIDTH)
+    return (side_IO > 0).T.contiguous()
 
 
 def _dealt(inputs: int, turn: int) -> Tensor:
@@ -76,57 +80,62 @@ def _dealt(inputs: int, turn: int) -> Tensor:
     return (torch.arange(inputs, dtype=torch.float64) * (turn * _GOLDEN)).frac().argsort(stable=True)
 
 
-def _sweep(unit_IO: Tensor, kept_IO: Tensor, matrix_II: Tensor, width: int) -> Tensor:
-    """Once through all groups of ``width`` neighbours; changes ``kept_IO``; the number of exchanges, int64 ()."""
+def _sweep(unit_IO: Tensor, side_IO: Tensor, matrix_II: Tensor, order_I: Tensor, width: int) -> None:
+    """Once through all groups of ``width`` neighbours in ``order_I``; changes ``side_IO``, 1 where kept, else -1."""
+    ordered_II = matrix_II[order_I][:, order_I]
+    beside = _beside(ordered_II, width)
+    for first in range(0, unit_IO.shape[1], _ROWS):
+        some = slice(first, first + _ROWS)
+        side_IR = side_IO[:, some][order_I]
+        _sweep_rows(unit_IO[:, some][order_I], side_IR, ordered_II, beside, width)
+        side_IO[order_I, some] = side_IR
+
+
+def _sweep_rows(unit_IR: Tensor, side_IR: Tensor, matrix_II: Tensor, beside: list[Tensor], width: int) -> None:
     import torch
 
-    inputs = len(unit_IO)
-    pull_IO = matrix_II @ unit_IO.masked_fill(kept_IO, 0.0)
-    square_IO = unit_IO.square() * matrix_II.diagonal()[:, None]
-    least_O = -1e-6 * square_IO.mean(0)  # what rounding can feign
-    count = torch.zeros((), dtype=torch.int64, device=unit_IO.device)
-    for first in range(0, inputs, max(1, _BLOCK // width) * width):
-        block = slice(first, min(first + max(1, _BLOCK // width) * width, inputs))
-        moved_BO = torch.zeros_like(unit_IO[block])
+    y_IR = side_IR * unit_IR
+    pull_IR = matrix_II @ (unit_IR * (side_IR < 0))
+    square_IR = unit_IR.square() * matrix_II.diagonal()[:, None]
+    least_R = -1e-6 * square_IR.mean(0)  # what rounding can feign
+    wide = max(1, _BLOCK // width) * width
+    for first in range(0, len(unit_IR), wide):
+        block = slice(first, min(first + wide, len(unit_IR)))
+        moved_BR = torch.zeros_like(unit_IR[block])
         for start in range(block.start, block.stop, width):
             group = slice(start, min(start + width, block.stop))
-            within = slice(group.start - first, group.stop - first)
-            taken_O = _exchange(
-                unit_IO[group], kept_IO[group], pull_IO[group], square_IO[group], matrix_II[group, group], least_O,
-                moved_BO[within],
-            )  # fmt: skip
-            pull_IO[block].addmm_(matrix_II[block, group], moved_BO[within])
-            count += taken_O.sum()
-        for rest in (slice(0, block.start), slice(block.stop, inputs)):
-            pull_IO[rest].addmm_(matrix_II[rest, block], moved_BO)
-    return count
+            p_PM, q_PM, pairs_PM = _pairs(group.stop - start, unit_IR.device)
+            y_MR, side_MR, moved_MR = y_IR[group], side_IR[group], moved_BR[start - first : group.stop - first]
+            both_PR = (p_PM @ unit_IR[group]).mul_(q_PM @ unit_IR[group])
+            change_PR = pairs_PM @ torch.add(square_IR[group], y_MR * pull_IR[group], alpha=2)
+            change_PR.addcmul_(both_PR, beside[start // width], value=-2)
+            sides_PR = pairs_PM @ side_MR  # 0 where they differ
+            change_R, pair_R = change_PR.addcmul_(sides_PR, sides_PR, value=_NEVER).min(0)
+            turned_MR = pairs_PM.index_select(0, pair_R).T * (change_R < least_R)
+            torch.mul(y_MR, turned_MR, out=moved_MR)
+            y_MR.sub_(moved_MR, alpha=2)
+            side_MR.addcmul_(side_MR, turned_MR, value=-2)
+            pull_IR[block].addmm_(matrix_II[block, group], moved_MR)
+        for rest in (slice(0, block.start), slice(block.stop, len(unit_IR))):
+            pull_IR[rest].addmm_(matrix_II[rest, block], moved_BR)
 
 
-def _exchange(
-    unit_MO: Tensor,
-    kept_MO: Tensor,
-    pull_MO: Tensor,
-    square_MO: Tensor,
-    matrix_MM: Tensor,
-    least_O: Tensor,
-    moved_MO: Tensor,
-) -> Tensor:
-    """The best exchange of one group in every row that has one: changes ``kept_MO`` and what is pruned, ``moved_MO``.
-
-    Returns: which rows made one, bool (O,).
-    """
+@lru_cache(maxsize=16)
+def _pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """One of each pair of a group, the other, both: 0 or 1, float32 (P, M). Small products pick faster than indices."""
     import torch
 
-    linear_MO = 2 * unit_MO * pull_MO
-    prune_MO = (square_MO + linear_MO).masked_fill_(~kept_MO, float("inf"))
-    revive_MO = (square_MO - linear_MO).masked_fill_(kept_MO, float("inf"))
-    both_MMO = (-2 * matrix_MM)[:, :, None] * unit_MO[:, None] * unit_MO
-    change_MMO = both_MMO.add_(prune_MO[:, None]).add_(revive_MO)
-    change_O, pair_O = change_MMO.flatten(0, 1).min(0)
-    taken_O = change_O < least_O
-    out_1O, back_1O = (pair_O // len(unit_MO))[None], (pair_O % len(unit_MO))[None]
-    moved_MO.scatter_(0, out_1O, unit_MO.gather(0, out_1O)).scatter_(0, back_1O, -unit_MO.gather(0, back_1O))
-    moved_MO.mul_(taken_O)
-    taken_1O = taken_O[None]
-    kept_MO ^= torch.zeros_like(kept_MO).scatter_(0, out_1O, taken_1O).scatter_(0, back_1O, taken_1O)
-    return taken_O
+    p_P, q_P = torch.triu_indices(width, width, 1)
+    one_MM = torch.eye(width, device=device)
+    return one_MM[p_P], one_MM[q_P], one_MM[p_P] + one_MM[q_P]
+
+
+def _beside(matrix_II: Tensor, width: int) -> list[Tensor]:
+    """A_pq of the pairs of every group, (P, 1) each; the last group may be smaller."""
+    import torch
+
+    whole = len(matrix_II) // width * width
+    first_G1 = torch.arange(0, whole, width, device=matrix_II.device)[:, None]
+    p_P, q_P = torch.triu_indices(width, width, 1, device=matrix_II.device)
+    groups = list(matrix_II[first_G1 + p_P, first_G1 + q_P].unsqueeze(2))
+    return groups if whole == len(matrix_II) else [*groups, *_beside(matrix_II[whole:, whole:], len(matrix_II) - whole)]

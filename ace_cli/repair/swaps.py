@@ -53,11 +53,12 @@ class Swaps(Repair):
         Args as in SparseGPT.repair; raises ArithmeticError if the Gram matrix is not finite.
         """
         gram = seen[Gram()]
-        kept_OI, count = exchanged(weight_OI, keep_OI, gram, pattern.group_width, self.sweeps, self.shrinkage)
+        kept_OI = exchanged(weight_OI, keep_OI, gram, pattern.group_width, self.sweeps, self.shrinkage)
         shared = factors_of(gram)
         new_OI = weight_OI.float()
         if self.refit_steps:
             damped_II = shared.damped(shared.edge() if self.shrinkage is None else self.shrinkage)
             unit_OI = new_OI * shared.scale_I
             new_OI = refit(unit_OI, kept_OI, damped_II, self.refit_steps, self.tolerance) / shared.scale_I
-        return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, [*shared.all_notes(), f"{int(count)} swaps"])
+        notes = [*shared.all_notes(), f"{int((kept_OI & ~keep_OI).sum())} weights swapped"]
+        return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, notes)
