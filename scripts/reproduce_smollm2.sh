@@ -33,4 +33,6 @@ prune best_permuted experiment=best sparsity=2:4 permute=ria
 prune best_long experiment=best_long "$three"
 prune best_long_permuted experiment=best_long sparsity=2:4 permute=ria
 prune ace_permuted metric=ace sparsity=2:4 permute=ria
+prune ace_scores metric=ace metric.sweeps=0 "$patterns" # before the exchanges
+prune swaps metric=varp repair=swaps "$patterns"
 "${PYTHON:-python3}" "$root/scripts/table.py" "$out"

@@ -100,6 +100,13 @@ def test_nothing_to_exchange(keep: Tensor) -> None:
         assert torch.equal(kept, keep)
 
 
+@pytest.mark.parametrize("n_in", [1, 5, 16, 17, 33])
+def test_any_number_of_inputs(n_in: int) -> None:
+    unit, x = layer(6, n_in=n_in)
+    keep, matrix = Ratio(Fraction("0.5")).keep(unit.abs()), x.T @ x
+    assert torch.equal(descend(unit, keep, matrix, 0, 2), slow_descend(unit, keep, matrix, 0, 2)[0])
+
+
 def test_dealt_orders_are_permutations_and_differ() -> None:
     first, second = exchange._dealt(1536, 1), exchange._dealt(1536, 2)
     assert torch.equal(first.sort().values, torch.arange(1536))

@@ -102,7 +102,7 @@ def _sweep_rows(unit_IR: Tensor, side_IR: Tensor, matrix_II: Tensor, beside: lis
     for first in range(0, len(unit_IR), wide):
         block = slice(first, min(first + wide, len(unit_IR)))
         moved_BR = torch.zeros_like(unit_IR[block])
-        for start in range(block.start, block.stop, width):
+        for start in range(block.start, block.stop - 1, width):  # one input left over has no partner
             group = slice(start, min(start + width, block.stop))
             p_PM, q_PM, pairs_PM = _pairs(group.stop - start, unit_IR.device)
             y_MR, side_MR, moved_MR = y_IR[group], side_IR[group], moved_BR[start - first : group.stop - first]
