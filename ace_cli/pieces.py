@@ -27,15 +27,21 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
     threads = torch.get_num_threads()
 
     def run() -> None:
+        if torch.get_num_threads() != 1 and pooled:  # its libraries ask for the process's number one after the other
+            torch.set_num_threads(1)
         with torch.inference_mode():
             for rows in slices:  # shared: who is done takes the next
                 work(rows)
 
-    if threads == 1 or count < 2 * step:
+    pooled = threads > 1 and count >= 2 * step
+    if not pooled:
         run()
         return
-    for done in [_pool(threads).submit(run) for _ in range(threads)]:
-        done.result()
+    try:
+        for done in [_pool(threads).submit(run) for _ in range(threads)]:
+            done.result()
+    finally:
+        torch.set_num_threads(threads)
 
 
 @lru_cache(maxsize=2)
