@@ -257,7 +257,7 @@ class Gram(Statistic):
         return 2 * tokens * columns**2
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
-        return 4 * columns**2
+        return 8 * columns**2  # itself, and what is factored or damped of it
 
     def reordered(self, order_I: Tensor) -> Self:
         other = super().reordered(order_I)

@@ -64,12 +64,16 @@ def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, swe
     A group is one of the pattern's, or, for a ratio (``width`` 0), 16 inputs dealt out anew for every sweep. A sweep
     costs 4 O I^2 operations in matrix products. Rows know nothing of each other.
     """
-    import torch
 
     unit_IO, side_IO = unit_OI.T.contiguous(), (2 * keep_OI.T.float() - 1).contiguous()
     for sweep in range(sweeps):
-        order_I = torch.arange(len(unit_IO)) if width else _dealt(len(unit_IO), sweep + 1)
-        _sweep(unit_IO, side_IO, matrix_II, order_I.to(unit_OI.device), width or _WIDTH)
+        if width:
+            _sweep(unit_IO, side_IO, matrix_II, width)
+        else:
+            order_I = _dealt(len(unit_IO), sweep + 1).to(unit_OI.device)
+            side_of_order_IO = side_IO[order_I]
+            _sweep(unit_IO[order_I], side_of_order_IO, matrix_II[order_I[:, None], order_I], _WIDTH)
+            side_IO[order_I] = side_of_order_IO
     return (side_IO > 0).T.contiguous()
 
 
@@ -80,15 +84,14 @@ def _dealt(inputs: int, turn: int) -> Tensor:
     return (torch.arange(inputs, dtype=torch.float64) * (turn * _GOLDEN)).frac().argsort(stable=True)
 
 
-def _sweep(unit_IO: Tensor, side_IO: Tensor, matrix_II: Tensor, order_I: Tensor, width: int) -> None:
-    """Once through all groups of ``width`` neighbours in ``order_I``; changes ``side_IO``, 1 where kept, else -1."""
-    ordered_II = matrix_II[order_I][:, order_I]
-    beside = _beside(ordered_II, width)
+def _sweep(unit_IO: Tensor, side_IO: Tensor, matrix_II: Tensor, width: int) -> None:
+    """Once through all groups of ``width`` neighbours; changes ``side_IO``, 1 where kept, -1 where pruned."""
+    beside = _beside(matrix_II, width)
     for first in range(0, unit_IO.shape[1], _ROWS):
         some = slice(first, first + _ROWS)
-        side_IR = side_IO[:, some][order_I]
-        _sweep_rows(unit_IO[:, some][order_I], side_IR, ordered_II, beside, width)
-        side_IO[order_I, some] = side_IR
+        side_IR = side_IO[:, some].contiguous()
+        _sweep_rows(unit_IO[:, some].contiguous(), side_IR, matrix_II, beside, width)
+        side_IO[:, some] = side_IR
 
 
 def _sweep_rows(unit_IR: Tensor, side_IR: Tensor, matrix_II: Tensor, beside: list[Tensor], width: int) -> None:
