@@ -443,13 +443,14 @@ class _BlockJob:
                 diagnosis["permutation_gain"] = kept_score(score_OI, pattern) / as_it_was - 1
         with self.clock("select"):
             keep_OI = pattern.keep(score_OI)
-        with self.clock("refine"):
-            keep_OI = metric.refine(dense_OI, keep_OI, seen, pattern)
-        with self.clock("repair"):
-            try:
+        try:
+            with self.clock("refine"):
+                keep_OI = metric.refine(dense_OI, keep_OI, seen, pattern)
+            with self.clock("repair"):
                 repaired = self.recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
-            except ArithmeticError as fault:
-                raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
+        except ArithmeticError as fault:
+            hint = "Use more windows, or repair=none and a metric that looks at single weights."
+            raise AceError(f"{slot.name}: {fault}", hint) from fault
         with self.clock("mask"):
             new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
             slot.put(new_OI)

@@ -26,14 +26,15 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
     slices = iter([slice(start, min(start + step, count)) for start in range(0, count, step)])
     threads = torch.get_num_threads()
 
+    pooled = threads > 1 and count >= 2 * step
+
     def run() -> None:
-        if torch.get_num_threads() != 1 and pooled:  # its libraries ask for the process's number one after the other
+        if pooled and torch.get_num_threads() != 1:  # its libraries ask for the process's number one after the other
             torch.set_num_threads(1)
         with torch.inference_mode():
             for rows in slices:  # shared: who is done takes the next
                 work(rows)
 
-    pooled = threads > 1 and count >= 2 * step
     if not pooled:
         run()
         return

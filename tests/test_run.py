@@ -436,3 +436,14 @@ def test_the_pruning_entry_is_neutral(checkpoint: Path) -> None:
     assert (checkpoint / "tokenizer.json").is_file()
     assert (checkpoint / "generation_config.json").is_file()
     assert "base_model" in (checkpoint / "README.md").read_text()
+
+
+def test_a_refinement_that_its_statistics_do_not_allow_is_refused_by_name(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refine(*_: object) -> None:
+        raise ArithmeticError("the Gram matrix of 128 tokens holds NaN or Inf")
+
+    monkeypatch.setattr("ace_cli.metrics.cosp.ACE.refine", refine)
+    with pytest.raises(AceError, match=r"layers[.]0[.].*q_proj.*: the Gram matrix of 128 tokens holds NaN or Inf"):
+        prune_here(llama, tmp_path / "out", "metric=ace", "calib.n_samples=8", "calib.seq_len=16")

@@ -51,7 +51,10 @@ class Metric:
         return type(self).score is Metric.score and type(self).refine is Metric.refine
 
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
-        """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group."""
+        """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group.
+
+        May raise ArithmeticError, in words, where the statistics do not allow it.
+        """
         return keep_OI
 
     def with_repair(self, repair: Repair) -> Repair:

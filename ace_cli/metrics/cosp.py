@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric
-from ace_cli.metrics.relative import relative_scale
+from ace_cli.metrics.relative import RelativeWeight
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.registry import register
 from ace_cli.repair.exchange import exchanged
@@ -135,7 +135,7 @@ class ACE(Metric):
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         variance_OI = weight_OI.abs() * variance_factor(self.norm, self.form, seen).float()
         if self.relative:
-            variance_OI = variance_OI * relative_scale(weight_OI)
+            variance_OI = variance_OI * RelativeWeight(weight_OI).scale(weight_OI)
         cosine = cosine_score if self.combine is Combine.product else cosine_loss
         return variance_OI * cosine(self.mode, weight_OI, seen)
 

@@ -35,11 +35,6 @@ class RelativeWeight:
         return self._column_1I + 1 / rows_RI.abs().sum(1, keepdim=True).clamp(min=_LEAST)
 
 
-def relative_scale(weight_OI: Tensor) -> Tensor:
-    """``RelativeWeight.scale`` of a whole weight, float32 (O, I)."""
-    return RelativeWeight(weight_OI).scale(weight_OI)
-
-
 def _sizes_of_columns(weight_OI: Tensor) -> Tensor:
     """sum_i |W_ij|, float32 (1, I); on a CPU a few columns at a time, so that nothing of the weight's size is made."""
     import torch
