@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.pieces import PIECE, each_piece
+from ace_cli.pieces import LARGEST_PIECE, each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,7 +82,7 @@ def _beating_all_but(score_RN: Array, n: int, m: int) -> Array:
     """A score stays if fewer than n of its group beat it; partners at one distance meet as two shifted vectors."""
     score_N = score_RN.reshape(-1)
     count, byte = len(score_N), "uint8" if _is_numpy(score_N) else _torch().uint8
-    partners = _partners(max(PIECE, count), m, None if _is_numpy(score_N) else score_N.device)
+    partners = _partners(max(LARGEST_PIECE, count), m, None if _is_numpy(score_N) else score_N.device)
     beaten_by_N = _numpy().zeros(count, byte) if _is_numpy(score_N) else score_N.new_zeros(count, dtype=byte)
     for distance in range(1, m):
         together = partners[distance - 1][: count - distance]

@@ -11,15 +11,21 @@ from safetensors.torch import load_file, save_file
 from tiny_models import edit, load, make, weights
 
 from ace_cli.errors import AceError
-from ace_cli.model import files
+from ace_cli.model import disk, files
 from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter, copy_other_files, write_index
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool]  # fmt: skip
 
 
+@pytest.fixture(params=[False, True], ids=["through the cache", "around it"])
+def cache(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if memory were too small for files of any size, or large enough."""
+    monkeypatch.setattr(files.memory, "free", lambda: 0 if request.param else 1 << 40)
+
+
 @pytest.fixture
-def mixed(tmp_path: Path) -> Path:
+def mixed(tmp_path: Path, cache: None) -> Path:
     """One tensor of every dtype, an empty one and a scalar."""
     folder = tmp_path / "mixed"
     folder.mkdir()
@@ -82,13 +88,13 @@ def test_a_tensor_of_another_size_never_overwrites_its_neighbour(mixed: Path, tm
         written(mixed, tmp_path / "out", bfloat16=torch.ones(2, 3, dtype=torch.float32))
 
 
-def test_data_starts_at_a_multiple_of_eight(mixed: Path, tmp_path: Path) -> None:
+def test_data_starts_at_a_page(mixed: Path, tmp_path: Path) -> None:
     file = written(mixed, tmp_path / "out") / "model.safetensors"
-    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+    assert (8 + int.from_bytes(file.read_bytes()[:8], "little")) % disk.PAGE == 0
 
 
 @pytest.mark.parametrize("limit", [20_000, 60_000, 1])
-def test_several_shards_load_like_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_several_shards_load_like_one(tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """Limits of about a block, of several tensors, and of less than any tensor."""
     source = make(tmp_path / "model", "llama")
     monkeypatch.setattr(files, "SHARD_BYTES", limit)

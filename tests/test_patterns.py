@@ -81,7 +81,8 @@ def test_n_of_m(kind: str, n: int, m: int) -> None:
 @pytest.mark.parametrize("chunk", [1, 24, 25, 49, 10_000])
 def test_row_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int) -> None:
     """24 columns: chunks of less than a row, one row, two rows and a bit, more than all."""
-    monkeypatch.setattr(pieces, "PIECE", chunk)
+    for size in ("PIECE", "LARGEST_PIECE", "_LEAST_SHARED"):
+        monkeypatch.setattr(pieces, size, chunk)
     score_OI = SCORES[kind](11, 24)
     assert torch.equal(Ratio(Fraction(1, 2)).keep(score_OI), reference_ratio(score_OI, Fraction(1, 2)))
     assert torch.equal(NofM(2, 4).keep(score_OI), reference_groups(score_OI, 2, 4))
@@ -91,7 +92,8 @@ def test_row_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, kind: str, c
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     score_OI = random_scores(101, 24)
     alone = [pattern.keep(score_OI) for pattern in (Ratio(Fraction(1, 3)), NofM(2, 4))]
-    monkeypatch.setattr(pieces, "PIECE", 48)
+    monkeypatch.setattr(pieces, "LARGEST_PIECE", 48)
+    monkeypatch.setattr(pieces, "_LEAST_SHARED", 48)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     together = [pattern.keep(score_OI) for pattern in (Ratio(Fraction(1, 3)), NofM(2, 4))]
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
@@ -111,7 +113,7 @@ def test_devices_choose_as_the_cpu_does(kind: str) -> None:
 def test_more_scores_than_one_chunk() -> None:
     """The real chunk size, with a last chunk of a single row and ties across its border."""
     columns = 1 << 14
-    rows = pieces.PIECE // columns + 1
+    rows = pieces.LARGEST_PIECE // columns + 1
     score_OI = (random_scores(rows, columns) * 1000).round()
     keep_OI = Ratio(Fraction(1, 2)).keep(score_OI)
     order_OI = score_OI.sort(dim=1, stable=True).indices[:, : columns // 2]

@@ -44,7 +44,8 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Torch's number of threads, with pieces so small that every one of them is used."""
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    monkeypatch.setattr(pieces, "PIECE", 200)
+    for size in ("PIECE", "LARGEST_PIECE", "_LEAST_SHARED"):
+        monkeypatch.setattr(pieces, size, 200)
     yield request.param
     torch.set_num_threads(before)
 

@@ -14,10 +14,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ace_cli import memory
 from ace_cli.errors import AceError, TransientError
+from ace_cli.model import disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,20 +102,24 @@ class Checkpoint:
         kind, width = DTYPES[entry.dtype]
 
         def read(first: int, count: int) -> Tensor:
-            data = torch.empty(count * width, dtype=torch.uint8)
-            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
-            while done < len(view):
-                got = os.preadv(file, [view[done : done + (1 << 30)]], entry.start + first * width + done)
-                if not got:
-                    raise TransientError(f"{entry.file} ended while reading {name}.", "Fetch the file again.")
-                done += got
+            try:
+                data = file.read(entry.start + first * width, count * width)
+            except EOFError:
+                raise TransientError(f"{entry.file} ended while reading {name}.", "Fetch the file again.") from None
+            if data.storage_offset() % width:  # a header may end anywhere
+                data = data.clone()
             return data.view(getattr(torch, kind))
 
-        file = os.open(entry.file, os.O_RDONLY)
+        file = disk.Reader(entry.file, self.around_cache)
         try:
             yield read
         finally:
-            os.close(file)
+            file.close()
+
+    @cached_property
+    def around_cache(self) -> bool:
+        """Whether files of this size are read and written around the page cache: two of them would fill half of it."""
+        return self.nbytes > memory.free() / 4
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights.
@@ -238,9 +245,7 @@ class CheckpointWriter:
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         if len(raw) != self.source.tensors[name].nbytes:
             raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.source.tensors[name].nbytes}")
-        with open(self._place[name][0], "r+b", buffering=0) as file:
-            file.seek(self._place[name][1])
-            _write_all(file, raw)
+        disk.write(*self._place[name], raw, self.source.around_cache)
         self.left.discard(name)
 
     def copy(self, names: Iterable[str]) -> None:
@@ -248,15 +253,14 @@ class CheckpointWriter:
         for name in names:
             entry = self.source.tensors[name]
             target, start = self._place[name]
-            with open(entry.file, "rb", buffering=0) as read, open(target, "r+b", buffering=0) as write:
-                read.seek(entry.start)
-                write.seek(start)
+            with open(entry.file, "rb", buffering=0) as source:
+                source.seek(entry.start)
                 left = entry.nbytes
                 while left:
-                    piece = read.read(min(left, _COPY_BYTES))
+                    piece = source.read(min(left, _COPY_BYTES))
                     if not piece:
                         raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
-                    _write_all(write, memoryview(piece))
+                    disk.write(target, start + entry.nbytes - left, memoryview(piece), self.source.around_cache)
                     left -= len(piece)
             self.left.discard(name)
 
@@ -279,7 +283,7 @@ class CheckpointWriter:
             header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data starts aligned, as the reference implementation has it
+        text += b" " * (-(8 + len(text)) % disk.PAGE)  # data starts at a page, from where it can go straight to disk
         for entry in entries:
             self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
         start, size = len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
@@ -335,9 +339,3 @@ def copy_other_files(source: Path, folder: Path) -> None:
     for file in sorted(source.iterdir()):
         if file.is_file() and not file.name.endswith(weights) and not file.name.startswith("."):
             shutil.copyfile(file, folder / file.name)
-
-
-def _write_all(file: Any, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        done += file.write(data[done : done + (1 << 30)])
