@@ -76,9 +76,9 @@ def varp(w: Matrix, x: Matrix, norm: str, form: str, wpow: int = 1) -> Matrix:
     return [[abs(value) ** wpow * f[j] for j, value in enumerate(row)] for row in w]
 
 
-def ria_varp(w: Matrix, x: Matrix, norm: str, form: str) -> Matrix:
+def ria_varp(w: Matrix, x: Matrix, norm: str, form: str, alpha: float) -> Matrix:
     f = variance_factors(x, norm, form)
-    return [[value * f[j] for j, value in enumerate(row)] for row in relative(w)]
+    return [[value * f[j] ** alpha for j, value in enumerate(row)] for row in relative(w)]
 
 
 def cosine(a: list[float], b: list[float]) -> float:

@@ -108,9 +108,15 @@ def test_varp_survives_massive_activations(layer: tuple[Tensor, Tensor, Tensor])
 
 
 @pytest.mark.parametrize(("norm", "form"), list(product(Norm, Form)))
-def test_ria_varp(layer: tuple[Tensor, Tensor, Tensor], norm: Norm, form: Form) -> None:
-    expected = references.ria_varp(layer[0].tolist(), layer[1].tolist(), norm.value, form.value)
-    assert_ranks_as(score(RIAVarP(norm=norm, form=form), layer), expected)
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_ria_varp(layer: tuple[Tensor, Tensor, Tensor], norm: Norm, form: Form, alpha: float) -> None:
+    expected = references.ria_varp(layer[0].tolist(), layer[1].tolist(), norm.value, form.value, alpha)
+    assert_ranks_as(score(RIAVarP(norm=norm, form=form, alpha=alpha), layer), expected)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 5.0, float("nan")])
+def test_a_power_out_of_range_is_named(alpha: float) -> None:
+    assert "metric.alpha" in RIAVarP(alpha=alpha).faults()[0]
 
 
 @pytest.mark.parametrize("mode", Mode)
