@@ -35,6 +35,11 @@ class RelativeWeight:
         return self._column_1I + 1 / rows_RI.abs().sum(1, keepdim=True).clamp(min=_LEAST)
 
 
+def power_faults(alpha: float) -> list[str]:
+    """What is wrong with the power of the inputs' factor beside a relative weight, as ``Metric.faults`` says it."""
+    return [] if 0 <= alpha <= 4 else [f"metric.alpha={alpha}: must lie in [0, 4]"]
+
+
 def _sizes_of_columns(weight_OI: Tensor) -> Tensor:
     """sum_i |W_ij|, float32 (1, I); on a CPU a few columns at a time, so that nothing of the weight's size is made."""
     import torch

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import RelativeWeight
+from ace_cli.metrics.relative import RelativeWeight, power_faults
 from ace_cli.registry import register
 from ace_cli.statistics import SecondMoment
 
@@ -32,7 +32,7 @@ class RIA(Metric):
         return (SecondMoment(),)
 
     def faults(self) -> list[str]:
-        return [] if 0 <= self.alpha <= 4 else [f"metric.alpha={self.alpha}: must lie in [0, 4]"]
+        return power_faults(self.alpha)
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         relative, norm_I = RelativeWeight(weight_OI), seen[SecondMoment()].mean_I.pow(self.alpha / 2).float()

@@ -7,7 +7,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import RelativeWeight
+from ace_cli.metrics.relative import RelativeWeight, power_faults
 from ace_cli.registry import register
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
 
@@ -131,14 +131,17 @@ class RIAVarP(Metric):
     alpha: float = 0.5
 
     def faults(self) -> list[str]:
-        return [] if 0 <= self.alpha <= 4 else [f"metric.alpha={self.alpha}: must lie in [0, 4]"]
+        return power_faults(self.alpha)
 
     def needs(self) -> tuple[Statistic, ...]:
         return variance_needs(self.norm, self.form)
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
-        relative, factor_I = RelativeWeight(weight_OI), variance_factor(self.norm, self.form, seen).pow(self.alpha)
-        return lambda rows_RI, _: relative(rows_RI).mul_(factor_I.float())
+        relative, factor_I = (
+            RelativeWeight(weight_OI),
+            variance_factor(self.norm, self.form, seen).pow(self.alpha).float(),
+        )
+        return lambda rows_RI, _: relative(rows_RI).mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)

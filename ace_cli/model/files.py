@@ -253,15 +253,15 @@ class CheckpointWriter:
         for name in names:
             entry = self.source.tensors[name]
             target, start = self._place[name]
-            with open(entry.file, "rb", buffering=0) as source:
-                source.seek(entry.start)
-                left = entry.nbytes
-                while left:
-                    piece = source.read(min(left, _COPY_BYTES))
-                    if not piece:
-                        raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.")
-                    disk.write(target, start + entry.nbytes - left, memoryview(piece), self.source.around_cache)
-                    left -= len(piece)
+            file = disk.Reader(entry.file, self.source.around_cache)
+            try:
+                for first in range(0, entry.nbytes, _COPY_BYTES):
+                    piece = file.read(entry.start + first, min(_COPY_BYTES, entry.nbytes - first))
+                    disk.write(target, start + first, memoryview(piece.numpy()), self.source.around_cache)  # type: ignore[arg-type]
+            except EOFError:
+                raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.") from None
+            finally:
+                file.close()
             self.left.discard(name)
 
     def sync(self, names: Iterable[str]) -> None:
