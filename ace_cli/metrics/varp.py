@@ -137,10 +137,8 @@ class RIAVarP(Metric):
         return variance_needs(self.norm, self.form)
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
-        relative, factor_I = (
-            RelativeWeight(weight_OI),
-            variance_factor(self.norm, self.form, seen).pow(self.alpha).float(),
-        )
+        relative = RelativeWeight(weight_OI)
+        factor_I = variance_factor(self.norm, self.form, seen).pow(self.alpha).float()
         return lambda rows_RI, _: relative(rows_RI).mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
