@@ -17,6 +17,7 @@ from omegaconf import DictConfig
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
 from ace_cli.errors import AceError, first_line
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.memory import lasting
 from ace_cli.report.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -107,8 +108,9 @@ def _kept(config: RunConfig) -> Report | None:
 
 def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
-    from ace_cli.report.terminal import Terminal
-    from ace_cli.run import run
+    with lasting():
+        from ace_cli.report.terminal import Terminal
+        from ace_cli.run import run
 
     overrides = [override for override in _overrides() if not override.startswith("output_dir=")]
     if config.output_dir_given:

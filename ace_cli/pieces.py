@@ -49,6 +49,24 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
         torch.set_num_threads(threads)
 
 
+#: Columns of a piece, 256 to 511: of fewer than a few vectors torch adds the rows up in another order.
+_COLUMNS = 256
+
+
+def each_columns(rows: int, columns: int, work: Callable[[slice], None]) -> None:
+    """Call ``work`` with slices that cover ``columns``, for what is summed over many ``rows``; as ``each_piece`` else.
+
+    The slices are the same for any number of threads, so the bits of every sum are, too.
+    """
+    count = max(1, columns // _COLUMNS)
+
+    def some(blocks: slice) -> None:
+        for block in range(blocks.start, blocks.stop):
+            work(slice(block * _COLUMNS, columns if block == count - 1 else (block + 1) * _COLUMNS))
+
+    each_piece(count, rows * _COLUMNS, some)
+
+
 @lru_cache(maxsize=2)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that share the cores one each: with torch's own in every one of them they would wait for each other."""

@@ -8,9 +8,11 @@ float32 (they are the size of a weight or more).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
+
+from ace_cli.pieces import each_columns, each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,17 +85,32 @@ class Seen:
                 self._state[wanted] = statistic
 
 
-#: Values worked on at a time on a CPU: what is made of them stays in its caches.
-_PIECE = 1 << 16
+#: Tokens summed in float32 before they are added to a float64 sum; some columns of so many fit a core's own cache.
+_TOKENS = 2048
 
 
-def _pieces(x_TI: Tensor) -> Iterator[Tensor]:
-    """Some tokens at a time, float32."""
+def _each_part(x_TI: Tensor, add: Callable[[Tensor, slice, slice], None]) -> None:
+    """``add(part, tokens, inputs)`` for parts that cover x, float32 and not to be changed; on all cores of a CPU.
+
+    The parts of the same inputs come one after the other.
+    """
+    if x_TI.device.type != "cpu":
+        add(x_TI.float(), slice(None), slice(None))
+        return
+
+    def some(inputs: slice) -> None:
+        for first in range(0, len(x_TI), _TOKENS):
+            tokens = slice(first, first + _TOKENS)
+            add(x_TI[tokens, inputs].float(), tokens, inputs)
+
+    each_columns(min(len(x_TI), _TOKENS), x_TI.shape[1], some)
+
+
+def _sums(x_TI: Tensor, count: int) -> Tensor:
+    """Zeros, float64 (count, I)."""
     import torch
 
-    tokens = max(1, _PIECE // x_TI.shape[1]) if x_TI.device.type == "cpu" else len(x_TI)
-    for piece_TI in torch.split(x_TI, max(1, tokens)):
-        yield piece_TI.float()
+    return x_TI.new_zeros((count, x_TI.shape[1]), dtype=torch.float64)
 
 
 @dataclass(unsafe_hash=True)
@@ -103,10 +120,14 @@ class SecondMoment(Statistic):
     total_I: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        for piece_TI in _pieces(x_TI):
-            total_I = piece_TI.square().sum(0).double()
-            self.total_I = total_I if not self.tokens else self.total_I + total_I
-            self.tokens += len(piece_TI)
+        (total_I,) = _sums(x_TI, 1)
+
+        def add(part_TI: Tensor, tokens: slice, inputs: slice) -> None:
+            total_I[inputs] += part_TI.square().sum(0)
+
+        _each_part(x_TI, add)
+        self.total_I = total_I if not self.tokens else self.total_I + total_I
+        self.tokens += len(x_TI)
 
     @property
     def mean_I(self) -> Tensor:
@@ -128,16 +149,23 @@ class SquareMoments(Statistic):
     above_one: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        for piece_TI in _pieces(x_TI):
-            v_TI = piece_TI.square()
-            above, largest = (v_TI >= 1).sum(), v_TI.max()
-            first_I, second_I = v_TI.sum(0).double(), v_TI.square_().sum(0).double()
-            if not self.tokens:
-                self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
-            else:
-                self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
-                self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
-            self.tokens += len(piece_TI)
+        first_I, second_I, above_I, largest_I = _sums(x_TI, 4)
+
+        def add(part_TI: Tensor, tokens: slice, inputs: slice) -> None:
+            v_TI = part_TI.square()
+            above_I[inputs] += (v_TI >= 1).sum(0)
+            largest_I[inputs] = largest_I[inputs].maximum(v_TI.amax(0))
+            first_I[inputs] += v_TI.sum(0)
+            second_I[inputs] += v_TI.square_().sum(0)
+
+        _each_part(x_TI, add)
+        above, largest = above_I.sum(), largest_I.max()
+        if not self.tokens:
+            self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
+        else:
+            self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
+            self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
+        self.tokens += len(x_TI)
 
 
 @dataclass(unsafe_hash=True)
@@ -151,14 +179,34 @@ class ShareMoments(Statistic):
     second_I: Tensor = field(init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        for piece_TI in _pieces(x_TI):
-            square_TI = piece_TI.square()
-            size_T1 = square_TI.sum(1, keepdim=True)
-            u_TI = square_TI.div_(size_T1.masked_fill_(size_T1 == 0, float("inf")))
-            first_I, second_I = u_TI.sum(0).double(), u_TI.square_().sum(0).double()
-            self.first_I = first_I if not self.tokens else self.first_I + first_I
-            self.second_I = second_I if not self.tokens else self.second_I + second_I
-            self.tokens += len(piece_TI)
+        first_I, second_I = _sums(x_TI, 2)
+        size_T1 = _sizes(x_TI)
+
+        def add(part_TI: Tensor, tokens: slice, inputs: slice) -> None:
+            u_TI = part_TI.square().div_(size_T1[tokens])
+            first_I[inputs] += u_TI.sum(0)
+            second_I[inputs] += u_TI.square_().sum(0)
+
+        _each_part(x_TI, add)
+        self.first_I = first_I if not self.tokens else self.first_I + first_I
+        self.second_I = second_I if not self.tokens else self.second_I + second_I
+        self.tokens += len(x_TI)
+
+
+def _sizes(x_TI: Tensor) -> Tensor:
+    """||x_t||^2, infinite where it is 0, float32 (T, 1)."""
+    import torch
+
+    size_T1 = x_TI.new_empty((len(x_TI), 1), dtype=torch.float32)
+
+    def some(rows: slice) -> None:
+        size_T1[rows] = x_TI[rows].float().square().sum(1, keepdim=True)
+
+    if x_TI.device.type == "cpu":
+        each_piece(len(x_TI), x_TI.shape[1], some)
+    else:
+        some(slice(None))
+    return size_T1.masked_fill_(size_T1 == 0, float("inf"))
 
 
 @dataclass(unsafe_hash=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,3 +85,31 @@ def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.Monk
     assert memory.free() == 1000 - 700 + 200
     (group / "memory.max").write_text("max\n")
     assert memory.free() > whole / 2
+
+
+def test_what_lasts_is_no_longer_looked_at_but_garbage_from_before_goes() -> None:
+    class Node:
+        """One end of a cycle, which reference counts alone never free."""
+
+    def cycle() -> weakref.ref[Node]:
+        node = Node()
+        node.itself = node  # type: ignore[attr-defined]
+        return weakref.ref(node)
+
+    before = cycle()
+    frozen = gc.get_freeze_count()
+    try:
+        with pytest.raises(ValueError, match="inside"), memory.lasting():
+            assert before() is None
+            assert not gc.isenabled()
+            inside = cycle()
+            raise ValueError("inside")
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > frozen
+        gc.collect()
+        assert inside() is not None
+        after = cycle()
+        gc.collect()
+        assert after() is None
+    finally:
+        gc.unfreeze()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from fractions import Fraction
@@ -29,7 +30,7 @@ from ace_cli.model.pruned import Pruned, Violation, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import each_columns, each_piece
 from ace_cli.propagate import Propagate
 from ace_cli.repair.none import NoRepair
 from ace_cli.statistics import Seen
@@ -81,6 +82,15 @@ def test_a_piece_has_one_thread_and_the_caller_keeps_its_own(threads: int) -> No
     other.start()
     other.join()
     assert later == [threads]
+
+
+@pytest.mark.parametrize("columns", [1, 255, 256, 511, 512, 513, 1700])
+def test_every_column_comes_once_in_the_same_slices(threads: int, columns: int) -> None:
+    seen: list[tuple[int, int]] = []
+    each_columns(3000, columns, lambda some: seen.append((some.start, some.stop)))
+    bounds = [first for first, _ in sorted(seen)] + [columns]
+    assert sorted(seen) == list(itertools.pairwise(bounds))
+    assert bounds[:-1] == list(range(0, max(1, columns - 255), 256))
 
 
 def test_a_fault_in_a_piece_is_raised(threads: int) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import each_columns
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: A column or row of zeros has nothing to compare: its weights stay 0 rather than 0/0.
 _LEAST = 1e-30
-#: Columns summed together: of fewer than a few vectors torch adds the rows up in another order.
-_BLOCK = 64
 
 
 class RelativeWeight:
@@ -46,13 +44,10 @@ def _sizes_of_columns(weight_OI: Tensor) -> Tensor:
 
     if weight_OI.device.type != "cpu":
         return weight_OI.float().abs().sum(0, keepdim=True)
-    rows, columns = weight_OI.shape
-    blocks = max(1, columns // _BLOCK)
-    sizes_1I = weight_OI.new_empty((1, columns), dtype=torch.float32)
+    sizes_1I = weight_OI.new_empty((1, weight_OI.shape[1]), dtype=torch.float32)
 
-    def work(piece: slice) -> None:
-        at = slice(piece.start * _BLOCK, columns if piece.stop == blocks else piece.stop * _BLOCK)
+    def add(at: slice) -> None:
         sizes_1I[:, at] = weight_OI[:, at].float().contiguous().abs().sum(0, keepdim=True)
 
-    each_piece(blocks, rows * _BLOCK, work)
+    each_columns(weight_OI.shape[0], weight_OI.shape[1], add)
     return sizes_1I
