@@ -49,7 +49,8 @@ class Rates:
 @dataclass(frozen=True)
 class Limit:
     """``flops`` of one forward through the blocks; bytes of the file in and out. ``method_flops`` come on top: the
-    matrix products that the chosen statistics need, at most (inputs that several weights share are observed once).
+    matrix products of the chosen statistics, at most (inputs that several weights share are observed once), and about
+    what refining and repairing cost, in such operations.
     """
 
     flops: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +34,8 @@ _PRODUCT_SHARE, _INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
 class Demand:
     """What the chosen methods ask for: statistics, forwards through every block, and a look ahead at the dense model.
 
-    ``length`` is the tokens in one row; ``by_rows``: see ``masking``.
+    ``length`` is the tokens in one row; ``by_rows``: see ``masking``; ``flops``: what refining and repairing a weight
+    (rows, columns) costs.
     """
 
     tokens: int = 1
@@ -43,6 +44,7 @@ class Demand:
     propagate: Propagate = Propagate.sublayer
     surveys: bool = False
     by_rows: bool = True
+    flops: Callable[[int, int], int] = lambda rows, columns: 0
 
     def forwards(self, batch_tokens: int) -> float:
         """Forwards of all tokens; several batches in sublayer order stop at the first, the second, ... input."""
@@ -92,7 +94,7 @@ class Plan:
         return Limit(self.flops, self.method_flops, nbytes, nbytes, rates)
 
     def seconds(self, limit: Limit) -> float:
-        """Expected seconds of pruning, writing and verifying, a repair's own work apart.
+        """Expected seconds of pruning, writing and verifying, a permutation's search apart.
 
         Reading and writing go on meanwhile, on a thread of their own that takes its share of the cores.
         """
@@ -155,7 +157,8 @@ def make_plan(
         flops=sum(round(2 * demand.tokens * share * rows * columns) for share, (rows, columns) in shares),
         method_flops=sum(
             s.flops(round(demand.tokens * share), *shape) for s in demand.statistics for share, shape in shares
-        ),
+        )
+        + sum(demand.flops(*shape) for _, shape in shares),
         forwards=demand.forwards(model.batch_tokens),
         by_rows=demand.by_rows,
     )

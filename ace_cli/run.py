@@ -121,7 +121,11 @@ def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Termin
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
     alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
     alone &= model.device.type == "cpu"
-    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone)
+
+    def flops(rows: int, columns: int) -> int:
+        return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
+
+    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone, flops)
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, demand, _budget(config.memory_gb, model.device))

@@ -12,10 +12,16 @@ import torch
 
 from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
+from ace_cli.metrics.cosp import ACE
+from ace_cli.metrics.wanda import Wanda
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM
 from ace_cli.plan import Demand, Plan, make_plan
+from ace_cli.repair.admm import Admm
+from ace_cli.repair.none import NoRepair
+from ace_cli.repair.sparsegpt import SparseGPT
+from ace_cli.repair.swaps import Swaps
 from ace_cli.report.facts import Report
 from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
@@ -55,6 +61,30 @@ def test_matrix_products_of_statistics() -> None:
     assert CosineTerm("token").flops(10, 3, 5) == 0
     # a Gram matrix of 5 inputs, beside it what is factored or damped of it
     assert (Gram().nbytes(10, 3, 5), CosineTerm("second").nbytes(10, 3, 5)) == (200, 60)
+
+
+ACTING = [Swaps(), Swaps(refit_steps=5), Admm(), Admm(iterations=20), SparseGPT(), SparseGPT(refit_steps=30)]
+
+
+def test_more_work_is_forecast_for_more_weights_inputs_and_rounds() -> None:
+    for one in (*ACTING, ACE()):
+        assert one.flops(64, 128) > one.flops(32, 128) > 0, one
+        assert one.flops(64, 256) > 2 * one.flops(64, 128), one
+    for few, many in zip(ACTING[::2], ACTING[1::2], strict=True):
+        assert many.flops(64, 128) > few.flops(64, 128), many
+    assert ACE(sweeps=8).flops(64, 128) > ACE().flops(64, 128) > ACE(sweeps=0).flops(64, 128) == 0
+    assert Wanda().flops(64, 128) == NoRepair().flops(64, 128) == 0
+
+
+def test_the_forecast_knows_of_refining_and_repairing(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    found = {}
+    for name in ("none", "swaps"):
+        prune_here(llama, tmp_path / name, "metric=wanda", f"repair={name}", "calib.n_samples=8", "calib.seq_len=16")
+        found[name] = json.loads((tmp_path / name / "report.json").read_text())["efficiency"]["method_flops"]
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    slots = [slot for block in model.blocks for slot in block.slots]
+    assert found["none"] == 0
+    assert found["swaps"] == sum(Swaps().flops(*slot.shape) + Gram().flops(128, *slot.shape) for slot in slots)
 
 
 def test_the_report_has_its_efficiency(llama: Path, tmp_path: Path, prune_here: Prune) -> None:

@@ -61,6 +61,10 @@ class Metric:
         """The repair that belongs to this metric, given the one asked for."""
         return repair
 
+    def flops(self, rows: int, columns: int) -> int:
+        """What ``refine`` costs for a weight (rows, columns), in operations of large matrix products; roughly."""
+        return 0
+
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         """Numbers about one slot's statistics that show when the metric does not do what its name says.
 

@@ -10,7 +10,7 @@ from ace_cli.metrics.base import Metric
 from ace_cli.metrics.relative import RelativeWeight
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.registry import register
-from ace_cli.repair.exchange import exchanged
+from ace_cli.repair.exchange import exchange_flops, exchanged
 from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
 if TYPE_CHECKING:
@@ -144,3 +144,6 @@ class ACE(Metric):
             return keep_OI
         gram = seen[Gram(unit_tokens=True)]
         return exchanged(weight_OI, keep_OI, gram, pattern.group_width, self.sweeps, self.shrinkage)
+
+    def flops(self, rows: int, columns: int) -> int:
+        return exchange_flops(rows, columns, self.sweeps) if self.sweeps else 0

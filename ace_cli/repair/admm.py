@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit, row_errors
+from ace_cli.repair.least_squares import (
+    factor_flops,
+    factors_of,
+    finish,
+    pull_faults,
+    refit,
+    refit_flops,
+    row_errors,
+)
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -67,6 +75,10 @@ class Admm(Repair):
 
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
+
+    def flops(self, rows: int, columns: int) -> int:
+        rounds = factor_flops(columns) + 2 * (self.iterations + 1) * rows * columns**2 if self.iterations else 0
+        return rounds + refit_flops(rows, columns, self.polish)
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Refit the kept weights of (O, I); with mask_iterations also choose them, by the pattern.

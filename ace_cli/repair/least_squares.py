@@ -168,6 +168,16 @@ def layer_loss(change_OI: Tensor, gram_II: Tensor) -> float:
     return float((change @ gram_II.float()).mul_(change).sum(dtype=torch.float64))
 
 
+def refit_flops(rows: int, columns: int, steps: int) -> int:
+    """Of ``refit`` and ``finish``, at most: rows that are near enough rest."""
+    return 2 * (steps + 5) * rows * columns**2
+
+
+def factor_flops(columns: int) -> int:
+    """Of one of ``Factors``, in operations of float32: in float64 they take twice as long."""
+    return 6 * columns**3
+
+
 def refit(
     unit_OI: Tensor, keep_OI: Tensor, damped_II: Tensor, steps: int, tolerance: float, start_OI: Tensor | None = None
 ) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ace_cli.patterns import Pattern, Ratio, Scope
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import Factors, factors_of, finish, pull_faults, refit
+from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.selection import keep_largest
 from ace_cli.statistics import Gram
 
@@ -27,6 +27,10 @@ class Damping(Enum):
 
     mean = "mean"  # damping * mean(diag G) * I, as published
     unit = "unit"  # damping * diag(G): each input by its own size, so that no input's scale matters
+
+
+#: What correcting a block column by column costs for every weight, in operations of large matrix products.
+_AROUND = 10_000
 
 
 @register("repair", "sparsegpt")
@@ -72,6 +76,10 @@ class SparseGPT(Repair):
 
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
+
+    def flops(self, rows: int, columns: int) -> int:
+        sweep = rows * columns**2 + _AROUND * rows * columns
+        return sweep + factor_flops(columns) + refit_flops(rows, columns, self.refit_steps)
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Refit the kept weights, or choose and refit; with ``adaptive`` only the loss before looks at ``keep_OI``.

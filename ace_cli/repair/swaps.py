@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.exchange import exchanged
-from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit
+from ace_cli.repair.exchange import exchange_flops, exchanged
+from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ class Swaps(Repair):
 
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
+
+    def flops(self, rows: int, columns: int) -> int:
+        return exchange_flops(rows, columns, self.sweeps) + refit_flops(rows, columns, self.refit_steps)
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Better masks of the same counts, weights unchanged or refitted.
