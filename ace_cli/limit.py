@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ace_cli.masking import prune_rows
+from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.patterns import Pattern
 
@@ -98,7 +99,13 @@ def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: 
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     float32 = 0.0 if dtype is torch.float32 else _matmul(device, torch.float32, wait)
-    rates = _matmul(device, dtype, wait), _read(source), _write(existing(folder)), _memory(device, wait), float32
+    rates = (
+        _matmul(device, dtype, wait),
+        _read(source),
+        _write(existing(folder), source.around_cache),
+        _memory(device, wait),
+        float32,
+    )
     if device.type != "cpu":
         return Rates(*rates)
     return Rates(*rates, _fresh(), _prune(dtype, pattern), torch.get_num_threads())
@@ -162,26 +169,26 @@ def _shortest(work: Callable[[], object], wait: Callable[[], None]) -> float:
 def _read(source: Checkpoint) -> float:
     """Pieces from all over the files, as warm or cold as they are; other ones each time, or it would warm its own."""
     entries, pieces, done = list(source.tensors.values()), 16, 0
-    buffer = bytearray(_PIECE)
     first = time.time_ns() // 1000 % len(entries)
     start = time.perf_counter()
     for number in range(pieces):
         entry = entries[(first + number * len(entries) // pieces) % len(entries)]
-        with open(entry.file, "rb", buffering=0) as file:
-            file.seek(entry.start)
-            done += file.readinto(memoryview(buffer)[: max(1, min(_PIECE, entry.nbytes))]) or 0
+        file = disk.Reader(entry.file, source.around_cache)
+        done += len(file.read(entry.start, min(_PIECE, entry.nbytes)))
+        file.close()
         if time.perf_counter() - start > _PROBE_SECONDS:
             break
     return max(done, 1) / (time.perf_counter() - start)
 
 
-def _write(folder: Path) -> float:
-    """Forced to disk, as every finished block is."""
-    piece, done = b"\x55" * _PIECE, 0
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+def _write(folder: Path, around: bool) -> float:
+    """Forced to disk, as every finished block is; ``around`` the page cache where the run goes, too."""
+    piece, done = memoryview(b"\x55" * _PIECE), 0
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
         start = time.perf_counter()
         while done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2:
             for _ in range(4):
-                done += file.write(piece)
+                disk.write(Path(file.name), done, piece, around)
+                done += len(piece)
             os.fsync(file.fileno())
         return done / (time.perf_counter() - start)

@@ -14,6 +14,7 @@ from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
 from ace_cli.metrics.cosp import ACE
 from ace_cli.metrics.wanda import Wanda
+from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM
@@ -32,6 +33,30 @@ def test_rates_are_measured_and_leave_nothing(llama: Path, tmp_path: Path) -> No
     rates = probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path / "not" / "there", NofM(2, 4))
     assert 1e8 < rates.matmul < 1e14
     assert all(1e6 < rate < 1e13 for rate in (rates.read, rates.write, rates.memory, rates.fresh, rates.prune))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_is_measured_the_way_the_run_takes(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: set[tuple[str, bool]] = set()
+    reader, write = disk.Reader, disk.write
+
+    def write_noted(file: Path, start: int, data: memoryview, around: bool) -> None:
+        ways.add(("write", around))
+        write(file, start, data, around)
+
+    def reader_noted(file: Path, around: bool) -> disk.Reader:
+        ways.add(("read", around))
+        return reader(file, around)
+
+    monkeypatch.setattr(disk, "write", write_noted)
+    monkeypatch.setattr(disk, "Reader", reader_noted)
+    for around in (False, True):
+        monkeypatch.setattr(Checkpoint, "around_cache", around)
+        ways.clear()
+        rates = probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path, NofM(2, 4))
+        assert ways == {("read", around), ("write", around)}
+        assert rates.read > 1e6
+        assert rates.write > 1e6
     assert list(tmp_path.iterdir()) == []
 
 

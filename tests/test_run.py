@@ -306,7 +306,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real refusal of the system while the checkpoint is begun; without the probe, which would meet it first."""
-    monkeypatch.setattr("ace_cli.limit._write", lambda folder: 1e9)
+    monkeypatch.setattr("ace_cli.limit._write", lambda folder, around: 1e9)
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, hard))
