@@ -114,6 +114,17 @@ def test_ria_varp(layer: tuple[Tensor, Tensor, Tensor], norm: Norm, form: Form, 
     assert_ranks_as(score(RIAVarP(norm=norm, form=form, alpha=alpha), layer), expected)
 
 
+def test_spread_is_that_of_the_factor_that_multiplies(layer: tuple[Tensor, Tensor, Tensor]) -> None:
+    x_TI = layer[1].float()
+    seen = Seen((*RIAVarP().needs(), *RIA().needs()))
+    for statistic in seen:
+        statistic.update(x_TI, x_TI, x_TI)
+    for metric in (RIAVarP, RIA):
+        half, whole = (float(metric(alpha=alpha).diagnose(seen)["spread"]) for alpha in (0.5, 1.0))
+        assert half == pytest.approx(whole**0.5)
+        assert half > 1.5
+
+
 @pytest.mark.parametrize("alpha", [-0.1, 5.0, float("nan")])
 def test_a_power_out_of_range_is_named(alpha: float) -> None:
     assert "metric.alpha" in RIAVarP(alpha=alpha).faults()[0]

@@ -76,9 +76,9 @@ def _normalised(norm: Norm, v_TI: Tensor) -> Tensor:
     return v_TI / (size_T1 + lam).clamp(min=1e-30)
 
 
-def diagnosis(norm: Norm, form: Form, seen: Seen) -> dict[str, Tensor | float]:
-    """``spread`` of f_j; ``above_one``: share of |x| >= 1."""
-    facts: dict[str, Tensor | float] = {"spread": spread(variance_factor(norm, form, seen))}
+def diagnosis(norm: Norm, form: Form, seen: Seen, alpha: float = 1.0) -> dict[str, Tensor | float]:
+    """``spread`` of f_j^alpha; ``above_one``: share of |x| >= 1."""
+    facts: dict[str, Tensor | float] = {"spread": spread(variance_factor(norm, form, seen).pow(alpha))}
     for statistic in seen:
         if isinstance(statistic, SquareMoments):
             facts["above_one"] = statistic.above_one / (statistic.tokens * len(statistic.first_I))
@@ -142,4 +142,4 @@ class RIAVarP(Metric):
         return lambda rows_RI, _: relative(rows_RI).mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
-        return diagnosis(self.norm, self.form, seen)
+        return diagnosis(self.norm, self.form, seen, self.alpha)
