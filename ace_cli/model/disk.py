@@ -103,20 +103,19 @@ def _write_around(file: Path, start: int, data: memoryview) -> int:
     target = _open(file, os.O_WRONLY) if whole else None
     if target is None:
         return 0
-    aligned = numpy.frombuffer(data, numpy.uint8).ctypes.data % PAGE == 0
-    done = 0
-    with mmap.mmap(-1, PAGE if aligned else _PIECE, mmap.MAP_PRIVATE) as room:  # begins at a page
-        try:
-            while done < whole:
-                piece = data[done : min(whole, done + _PIECE)]
-                if not aligned:
-                    room[: len(piece)] = piece
-                    piece = memoryview(room)[: len(piece)]
-                with piece:
-                    done += os.pwrite(target, piece, start + done)
-        except OSError as fault:
-            if fault.errno != errno.EINVAL:  # it wants larger pages
-                raise
-        finally:
-            os.close(target)
+    source = numpy.frombuffer(data, numpy.uint8)
+    aligned, done = source.ctypes.data % PAGE == 0, 0
+    room = None if aligned else numpy.frombuffer(mmap.mmap(-1, _PIECE, mmap.MAP_PRIVATE), numpy.uint8)  # at a page
+    try:
+        while done < whole:
+            piece = source[done : min(whole, done + _PIECE)]
+            if room is not None:
+                numpy.copyto(room[: len(piece)], piece)  # other threads go on: to copy a memoryview they would wait
+                piece = room[: len(piece)]
+            done += os.pwrite(target, memoryview(piece), start + done)  # type: ignore[arg-type]
+    except OSError as fault:
+        if fault.errno != errno.EINVAL:  # it wants larger pages
+            raise
+    finally:
+        os.close(target)
     return done
