@@ -161,7 +161,7 @@ def _efficiency(found: dict[str, Any]) -> str:
         ["writing", gigabytes(found["bytes_written"]), f"{gigabytes(rates['write'])}/s", "write"],
         ["through memory", gigabytes(found["bytes_read"] + found["bytes_written"]), f"{gigabytes(rates['memory'])}/s",
          "memory"],
-        ["the metric's own products", f"{found['method_flops'] / 1e9:,.1f} GFLOP", "", "method"],
+        ["the method's own products, about", f"{found['method_flops'] / 1e9:,.1f} GFLOP", "", "method"],
     ]  # fmt: skip
     return (
         f"## Limit\n\nPruned and written in {found['measured_seconds']:.2f} s; this machine's limit is "
