@@ -23,7 +23,7 @@ prune literal metric=varp metric.norm=raw metric.form=poly,series "$two" # Equat
 prune cosp_paper metric=cosp metric.mode=paper,paper_abs "$two"
 prune wanda_128 metric=wanda "$patterns" calib.seq_len=128
 prune wanda_1024 metric=wanda "$two" calib.n_samples=1024 # as many tokens, in windows of 16
-prune written metric=wanda,varp,ace sparsity=0.5,0.6 calib.continue_to=64
+prune written metric=varp,ace "$patterns" calib.continue_to=128 # windows of 16 that the model writes on
 prune sparsegpt_128 metric=sparsegpt "$three" calib.seq_len=128 propagate=block
 prune wanda_admm_128 metric=wanda repair=admm repair.iterations=20 repair.shrinkage=0.1 repair.polish=0 "$three" \
     calib.seq_len=128
