@@ -77,7 +77,7 @@ def _run(
         torch.cuda.reset_peak_memory_stats(device)
     phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None), sampler)
     quiet_libraries()
-    with phases("import"), memory.lasting():
+    with phases("import"):
         source = open_model(config.model)
         selection = Selection(config.include, config.exclude)
         model = StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import subprocess
+import sys
+import types
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +89,7 @@ def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.Monk
     assert memory.free() > whole / 2
 
 
-def test_what_lasts_is_no_longer_looked_at_but_garbage_from_before_goes() -> None:
+def test_what_lasts_is_no_longer_looked_at_but_garbage_from_before_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Node:
         """One end of a cycle, which reference counts alone never free."""
 
@@ -103,6 +105,7 @@ def test_what_lasts_is_no_longer_looked_at_but_garbage_from_before_goes() -> Non
             assert before() is None
             assert not gc.isenabled()
             inside = cycle()
+            monkeypatch.setitem(sys.modules, "imported_inside", types.ModuleType("imported_inside"))
             raise ValueError("inside")
         assert gc.isenabled()
         assert gc.get_freeze_count() > frozen
@@ -113,3 +116,11 @@ def test_what_lasts_is_no_longer_looked_at_but_garbage_from_before_goes() -> Non
         assert after() is None
     finally:
         gc.unfreeze()
+
+
+def test_where_nothing_is_imported_nothing_is_frozen() -> None:
+    frozen = gc.get_freeze_count()
+    with memory.lasting():
+        pass
+    assert gc.get_freeze_count() == frozen
+    assert gc.isenabled()
