@@ -11,6 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -173,9 +174,8 @@ def _read(source: Checkpoint) -> float:
     start = time.perf_counter()
     for number in range(pieces):
         entry = entries[(first + number * len(entries) // pieces) % len(entries)]
-        file = disk.Reader(entry.file, source.around_cache)
-        done += len(file.read(entry.start, min(_PIECE, entry.nbytes)))
-        file.close()
+        with closing(disk.Reader(entry.file, source.around_cache)) as file:
+            done += len(file.read(entry.start, min(_PIECE, entry.nbytes)))
         if time.perf_counter() - start > _PROBE_SECONDS:
             break
     return max(done, 1) / (time.perf_counter() - start)

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -110,11 +110,8 @@ class Checkpoint:
                 data = data.clone()
             return data.view(getattr(torch, kind))
 
-        file = disk.Reader(entry.file, self.around_cache)
-        try:
+        with closing(disk.Reader(entry.file, self.around_cache)) as file:
             yield read
-        finally:
-            file.close()
 
     @cached_property
     def around_cache(self) -> bool:
