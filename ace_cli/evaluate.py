@@ -127,7 +127,7 @@ def _evaluate(
 
 def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal) -> list[facts.TextScores]:
     """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
-    from ace_cli.evaluation.perplexity import perplexity
+    from ace_cli.evaluation.perplexity import perplexity, window_losses
     from ace_cli.report import facts
     from ace_cli.report.assemble import protocol_of
 
@@ -137,7 +137,8 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
         protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
         with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
-            entry.models[name] = perplexity(model, windows.ids_NL, lambda _, step=step: step())  # type: ignore[misc]
+            losses = window_losses(model, windows.ids_NL, lambda _, step=step: step())  # type: ignore[misc]
+        entry.models[name] = perplexity(losses)
         if not 0 < entry.models[name] < float("inf"):
             raise AceError(f"{name}: perplexity is not finite.", "Try --dtype float32.")
     return list(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from ace_cli.errors import AceError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import Comparison, DenseStates
-from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.evaluation.samples import Samples, write_on
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
@@ -41,15 +42,14 @@ def evaluate(
     if dense is None:
         states = DenseStates()
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
-            dense = Dense(perplexity(model, windows.ids_NL, lambda _: step(), states, spill), states)
+            dense = Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill), states)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = Comparison(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
-        after = perplexity(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
-    if not (0 < dense.perplexity < float("inf") and 0 < after < float("inf")):
-        raise AceError(f"Perplexity is not finite (dense {dense.perplexity}, pruned {after}).", "Try dtype=float32.")
+        losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
+    found = _perplexity(dense.losses, losses, protocol)
     cache.remember(key, dense)
-    return facts.Perplexity(dense.perplexity, after, after / dense.perplexity, protocol), _fidelity(comparison)
+    return found, _fidelity(comparison)
 
 
 def write_samples(
@@ -72,6 +72,14 @@ def write_samples(
         for prompt, before, after in zip(options.prompts, befores, afters, strict=True)
     ]
     return samples, None
+
+
+def _perplexity(dense: list[float], pruned: list[float], protocol: facts.Protocol) -> facts.Perplexity:
+    before, after = perplexity(dense), perplexity(pruned)
+    ratios = [perplexity([loss - least]) for least, loss in zip(dense, pruned, strict=True)]
+    if not all(map(math.isfinite, (before, after, *ratios))):
+        raise AceError(f"Perplexity is not finite (dense {before}, pruned {after}).", "Try dtype=float32.")
+    return facts.Perplexity(before, after, after / before, protocol, ratios)
 
 
 def _fidelity(comparison: Comparison) -> facts.Fidelity:

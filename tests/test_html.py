@@ -13,6 +13,7 @@ from browser import browser, look
 from conftest import Terminal, composed, run
 
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report.facts import Perplexity
 from ace_cli.report.html import VERDICTS, kind_of, render, verdict
 
 
@@ -62,7 +63,7 @@ def test_what_was_measured_is_shown(page: str, report: dict[str, Any]) -> None:
     parts = ("NOT passed", "viewport", "prefers-color-scheme", "@media print", "Memory over time", "Share of inputs")
     for text in (*numbers, *parts):
         assert text in page
-    assert page.count("<svg") == 2 + 2 + 3 + 4 + 3  # quality, cost, blocks, norms of four inputs, activations
+    assert page.count("<svg") == 3 + 2 + 3 + 4 + 3  # quality, cost, blocks, norms of four inputs, activations
 
 
 def test_ids_are_unique(page: str) -> None:
@@ -72,7 +73,7 @@ def test_ids_are_unique(page: str) -> None:
 
 def test_a_run_without_data_or_evaluation(report: dict[str, Any]) -> None:
     bare = {**report, "fidelity": None, "samples": [], "gate": None, "calibration": None, "zero_shot": None}
-    bare["perplexity"] = dict.fromkeys(("dense", "pruned", "ratio", "protocol"))
+    bare["perplexity"] = dataclasses.asdict(Perplexity())
     bare["slots"] = [{**slot, "activations": None} for slot in report["slots"]]
     bare["blocks"] = [{**block, "output": None} for block in report["blocks"]]
     text = render(bare)

@@ -11,7 +11,7 @@ from conftest import composed
 from tiny_models import load
 
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
@@ -83,7 +83,7 @@ def test_it_still_writes_english(smollm2: Checkpoint, pruned: Report) -> None:
     windows = consecutive_windows(text, load_tokenizer(smollm2), 256)[:2]
 
     def measure(folder: Path) -> float:
-        return perplexity(StreamedModel(Checkpoint(folder), torch.device("cpu"), torch.float32), windows)
+        return perplexity(window_losses(StreamedModel(Checkpoint(folder), torch.device("cpu"), torch.float32), windows))
 
     dense, after = measure(smollm2.folder), measure(Path(pruned.checkpoint))
     assert 10 < dense < 60

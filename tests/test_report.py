@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.report.facts import SCHEMA_VERSION, Report
-from ace_cli.report.markdown import gigabytes, render, table
+from ace_cli.report.facts import SCHEMA_VERSION, Perplexity, Report
+from ace_cli.report.markdown import gigabytes, render, table, windows_line
 from ace_cli.report.sweep import Sweep
 
 Prune = Callable[..., Report]
@@ -78,6 +78,20 @@ def test_perplexities_are_those_of_the_files(finished: tuple[Report, Path], llam
     assert numbers.dense == pytest.approx(perplexity_of(load(llama), windows), rel=1e-4)
     assert numbers.pruned == pytest.approx(perplexity_of(load(finished[1] / "checkpoint"), windows), rel=1e-4)
     assert numbers.ratio == pytest.approx(numbers.pruned / numbers.dense)
+    dense, pruned = load(llama), load(finished[1] / "checkpoint")
+    expected = [perplexity_of(pruned, ids[None]) / perplexity_of(dense, ids[None]) for ids in windows]
+    assert numbers.ratio_by_window == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_windows_are_summed_up(finished: tuple[Report, Path]) -> None:
+    def line(*ratios: float) -> str:
+        return windows_line(dataclasses.replace(finished[0], perplexity=Perplexity(ratio_by_window=list(ratios))))
+
+    # logarithms 0, 0 and 3 ln 2: standard deviation sqrt(3) ln 2, over sqrt(3) windows
+    assert line(1.0, 8.0, 1.0) == (
+        "Window by window the ratio is 1.000 to 8.000, 1.000 in the median; standard error of the mean 69.3%."
+    )
+    assert line(2.0) == line() == ""
 
 
 def test_report_md_shows_it(finished: tuple[Report, Path]) -> None:

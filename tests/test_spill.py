@@ -12,7 +12,7 @@ import torch
 from tiny_models import token_windows
 
 from ace_cli.errors import AceError
-from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.perplexity import window_losses
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill, SpilledBatch, kept
@@ -55,7 +55,7 @@ def test_perplexity_is_the_same_from_disk(llama: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(streamed, "BATCH_TOKENS", 64)
     model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
     ids = token_windows(9, 32)
-    assert perplexity(model, ids) == perplexity(model, ids, spill=Spill(tmp_path))
+    assert window_losses(model, ids) == window_losses(model, ids, spill=Spill(tmp_path))
 
 
 def weights_digest(report: Report) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import add_tokenizer, edit, load, make, token_windows
 
 from ace_cli.errors import AceError
-from ace_cli.evaluation.perplexity import perplexity
+from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
@@ -94,7 +94,7 @@ def test_a_tied_llama_whose_file_also_holds_the_head(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     windows = token_windows(3, 12)
     expected = perplexity_of(load(folder), windows)
-    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(window_losses(open_streamed(folder), windows)) == pytest.approx(expected, rel=1e-5)
 
 
 def perplexity_of(model: torch.nn.Module, windows_NL: torch.Tensor) -> float:
@@ -112,9 +112,9 @@ def perplexity_of(model: torch.nn.Module, windows_NL: torch.Tensor) -> float:
 def test_perplexity_is_that_of_the_whole_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     folder, windows = make(tmp_path / "m", family), token_windows(5, 24)
     expected = perplexity_of(load(folder), windows)
-    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(window_losses(open_streamed(folder), windows)) == pytest.approx(expected, rel=1e-5)
     monkeypatch.setattr(streamed, "BATCH_TOKENS", 48)
-    assert perplexity(open_streamed(folder), windows) == pytest.approx(expected, rel=1e-5)
+    assert perplexity(window_losses(open_streamed(folder), windows)) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

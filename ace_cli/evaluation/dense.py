@@ -14,9 +14,9 @@ CACHE_BYTES = 1 << 30
 
 @dataclass
 class Dense:
-    """A dense model's perplexity, and its last states on the windows that fidelity looks at."""
+    """A dense model's loss on each window, and its last states on the windows that fidelity looks at."""
 
-    perplexity: float
+    losses: list[float]
     states: DenseStates
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ace_cli.memory import Trimmer
@@ -14,14 +15,22 @@ if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
 
 
-def perplexity(
+def perplexity(losses: Sequence[float]) -> float:
+    """exp of the mean over windows of what ``window_losses`` found; infinite where that is no number."""
+    try:
+        return math.exp(math.fsum(losses) / len(losses))
+    except OverflowError:
+        return math.inf
+
+
+def window_losses(
     model: StreamedModel,
     windows_NL: Tensor,
     on_block: Callable[[int], None] = lambda _: None,
     watch: Callable[[Tensor, Tensor, Tensor], None] = lambda *_: None,
     spill: Spill | None = None,
-) -> float:
-    """exp of the mean over windows of the mean cross-entropy over their L - 1 targets; windows do not overlap.
+) -> list[float]:
+    """Of each window the mean cross-entropy over its L - 1 targets, in nats; windows do not overlap.
 
     Each block is read once for all windows. Logits are taken to float32, one window at a time. ``watch`` is called for
     each window, in order, with its ids (L), its states after the last block (L, H) and its logits (L - 1, V), while the
@@ -42,4 +51,4 @@ def perplexity(
                 losses.append(cross_entropy(logits_LV, ids_L[1:]).double())
                 watch(ids_L, hidden_LH, logits_LV)
                 trimmer()
-    return float(torch.stack(losses).mean().exp())
+    return torch.stack(losses).tolist()

@@ -26,12 +26,13 @@ class Protocol:
 
 @dataclass
 class Perplexity:
-    """Dense and pruned, on the same windows in the same run."""
+    """Dense and pruned, on the same windows in the same run. ``ratio`` is the geometric mean of ``ratio_by_window``."""
 
     dense: float | None = None
     pruned: float | None = None
     ratio: float | None = None
     protocol: Protocol | None = None
+    ratio_by_window: list[float] = field(default_factory=list)
 
 
 @dataclass

@@ -83,8 +83,11 @@ def _quality(report: dict[str, Any]) -> list[Picture]:
     if numbers["ratio"] is not None:
         values = [numbers["dense"], numbers["pruned"]]
         pictures.append(("Perplexity, lower is better", plots.bars(["dense", "pruned"], values, "perplexity"), 1.5))
+    if numbers["ratio_by_window"]:
+        draw = plots.over_windows(numbers["ratio_by_window"], numbers["ratio"], "pruned / dense")
+        pictures.append(("Perplexity window by window, times the dense model's", draw, 2.4))
     if fidelity is not None:
-        draw = plots.over_windows(fidelity["kl_by_window"], fidelity["kl"])
+        draw = plots.over_windows(fidelity["kl_by_window"], fidelity["kl"], "KL divergence, nats")
         pictures.append(("Distance from the dense model's predictions", draw, 2.4))
     return pictures
 

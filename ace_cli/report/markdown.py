@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +44,18 @@ def protocol_line(report: Report) -> str:
     return (
         f"Perplexity on {protocol.dataset}: {which} {protocol.windows} windows of {protocol.seq_len} tokens without "
         f"overlap, mean over windows, computed in {protocol.dtype}."
+    )
+
+
+def windows_line(report: Report) -> str:
+    """How far the windows agree on the ratio, in one sentence; empty where there are none to compare."""
+    ratios = report.perplexity.ratio_by_window
+    if len(ratios) < 2:
+        return ""
+    error = statistics.stdev(map(math.log, ratios)) / math.sqrt(len(ratios))
+    return (
+        f"Window by window the ratio is {min(ratios):.3f} to {max(ratios):.3f}, {statistics.median(ratios):.3f} in the "
+        f"median; standard error of the mean {error:.1%}."
     )
 
 
@@ -104,6 +118,7 @@ def render(report: Report) -> str:
         f"```\n{report.command}\n```",
         table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
         protocol_line(report),
+        windows_line(report),
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",

@@ -87,15 +87,15 @@ def bars(names: Sequence[str], values: Sequence[float], label: str, form: str = 
     return draw
 
 
-def over_windows(values: Sequence[float], mean: float) -> Draw:
-    """KL of each evaluation window, and the mean."""
+def over_windows(values: Sequence[float], mean: float, label: str) -> Draw:
+    """A bar for each evaluation window, and the mean."""
 
     def draw(axes: Any) -> None:
         axes.bar(range(1, len(values) + 1), values, color=COLOURS[0])
         axes.axhline(mean, color=COLOURS[1], label=f"mean {mean:.3f}")
         axes.set_xlabel("evaluation window")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylabel("KL divergence, nats")
+        axes.set_ylabel(label)
         _legend(axes)
 
     return draw

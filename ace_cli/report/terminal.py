@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ace_cli.report.markdown import fidelity_line, gigabytes, perplexity_rows, protocol_line
+from ace_cli.report.markdown import fidelity_line, gigabytes, perplexity_rows, protocol_line, windows_line
 from ace_cli.report.zero_shot import (
     comparison_head,
     comparison_lines,
@@ -125,8 +125,9 @@ class Terminal:
             table.add_row(*row)
         self.say(table)
         self.say(protocol_line(report))
-        if line := fidelity_line(report):
-            self.say(line)
+        for line in (windows_line(report), fidelity_line(report)):
+            if line:
+                self.say(line)
         if report.zero_shot is not None:
             self.tasks(report.zero_shot)
         seconds, memory = report.seconds, report.peak_memory_bytes
