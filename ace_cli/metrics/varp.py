@@ -120,15 +120,14 @@ class VarP(Metric):
 class RIAVarP(Metric):
     """S_ij = ( |W_ij| / sum|W_*j| + |W_ij| / sum|W_i*| ) f_j^alpha (Equation 8): the variance replaces RIA's norm.
 
-    By default f_j = E[v]^(1/2) (1 + Var[v] / E[v]^2)^(1/8), v = x_j^2: VarP's mean of the 2-norm and the 4-norm, damped
-    by ``alpha`` as RIA damps its norm; of the inputs as they are, because a model with massive activations (Qwen2.5)
-    keeps fewer of its attention sinks when tokens are brought to size 1. VarP's own f_j is ``norm=share alpha=1``, the paper's
-    ``norm=raw form=series alpha=1``. No scale of a slot's inputs changes the mask. Evidence: README.
+    By default f_j is VarP's own, damped by ``alpha`` as RIA damps its norm, but half as much: undamped, a model with
+    massive activations (Qwen2.5) keeps fewer of its attention sinks; with RIA's 1/2, Gemma 3 gains nothing over RIA.
+    The paper's f_j is ``norm=raw form=series alpha=1``. No scale of a slot's inputs changes the mask. Evidence: README.
     """
 
-    norm: Norm = Norm.raw
+    norm: Norm = Norm.share
     form: Form = Form.norms
-    alpha: float = 0.5
+    alpha: float = 0.75
 
     def faults(self) -> list[str]:
         return power_faults(self.alpha)
