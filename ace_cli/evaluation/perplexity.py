@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def perplexity(losses: Sequence[float]) -> float:
-    """exp of the mean over windows of what ``window_losses`` found; infinite where that is no number."""
+    """exp of the mean over windows of what ``window_losses`` found; infinite where that overflows."""
     try:
         return math.exp(math.fsum(losses) / len(losses))
     except OverflowError:
