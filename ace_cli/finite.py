@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -30,16 +31,17 @@ class FiniteChecks:
             finite = torch.stack([flag for flag, _ in self._expected]).tolist()
             for fine, (_, what) in zip(finite, self._expected, strict=True):
                 if not fine:
-                    _refuse(what)
+                    refuse(what)
         self._expected.clear()
 
 
 def check_finite(values: Tensor, what: str) -> None:
     """AceError unless every value is finite. Their sum tells, but for one of finite values that overflows."""
     if not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
-        _refuse(what)
+        refuse(what)
 
 
-def _refuse(what: str) -> None:
+def refuse(what: str) -> NoReturn:
+    """Raise the AceError of ``what``."""
     hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
     raise AceError(f"NaN or Inf in {what}.", hint)

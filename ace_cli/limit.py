@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,6 +23,7 @@ from ace_cli.masking import prune_rows
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.patterns import Pattern
+from ace_cli.selection import LARGE, Scaled
 
 _PROBE_SECONDS = 0.1
 _PIECE = 4 << 20
@@ -93,7 +94,9 @@ class Limit:
         }
 
 
-def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: Path, pattern: Pattern) -> Rates:
+def probe(
+    device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: Path, pattern: Pattern, largest: int = 0
+) -> Rates:  # fmt: skip
     """Measure, in about half a second. ``folder`` need not exist: nothing is left in it or its parents.
 
     OSError when the disk cannot be written.
@@ -109,7 +112,7 @@ def probe(device: torch.device, dtype: torch.dtype, source: Checkpoint, folder: 
     )
     if device.type != "cpu":
         return Rates(*rates)
-    return Rates(*rates, _fresh(), _prune(dtype, pattern), torch.get_num_threads())
+    return Rates(*rates, _fresh(), _prune(dtype, pattern, largest), torch.get_num_threads())
 
 
 def existing(folder: Path) -> Path:
@@ -140,16 +143,16 @@ def _fresh() -> float:
     return size / _shortest(lambda: torch.empty(size, dtype=torch.uint8).fill_(1), lambda: None)
 
 
-def _prune(dtype: torch.dtype, pattern: Pattern) -> float:
+def _prune(dtype: torch.dtype, pattern: Pattern, largest: int) -> float:
     """With the run's pattern and the simplest of scores, on random weights; a whole layer is compared row by row."""
     columns = 4096 // max(1, pattern.group_width) * max(1, pattern.group_width) or pattern.group_width
-    rows = max(1, (1 << 21) // columns)
+    rows = max(1, min(max(largest, 1 << 21), LARGE) // columns)
     weight_OI = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     copies = iter([weight_OI.clone() for _ in range(3)])
 
     def work() -> None:
         copy_OI = next(copies)
-        prune_rows(copy_OI, lambda rows_RI, _: rows_RI.abs(), pattern, "random weights")
+        prune_rows(copy_OI, Scaled(torch.ones(columns)), pattern, "random weights")
         pattern.violation(copy_OI != 0)
 
     return weight_OI.numel() / _shortest(work, lambda: None)
@@ -181,14 +184,27 @@ def _read(source: Checkpoint) -> float:
     return max(done, 1) / (time.perf_counter() - start)
 
 
+def _without_name(folder: Path) -> IO[bytes]:
+    """A file in ``folder`` of which a killed process leaves nothing; with a name only where nothing else can be opened
+    a second time.
+    """
+    if Path("/proc/self/fd").is_dir():
+        return tempfile.TemporaryFile(dir=folder)
+    return tempfile.NamedTemporaryFile(dir=folder)
+
+
+def _path_of(file: IO[bytes]) -> Path:
+    return Path(file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}")
+
+
 def _write(folder: Path, around: bool) -> float:
     """Forced to disk, as every finished block is; ``around`` the page cache where the run goes, too."""
     piece, done = memoryview(b"\x55" * _PIECE), 0
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
+    with _without_name(folder) as file:
         start = time.perf_counter()
         while done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2:
             for _ in range(4):
-                disk.write(Path(file.name), done, piece, around)
+                disk.write(_path_of(file), done, piece, around)
                 done += len(piece)
             os.fsync(file.fileno())
         return done / (time.perf_counter() - start)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ace_cli.finite import check_finite
+from ace_cli.finite import refuse
 from ace_cli.pieces import each_piece
+from ace_cli.selection import Scaled, loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ace_cli.metrics.base import Metric, RowScores
     from ace_cli.patterns import Pattern
     from ace_cli.repair.base import Repair
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def by_rows(metric: Metric, pattern: Pattern, repair: Repair) -> bool:
@@ -33,18 +32,17 @@ def prune_rows(weight_OI: Tensor, scores: RowScores, pattern: Pattern, what: str
     Raises AceError, naming ``what``, if a score is not finite; the weight is then half pruned.
     """
 
+    loops = loops_for(weight_OI.numel())
+
     def work(rows: slice) -> None:
-        score_RI = scores(weight_OI[rows].float().contiguous(), rows)
-        check_finite(score_RI, what)
-        _zero(weight_OI[rows], pattern.keep(score_RI))
+        piece_RI = weight_OI[rows].contiguous()
+        score = scores if isinstance(scores, Scaled) else scores(piece_RI.float(), rows).contiguous()
+        if not pattern.zero(score, piece_RI, loops):
+            refuse(what)
+        if not weight_OI.is_contiguous():
+            weight_OI[rows] = piece_RI
 
     each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
-
-
-def _zero(weight_RI: Tensor, keep_RI: Tensor) -> None:
-    """+0.0 where not kept. On the bits: a product of floats would leave -0.0; numpy's of integers is the fastest."""
-    bits_RI = weight_RI.view(_BITS[weight_RI.dtype.itemsize]).numpy()
-    bits_RI *= keep_RI.numpy()
 
 
 def masked(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from math import floor
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
-from ace_cli.selection import keep_largest, keep_n_of_m
+from ace_cli.selection import Scaled, keep_largest, keep_n_of_m, zero_n_of_m, zero_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,17 @@ class Pattern:
         """bool (O, I): True where the weight stays. ``score_OI``: float32 without NaN."""
         raise NotImplementedError
 
+    def zero(self, score: Tensor | Scaled, weight_RI: Tensor, loops: ModuleType | None) -> bool:
+        """``keep``, in place: +0.0 in what it does not keep of some rows of a weight; False if a score is not finite.
+
+        Of a pattern that is ``by_rows``, on a CPU; both are contiguous, the weight of any float dtype.
+        """
+        raise NotImplementedError
+
+    def compared(self, rows: int, columns: int) -> tuple[int, int]:
+        """How many consecutive weights of a (rows, columns) slot are compared, and how many of them may be kept."""
+        raise NotImplementedError
+
     def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
         """Where a stored weight, true where it is not 0, breaks the pattern; None if it holds.
 
@@ -76,6 +88,13 @@ class Ratio(Pattern):
     def keep(self, score_OI: Tensor) -> Tensor:
         compared_RN = score_OI.reshape(1, -1) if self.scope is Scope.layer else score_OI
         return keep_largest(compared_RN, floor(compared_RN.shape[1] * self.p)).view(score_OI.shape)
+
+    def zero(self, score: Tensor | Scaled, weight_RI: Tensor, loops: ModuleType | None) -> bool:
+        return zero_smallest(score, floor(weight_RI.shape[1] * self.p), weight_RI, loops)
+
+    def compared(self, rows: int, columns: int) -> tuple[int, int]:
+        width = columns if self.scope is Scope.row else rows * columns
+        return width, width - floor(width * self.p)
 
     def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
         if self.scope is Scope.layer:
@@ -112,6 +131,12 @@ class NofM(Pattern):
 
     def keep(self, score_OI: Tensor) -> Tensor:
         return keep_n_of_m(score_OI, self.n, self.m)
+
+    def zero(self, score: Tensor | Scaled, weight_RI: Tensor, loops: ModuleType | None) -> bool:
+        return zero_n_of_m(score, self.n, self.m, weight_RI, loops)
+
+    def compared(self, rows: int, columns: int) -> tuple[int, int]:
+        return self.m, self.n
 
     def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
         nonzero_G = _count_in_groups(nonzero_OI, self.m)

@@ -96,16 +96,16 @@ class Plan:
     def seconds(self, limit: Limit) -> float:
         """Expected seconds of pruning, writing and verifying, a permutation's search apart.
 
-        Reading and writing go on meanwhile, on a thread of their own that takes its share of the cores.
+        Reading, writing and reading again go on meanwhile, on threads of their own that take their share of the cores.
         """
         parts, rates = limit.parts, limit.rates
         inputs = 4 * self.tokens * sum(columns for _, columns in self.shapes.values()) * self.forwards
         compute = parts["compute"] * self.forwards / _PRODUCT_SHARE + parts["method"]
         prune = self.slot_weights / rates.prune
         whole = 0.0 if self.by_rows else _WEIGHT_PASSES * 4 * self.slot_weights / rates.fresh
-        files = parts["read"] + parts["write"]
+        files = parts["read"] + parts["write"] + limit.bytes_written / rates.read
         work = compute + _INPUT_PASSES * inputs / rates.memory + prune + whole
-        return max(work + files / rates.threads, files) + limit.bytes_written / rates.read
+        return max(work + files / rates.threads, files)
 
 
 def make_plan(

@@ -16,7 +16,7 @@ from ace_cli import memory
 from ace_cli.calibration.base import ExpertTokens
 from ace_cli.clock import Clock
 from ace_cli.config import Permute, RunConfig
-from ace_cli.engine import Recipe, prune, replay
+from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.errors import AceError, TransientError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
@@ -25,7 +25,7 @@ from ace_cli.limit import Limit, probe
 from ace_cli.masking import by_rows
 from ace_cli.measure import evaluate, write_samples
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import Pruned, count_zeros, manifest_entry, write_metadata
+from ace_cli.model.pruned import Pruned, Rereading, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
@@ -131,7 +131,8 @@ def _plan(config: RunConfig, model: StreamedModel, tokens: int, terminal: Termin
     plan = make_plan(model, patterns, demand, _budget(config.memory_gb, model.device))
     _check_length(model, config, tokens > 0)
     _check_not_source(model.checkpoint, config.output_dir)
-    rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern)
+    largest = max(rows * columns for rows, columns in plan.shapes.values())
+    rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
@@ -226,13 +227,27 @@ def _prune(
         if recipe.wanted and 0 < done < len(model.blocks):
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
-        with terminal.progress("pruning", len(model.blocks), done) as step:
-            for block in prune(model, batches, recipe, writer, clock, done, work.record, compared):
-                work.finished.append(block)
-                step()
+        slots = [slot for block in model.blocks for slot in block.slots]
+        pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
+        with Rereading(work.partial, pruned) as written:
+
+            def on_disk(block: BlockFacts) -> None:
+                work.record(block)
+                written.check(slot.name for slot in block.slots)
+
+            with terminal.progress("pruning", len(model.blocks), done) as step:
+                for block in prune(model, batches, recipe, writer, clock, done, on_disk, compared):
+                    work.finished.append(block)
+                    step()
+            with clock("write"):
+                writer.finish()
+            with clock("verify"):
+                zeros = written.zeros()
         with clock("write"):
-            writer.finish()
-        _verify(config, model, patterns, windows_NL, work, clock, command, plan)
+            entries = [manifest_entry(slot, patterns[slot.name], zeros[slot.name]) for slot in slots]
+            summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
+            card = model_card(config.model.path, command, summary)
+            write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
         work.publish()
     except TransientError:
         raise
@@ -250,22 +265,6 @@ def _writer(model: StreamedModel, work: Work, terminal: Terminal) -> CheckpointW
         writer = CheckpointWriter(model.checkpoint, work.partial)
     writer.left -= {key for block in model.blocks[: len(work.finished)] for key in block.files}
     return writer
-
-
-def _verify(
-    config: RunConfig, model: StreamedModel, patterns: dict[str, Pattern], windows_NL: Tensor | None, work: Work,
-    clock: Clock, command: str, plan: Plan,
-) -> None:  # fmt: skip
-    """Reads the written weights again, and writes what was found beside them."""
-    slots = [slot for block in model.blocks for slot in block.slots]
-    with clock("verify"):
-        pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
-        zeros = count_zeros(Checkpoint(work.partial, bare=True), pruned)
-    with clock("write"):
-        entries = [manifest_entry(slot, patterns[slot.name], zeros[slot.name]) for slot in slots]
-        summary = summary_of(config, command, windows_NL, sum(zeros.values()) / plan.slot_weights)
-        card = model_card(config.model.path, command, summary)
-        write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
 
 
 def _allocate(

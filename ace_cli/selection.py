@@ -2,13 +2,17 @@
 
 Shapes: R rows, N scores of a row. On a CPU the arithmetic is numpy's, whose comparisons and order statistics use vector
 instructions where torch's do not (four times faster than torch's kthvalue, fourteen than a stable sort); elsewhere it
-is torch's, without waiting for the device. The operators are the same, so the functions are written once.
+is torch's, without waiting for the device. The operators are the same, so the functions are written once. Large
+weights on a CPU are pruned by compiled loops; the bits are the same.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.pieces import LARGEST_PIECE, each_piece
@@ -21,6 +25,12 @@ Array = Any
 
 #: Scores handled at a time where it is not a CPU: few large pieces.
 _PIECE_ON_DEVICE = 1 << 24
+
+#: Elements of a weight from which on compiled loops are worth what loading them takes: 0.3 s and 150 MB.
+LARGE = 1 << 23
+
+#: The widest group that they take.
+_COMPARED = 64
 
 
 def keep_largest(score_RN: Tensor, k: int) -> Tensor:
@@ -35,6 +45,85 @@ def keep_n_of_m(score_RN: Tensor, n: int, m: int) -> Tensor:
     if m > 16:
         return _keep_n_of_m_sorted(score_RN, n, m)
     return _by_rows(score_RN, lambda chunk_RN: _beating_all_but(chunk_RN, n, m))
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """The scores |W_ij| f_j of any rows; f is float32 (I,). Compiled loops never write them to memory."""
+
+    factor_I: Tensor
+
+    def __call__(self, rows_RI: Tensor, _: slice) -> Tensor:
+        return rows_RI.abs().mul_(self.factor_I)
+
+
+def loops_for(numel: int) -> ModuleType | None:
+    """The compiled loops, where they exist and a weight of so many elements is worth loading them; None elsewhere."""
+    if numel < LARGE:
+        return None
+    try:
+        from ace_cli import loops
+    except ImportError:  # numba comes later than a new Python does
+        return None
+    return loops
+
+
+def zero_smallest(score: Tensor | Scaled, k: int, weight_RN: Tensor, loops: ModuleType | None) -> bool:
+    """``keep_largest``, in place: +0.0 in what it does not keep of ``weight_RN``. False if a score is not finite.
+
+    Both lie in a CPU's memory, row by row; the weight has any float dtype.
+    """
+    score_RN = _written(score, weight_RN, loops)
+    if loops is None or k == 0:
+        return _zero(score_RN, keep_largest(score_RN, k), weight_RN)
+    score_RN = score_RN.numpy()
+    return bool(loops.zero_below(score_RN, _kth_smallest(score_RN, k)[:, 0], score_RN.shape[1] - k, _bits(weight_RN)))
+
+
+def zero_n_of_m(score: Tensor | Scaled, n: int, m: int, weight_RN: Tensor, loops: ModuleType | None) -> bool:
+    """``keep_n_of_m``, in place, as ``zero_smallest``."""
+    if loops is None or m > _COMPARED:
+        score_RN = _written(score, weight_RN, loops)
+        return _zero(score_RN, keep_n_of_m(score_RN, n, m), weight_RN)
+    if isinstance(score, Scaled) and _scales(weight_RN):
+        return bool(loops.zero_scaled_n_of_m(_bits(weight_RN), score.factor_I.numpy(), n, m))
+    return bool(loops.zero_n_of_m(_written(score, weight_RN, loops).numpy(), n, m, _bits(weight_RN)))
+
+
+def count_nonzero(values: Tensor, width: int, loops: ModuleType) -> tuple[int, int]:
+    """How many of ``values`` (any float dtype, on a CPU) are not 0, and the most in any ``width`` consecutive ones."""
+    nonzero, most = loops.count_nonzero(_bits(values.contiguous()).reshape(-1), width)
+    return nonzero, most
+
+
+def _scales(weight_RN: Tensor) -> bool:
+    """Whether the loops score weights of this dtype."""
+    return weight_RN.dtype in (_torch().bfloat16, _torch().float32)
+
+
+def _written(score: Tensor | Scaled, weight_RN: Tensor, loops: ModuleType | None) -> Any:
+    """The scores themselves, float32 (R, N)."""
+    if not isinstance(score, Scaled):
+        return score
+    if loops is None or not _scales(weight_RN):
+        return score(weight_RN.float(), slice(None))
+    score_RN = _torch().empty(weight_RN.shape)
+    loops.scaled(_bits(weight_RN), score.factor_I.numpy(), score_RN.numpy())
+    return score_RN
+
+
+def _zero(score_RN: Tensor, keep_RN: Tensor, weight_RN: Tensor) -> bool:
+    """On the bits: a product of floats would leave -0.0; numpy's of integers is the fastest. Their sum tells of NaN."""
+    bits_RN = _bits(weight_RN)
+    bits_RN *= keep_RN.numpy()
+    return math.isfinite(float(score_RN.sum())) or bool(score_RN.isfinite().all())
+
+
+def _bits(values: Tensor) -> Any:
+    """Floats as numpy's integers, in the same memory."""
+    torch = _torch()
+    kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return values.view(kinds[values.dtype.itemsize]).numpy()
 
 
 def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:

@@ -16,7 +16,7 @@ from ace_cli import registry
 PACKAGE = Path(ace_cli.__file__).parent
 #: From the leaves up. A module may import rooms of a lower level, and its own room.
 LEVELS: dict[str, int] = {
-    "pieces": -1,
+    "pieces": -1, "loops": -1,
     "": 0, "errors": 0, "registry": 0, "statistics": 0, "clock": 0, "memory": 0, "propagate": 0, "gate": 0,
     "selection": 0, "hardware": 1, "finite": 1, "phases": 1, "trackers": 1, "patterns": 1, "model": 2, "masking": 2,
     "hooks": 3, "limit": 3, "observe": 3, "texts": 3, "sampling": 3, "permutation": 3,
@@ -80,14 +80,14 @@ def test_imports_point_one_way(file: Path) -> None:
 )  # fmt: skip
 def test_configuration_modules_do_not_import_torch_at_the_top(file: Path) -> None:
     top = imported(ast.parse(file.read_text()), into_functions=False)
-    heavy = {"torch", "transformers", "datasets", "accelerate", "safetensors", "numpy"}
+    heavy = {"torch", "transformers", "datasets", "accelerate", "safetensors", "numpy", "numba"}
     assert not {name for name in top if name.split(".")[0] in heavy}
 
 
 def test_configuration_itself_loads_no_torch() -> None:
     code = (
         "import sys, ace_cli.__main__; from ace_cli.config import store_schemas; store_schemas(); "
-        "print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+        "print({'torch', 'transformers', 'datasets', 'numba'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "set()\n"

@@ -14,7 +14,7 @@ import torch
 from tiny_models import make, token_windows, weights
 from torch import Tensor
 
-from ace_cli import pieces
+from ace_cli import pieces, selection
 from ace_cli.clock import Clock
 from ace_cli.engine import Recipe, prune
 from ace_cli.errors import AceError
@@ -26,13 +26,14 @@ from ace_cli.metrics.ria import RIA
 from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP
 from ace_cli.metrics.wanda import Wanda
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import Pruned, Violation, count_zeros
+from ace_cli.model.pruned import Pruned, Rereading, Violation, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.pieces import each_columns, each_piece
 from ace_cli.propagate import Propagate
 from ace_cli.repair.none import NoRepair
+from ace_cli.selection import Scaled
 from ace_cli.statistics import Seen
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
@@ -49,6 +50,14 @@ def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(pieces, size, 200)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "compiled"])
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether weights of any size are pruned and counted by compiled loops, or none are."""
+    monkeypatch.setattr(selection, "LARGE", 0 if request.param else 1 << 60)
+    assert (selection.loops_for(1) is not None) == request.param
+    return bool(request.param)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,27 +162,46 @@ def few_values(*shape: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("make_weight", [normal, few_values])
 @pytest.mark.parametrize("view", [View(), View(transposed=True), View(2), View(1, transposed=True)], ids=repr)
+@pytest.mark.parametrize("scores_of", [Scaled, lambda f_I: lambda rows_RI, _: rows_RI.abs() * f_I], ids=["f", "any"])
 def test_pruned_by_rows_as_whole(
-    threads: int, pattern: Pattern, dtype: torch.dtype, make_weight: Any, view: View
+    threads: int, compiled: bool, pattern: Pattern, dtype: torch.dtype, make_weight: Any, view: View, scores_of: Any
 ) -> None:
     """Ragged last pieces, ties, zeros of either sign, weights stored either way round, experts in one parameter."""
     stored = make_weight(*(() if view.index is None else (3,)), *((96, 37) if view.transposed else (37, 96))).to(dtype)
     before, weight_OI = stored.clone(), view(stored)
-    norm_I = normal(96).abs()
+    norm_I = normal(96).abs() if make_weight is normal else torch.ones(96)
     score_OI = weight_OI.float().abs() * norm_I
     expected_OI = weight_OI.masked_fill(~pattern.keep(score_OI), 0)
-    prune_rows(weight_OI, lambda rows_RI, _: rows_RI.abs() * norm_I, pattern, "it")
+    prune_rows(weight_OI, scores_of(norm_I), pattern, "it")
     assert torch.equal(weight_OI, expected_OI)
     assert torch.equal(weight_OI.signbit(), expected_OI.signbit())
     view(before)[:] = expected_OI
     assert torch.equal(stored, before), "something beside the slot was changed"
 
 
-def test_rows_that_are_not_finite_are_refused(threads: int) -> None:
-    weight_OI = normal(37, 96)
-    weight_OI[31, 5] = float("inf")
-    with pytest.raises(AceError, match="NaN or Inf in it"):
-        prune_rows(weight_OI, lambda rows_RI, _: rows_RI.abs(), NofM(2, 4), "it")
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+@pytest.mark.parametrize("scores", [Scaled(torch.ones(96)), lambda rows_RI, _: rows_RI.abs()], ids=["f", "any"])
+def test_rows_that_are_not_finite_are_refused(
+    threads: int, compiled: bool, pattern: Pattern, value: str, scores: Any
+) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight_OI = normal(37, 96, dtype=dtype)
+        weight_OI[31, 5] = float(value)
+        with pytest.raises(AceError, match="NaN or Inf in it"):
+            prune_rows(weight_OI, scores, pattern, "it")
+
+
+@pytest.mark.parametrize("m", [2, 3, 5, 8, 16, 17, 64, 65, 128])
+@pytest.mark.parametrize("columns", [1, 30, 70])
+def test_groups_of_every_width(compiled: bool, m: int, columns: int) -> None:
+    """More groups than a vector has places, and rows longer than a chunk of scores."""
+    weight_OI, norm_I = normal(3, columns * m), normal(columns * m).abs()
+    for pattern in (NofM(1, m), NofM(m // 2, m), NofM(m - 1, m)):
+        keep_OI = pattern.keep(weight_OI.abs() * norm_I)
+        pruned_OI = weight_OI.clone()
+        prune_rows(pruned_OI, Scaled(norm_I), pattern, "it")
+        assert torch.equal(pruned_OI, weight_OI * keep_OI)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -214,7 +242,7 @@ class WandaRefined(Wanda):
     ],
 )  # fmt: skip
 def test_the_engine_prunes_by_rows_as_whole(
-    tmp_path: Path, threads: int, family: str, stored: torch.dtype, computed: torch.dtype, sparsity: str
+    tmp_path: Path, threads: int, compiled: bool, family: str, stored: torch.dtype, computed: torch.dtype, sparsity: str
 ) -> None:
     folder = make(tmp_path / "model", family, dtype=stored)
     whole, rows = (
@@ -262,10 +290,13 @@ def _pruned(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("view", [View(), View(2), View(transposed=True), View(0, transposed=True)], ids=repr)
-def test_zeros_are_counted_in_the_file(tmp_path: Path, threads: int, dtype: torch.dtype, view: View) -> None:
+def test_zeros_are_counted_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool, dtype: torch.dtype, view: View
+) -> None:
     """A zero of either sign is one; the first row that breaks the pattern is named by its number in the weight."""
     from safetensors.torch import save_file
 
+    monkeypatch.setattr("ace_cli.model.pruned.LARGEST_PIECE", 200)
     stored = normal(*(() if view.index is None else (3,)), *((96, 37) if view.transposed else (37, 96)), dtype=dtype)
     weight_OI = view(stored)
     weight_OI[~NofM(2, 4).keep(weight_OI.float().abs().contiguous())] = -0.0
@@ -277,3 +308,47 @@ def test_zeros_are_counted_in_the_file(tmp_path: Path, threads: int, dtype: torc
     save_file({"w": stored}, tmp_path / "model.safetensors")
     with pytest.raises(Violation, match="row 23, inputs 8 to 11 have 4 non-zeros, 2 allowed"):
         count_zeros(Checkpoint(tmp_path, bare=True), pruned)
+
+
+@pytest.mark.parametrize("pattern", [Ratio(Fraction(1, 2)), Ratio(Fraction(1, 3)), NofM(2, 4), NofM(8, 32)], ids=str)
+def test_any_pattern_is_counted(tmp_path: Path, compiled: bool, pattern: Pattern) -> None:
+    from safetensors.torch import save_file
+
+    weight_OI = normal(37, 96)
+    weight_OI *= pattern.keep(weight_OI.abs())
+    weight_OI[3, :7] = -0.0
+    zeros = int((weight_OI == 0).sum())
+    save_file({"w": weight_OI}, tmp_path / "model.safetensors")
+    pruned = {"it": Pruned("w", View(), pattern)}
+    assert count_zeros(Checkpoint(tmp_path, bare=True), pruned) == {"it": zeros}
+    weight_OI[11, :33] = 1.0
+    weight_OI[11, 33:] = 2.0
+    save_file({"w": weight_OI}, tmp_path / "model.safetensors")
+    with pytest.raises(Violation, match=r"it breaks .*: row 11"):
+        count_zeros(Checkpoint(tmp_path, bare=True), pruned)
+
+
+def test_what_is_on_disk_is_read_again_meanwhile(tmp_path: Path) -> None:
+    """Weights are counted once they are there; those nobody spoke of, and those in one piece, at the end."""
+    from safetensors.torch import save_file
+
+    file, pattern = tmp_path / "model.safetensors", NofM(2, 4)
+    names = {"first": View(), "second": View(), "turned": View(transposed=True), "silent": View()}
+    weights = {name: torch.ones(8, 8) for name in names}
+    save_file(weights, file)
+    with Rereading(tmp_path, {name: Pruned(name, view, pattern) for name, view in names.items()}) as again:
+        weights["first"][:, ::2] = 0
+        save_file(weights, file)
+        again.check(["first"])
+        assert again._found[0].result() == {"first": 32}
+        for name in ("second", "turned", "silent"):
+            names[name](weights[name])[:, ::2] = 0
+        save_file(weights, file)
+        again.check(["second", "turned"])
+        assert again.zeros() == dict.fromkeys(names, 32)
+    weights["second"][5] = 1.0
+    save_file(weights, file)
+    with Rereading(tmp_path, {name: Pruned(name, view, pattern) for name, view in names.items()}) as again:
+        again.check(["first", "second"])
+        with pytest.raises(Violation, match="second breaks 2:4: row 5"):
+            again.zeros()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import RelativeWeight, power_faults
 from ace_cli.registry import register
+from ace_cli.selection import Scaled
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class VarP(Metric):
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         factor_I = variance_factor(self.norm, self.form, seen).float()
-        return lambda rows_RI, _: (rows_RI.square() if self.wpow == 2 else rows_RI.abs()).mul_(factor_I)
+        return Scaled(factor_I) if self.wpow == 1 else lambda rows_RI, _: rows_RI.square().mul_(factor_I)
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return diagnosis(self.norm, self.form, seen)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.metrics.base import Metric, spread
 from ace_cli.registry import register
+from ace_cli.selection import Scaled
 from ace_cli.statistics import SecondMoment
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ class Wanda(Metric):
         return (SecondMoment(),)
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
-        norm_I = seen[SecondMoment()].mean_I.sqrt().float()
-        return lambda rows_RI, _: rows_RI.abs().mul_(norm_I)
+        return Scaled(seen[SecondMoment()].mean_I.sqrt().float())
 
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         return {"spread": spread(seen[SecondMoment()].mean_I.sqrt())}

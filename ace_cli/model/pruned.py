@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.errors import AceError
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
 from ace_cli.model.slots import Slot, View
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import LARGEST_PIECE
+from ace_cli.selection import count_nonzero, loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +75,11 @@ class Pruned:
     in_file: View
     pattern: Pattern
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether some rows of it can be read and looked at without the others."""
+        return self.pattern.by_rows and not self.in_file.transposed
+
 
 def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[str, int]:
     """Re-read every pruned weight: name -> its zeros. Raises Violation at the first that breaks its pattern."""
@@ -80,7 +88,7 @@ def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[st
     for name, weight in pruned.items():
         if weight.key not in checkpoint.tensors:
             raise Violation(f"{weight.key}: not in the checkpoint")
-        if weight.pattern.by_rows and not weight.in_file.transposed:
+        if weight.in_pieces:
             zeros[name] = _zeros_by_rows(checkpoint, name, weight)
             continue
         if last is None or last[0] != weight.key:  # one tensor may hold many experts
@@ -89,30 +97,53 @@ def count_zeros(checkpoint: Checkpoint, pruned: Mapping[str, Pruned]) -> dict[st
     return zeros
 
 
+class Rereading:
+    """Counts the zeros of weights while others are still being pruned, on a thread of its own."""
+
+    def __init__(self, folder: Path, pruned: Mapping[str, Pruned]) -> None:
+        """``folder`` has its files, in their full length, but for now not all of their weights."""
+        self._checkpoint = Checkpoint(folder, bare=True)
+        self._left = dict(pruned)
+        self._thread = ThreadPoolExecutor(1, "verify")
+        self._found: list[Future[dict[str, int]]] = []
+
+    def __enter__(self) -> Rereading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def check(self, names: Iterable[str]) -> None:
+        """These weights are on disk. Those that are not read in pieces, beside a block that fills the memory, wait."""
+        now = {name: self._left.pop(name) for name in names if self._left[name].in_pieces}
+        self._found.append(self._thread.submit(count_zeros, self._checkpoint, now))
+
+    def zeros(self) -> dict[str, int]:
+        """All weights are on disk: name -> its zeros. Raises Violation if one breaks its pattern."""
+        zeros = {name: count for found in self._found for name, count in found.result().items()}
+        return zeros | count_zeros(self._checkpoint, self._left)
+
+
 def _zeros_by_rows(checkpoint: Checkpoint, name: str, weight: Pruned) -> int:
-    """Read and looked at some rows at a time: in a CPU's caches, on all its cores."""
+    """Read and looked at some rows at a time, in a CPU's caches."""
     *_, rows, columns = checkpoint.tensors[weight.key].shape
-    before = rows * (weight.in_file.index or 0)
-    zeros: dict[int, int] = {}
-    faults: dict[int, Violation] = {}
+    before, step = rows * (weight.in_file.index or 0), max(1, LARGEST_PIECE // columns)
+    loops, zeros = loops_for(rows * columns), 0
     with checkpoint.opened(weight.key) as read:
-
-        def work(piece: slice) -> None:
-            count = piece.stop - piece.start
-            values_RI = read((before + piece.start) * columns, count * columns).view(count, columns)
-            try:
-                zeros[piece.start] = _zeros(name, weight, values_RI, piece.start)
-            except Violation as fault:
-                faults[piece.start] = fault
-
-        each_piece(rows, columns, work)
-    if faults:
-        raise faults[min(faults)]
-    return sum(zeros.values())
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            values_RI = read((before + first) * columns, count * columns).view(count, columns)
+            zeros += _zeros(name, weight, values_RI, first, loops)
+    return zeros
 
 
-def _zeros(name: str, weight: Pruned, values_OI: Tensor, first: int = 0) -> int:
+def _zeros(name: str, weight: Pruned, values_OI: Tensor, first: int = 0, loops: ModuleType | None = None) -> int:
     """Zeros of stored ``values_OI``, the weight or its rows from ``first`` on; Violation if they break the pattern."""
+    if loops is not None:
+        width, allowed = weight.pattern.compared(*values_OI.shape)
+        nonzero, most = count_nonzero(values_OI, width, loops)
+        if most <= allowed:
+            return values_OI.numel() - nonzero
     nonzero_OI = _nonzero(values_OI)
     if problem := weight.pattern.violation(nonzero_OI, first):
         raise Violation(f"{name} breaks {weight.pattern}: {problem}")
