@@ -23,7 +23,7 @@ from ace_cli.masking import prune_rows
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.patterns import Pattern
-from ace_cli.selection import LARGE, Scaled
+from ace_cli.selection import LARGE, Scaled, loops_for
 
 _PROBE_SECONDS = 0.1
 _PIECE = 4 << 20
@@ -153,7 +153,7 @@ def _prune(dtype: torch.dtype, pattern: Pattern, largest: int) -> float:
     def work() -> None:
         copy_OI = next(copies)
         prune_rows(copy_OI, Scaled(torch.ones(columns)), pattern, "random weights")
-        pattern.violation(copy_OI != 0)
+        pattern.check(copy_OI, loops=loops_for(copy_OI.numel()))
 
     return weight_OI.numel() / _shortest(work, lambda: None)
 

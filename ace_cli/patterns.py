@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
-from ace_cli.selection import Scaled, keep_largest, keep_n_of_m, zero_n_of_m, zero_smallest
+from ace_cli.selection import Scaled, count_nonzero, keep_largest, keep_n_of_m, zero_n_of_m, zero_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,11 +59,21 @@ class Pattern:
         """How many consecutive weights of a (rows, columns) slot are compared, and how many of them may be kept."""
         raise NotImplementedError
 
-    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
-        """Where a stored weight, true where it is not 0, breaks the pattern; None if it holds.
+    def check(self, weight_OI: Tensor, first: int = 0, loops: ModuleType | None = None) -> tuple[int, str | None]:
+        """How many weights (any float dtype, on a CPU) are 0, and where they break the pattern, None if they hold it.
 
-        If ``by_rows``, some rows of it will do: ``first`` is the number of the first one.
+        If ``by_rows``, some rows of the weight will do: ``first`` is the number of the first one. In one thread.
         """
+        width, allowed = self.compared(*weight_OI.shape)
+        nonzero, most = count_nonzero(weight_OI, width, loops)
+        problem = None
+        if most > allowed:
+            group = int((weight_OI != 0).reshape(-1, width).sum(1).argmax())
+            problem = f"{self._place(group, first, weight_OI.shape[1])} {most} non-zeros, {allowed} allowed"
+        return weight_OI.numel() - nonzero, problem
+
+    def _place(self, group: int, first: int, columns: int) -> str:
+        """Group number ``group`` of what is compared, in words, and "has" or "have"."""
         raise NotImplementedError
 
 
@@ -96,16 +106,8 @@ class Ratio(Pattern):
         width = columns if self.scope is Scope.row else rows * columns
         return width, width - floor(width * self.p)
 
-    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
-        if self.scope is Scope.layer:
-            nonzero_OI = nonzero_OI.reshape(1, -1)
-        kept = nonzero_OI.shape[1] - floor(nonzero_OI.shape[1] * self.p)
-        nonzero_O = _count_true(nonzero_OI)
-        if int(nonzero_O.max()) <= kept:
-            return None
-        row = int(nonzero_O.argmax())
-        where = f"row {first + row}" if self.scope is Scope.row else "the layer"
-        return f"{where} has {int(nonzero_O[row])} non-zeros, {kept} allowed"
+    def _place(self, group: int, first: int, columns: int) -> str:
+        return f"row {first + group} has" if self.scope is Scope.row else "the layer has"
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,9 @@ class NofM(Pattern):
     def compared(self, rows: int, columns: int) -> tuple[int, int]:
         return self.m, self.n
 
-    def violation(self, nonzero_OI: Tensor, first: int = 0) -> str | None:
-        nonzero_G = _count_in_groups(nonzero_OI, self.m)
-        if int(nonzero_G.max()) <= self.n:
-            return None
-        row, group = divmod(int(nonzero_G.argmax()), nonzero_OI.shape[1] // self.m)
-        return (
-            f"row {first + row}, inputs {group * self.m} to {group * self.m + self.m - 1} have {int(nonzero_G.max())} "
-            f"non-zeros, {self.n} allowed"
-        )
+    def _place(self, group: int, first: int, columns: int) -> str:
+        row, group = divmod(group, columns // self.m)
+        return f"row {first + row}, inputs {group * self.m} to {group * self.m + self.m - 1} have"
 
 
 def parse_sparsity(value: object, scope: Scope) -> Pattern:
@@ -171,22 +167,3 @@ def parse_sparsity(value: object, scope: Scope) -> Pattern:
     if not 0 <= p < 1:
         raise AceError(f"sparsity={text}: the fraction pruned must lie in [0, 1).", hint)
     return Ratio(p, scope)
-
-
-def _count_true(flag_RN: Tensor) -> Tensor:
-    """How many are true in each row, int32 (R,); twice as fast as a sum of bools."""
-    import torch
-
-    return flag_RN.view(torch.uint8).sum(1, dtype=torch.int32)
-
-
-def _count_in_groups(flag_OI: Tensor, m: int) -> Tensor:
-    """How many of every m are true, (G,)."""
-    import torch
-
-    flag_GM = flag_OI.contiguous().view(torch.uint8).reshape(-1, m)
-    if m not in (4, 8):
-        return flag_GM.sum(1, dtype=torch.int32)
-    # the bytes of a group are one integer: multiplied by 1 1 1 ..., its highest byte is their sum
-    wide, ones = (torch.int32, 0x01010101) if m == 4 else (torch.int64, 0x0101010101010101)
-    return flag_GM.view(wide).squeeze(1).mul(ones) >> 8 * (m - 1)

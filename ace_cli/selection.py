@@ -90,10 +90,23 @@ def zero_n_of_m(score: Tensor | Scaled, n: int, m: int, weight_RN: Tensor, loops
     return bool(loops.zero_n_of_m(_written(score, weight_RN, loops).numpy(), n, m, _bits(weight_RN)))
 
 
-def count_nonzero(values: Tensor, width: int, loops: ModuleType) -> tuple[int, int]:
-    """How many of ``values`` (any float dtype, on a CPU) are not 0, and the most in any ``width`` consecutive ones."""
-    nonzero, most = loops.count_nonzero(_bits(values.contiguous()).reshape(-1), width)
-    return nonzero, most
+def count_nonzero(values: Tensor, width: int, loops: ModuleType | None) -> tuple[int, int]:
+    """How many of ``values`` (any float dtype, on a CPU) are not 0, and the most in any ``width`` consecutive ones.
+
+    In one thread: a second team of torch's threads, beside one that computes, would slow that one down twofold.
+    """
+    bits_N = _bits(values.contiguous()).reshape(-1)
+    if loops is not None:
+        nonzero, most = loops.count_nonzero(bits_N, width)
+        return nonzero, most
+    numpy = _numpy()
+    flag_N = (bits_N & numpy.iinfo(bits_N.dtype).max) != 0  # either zero, whatever its sign
+    if width in (4, 8):  # the bytes of a group are one integer: multiplied by 1 1 1 ..., its highest byte is their sum
+        wide, ones = (numpy.uint32, 0x01010101) if width == 4 else (numpy.uint64, 0x0101010101010101)
+        count_G = flag_N.view(wide) * wide(ones) >> wide(8 * (width - 1))
+    else:
+        count_G = flag_N.reshape(-1, width).sum(1, dtype=numpy.int32)
+    return int(numpy.count_nonzero(flag_N)), int(count_G.max())
 
 
 def _scales(weight_RN: Tensor) -> bool:

@@ -95,7 +95,7 @@ def ours(metric: str, options: argparse.Namespace, out: Path) -> dict[str, float
     command = [sys.executable, "-m", "ace_cli", f"model.path={options.model.absolute()}", f"metric={metric}",
                f"sparsity={options.sparsity}", "calib=text", f"calib.path={options.pages.absolute()}", "device=cpu",
                f"calib.n_samples={options.n_samples}", f"calib.seq_len={options.seq_len}", "eval=none",
-               "keep_checkpoint=false", f"output_dir={out}"]  # fmt: skip
+               "keep_checkpoint=false", "observe.tokens=0", "observe.windows=0", f"output_dir={out}"]  # fmt: skip
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     report = json.loads((out / "report.json").read_text())
     return {"seconds": report["seconds"]["prune"] + report["seconds"]["write"],

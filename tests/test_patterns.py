@@ -192,10 +192,10 @@ def test_misfit_names_the_columns() -> None:
 def test_violation_sees_one_weight_too_many(pattern: patterns.Pattern) -> None:
     weight_OI = random_scores(6, 16) + 0.1
     weight_OI[~pattern.keep(weight_OI)] = 0
-    assert pattern.violation(weight_OI != 0) is None
+    assert pattern.check(weight_OI)[1] is None
     row, column = [int(i) for i in (weight_OI == 0).nonzero()[-1]]
     weight_OI[row, column] = 0.5
-    problem = pattern.violation(weight_OI != 0)
+    problem = pattern.check(weight_OI)[1]
     assert problem is not None
     assert "non-zeros" in problem
     if pattern != Ratio(Fraction(1, 2), Scope.layer):
@@ -204,15 +204,15 @@ def test_violation_sees_one_weight_too_many(pattern: patterns.Pattern) -> None:
 
 def test_violation_allows_more_zeros_than_asked_for() -> None:
     for pattern in (Ratio(Fraction(1, 2)), NofM(2, 4)):
-        assert pattern.violation(torch.zeros(4, 8) != 0) is None
+        assert pattern.check(torch.zeros(4, 8))[1] is None
 
 
 def test_violation_names_the_group() -> None:
     weight_OI = torch.zeros(3, 12)
     weight_OI[1, 4:7] = 1
-    assert NofM(2, 4).violation(weight_OI != 0) == "row 1, inputs 4 to 7 have 3 non-zeros, 2 allowed"
+    assert NofM(2, 4).check(weight_OI)[1] == "row 1, inputs 4 to 7 have 3 non-zeros, 2 allowed"
 
 
 @pytest.mark.parametrize(("n", "m"), [(16, 32), (128, 256), (256, 512)])
 def test_violation_counts_in_groups_of_any_size(n: int, m: int) -> None:
-    assert NofM(n, m).violation(torch.ones(2, m) != 0) == f"row 0, inputs 0 to {m - 1} have {m} non-zeros, {n} allowed"
+    assert NofM(n, m).check(torch.ones(2, m))[1] == f"row 0, inputs 0 to {m - 1} have {m} non-zeros, {n} allowed"

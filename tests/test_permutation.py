@@ -329,7 +329,7 @@ def run_engine(
             (out / file.name).write_text(file.read_text())
     stored = weights(out)
     for slot in (slot for block in model.blocks for slot in block.slots):
-        assert pattern.violation(slot.in_file(stored[slot.key]) != 0) is None, slot.name
+        assert pattern.check(slot.in_file(stored[slot.key]))[1] is None, slot.name
     return stored, hidden, facts
 
 

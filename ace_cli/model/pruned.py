@@ -20,7 +20,7 @@ from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_i
 from ace_cli.model.slots import Slot, View
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.pieces import LARGEST_PIECE
-from ace_cli.selection import count_nonzero, loops_for
+from ace_cli.selection import loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -139,25 +139,10 @@ def _zeros_by_rows(checkpoint: Checkpoint, name: str, weight: Pruned) -> int:
 
 def _zeros(name: str, weight: Pruned, values_OI: Tensor, first: int = 0, loops: ModuleType | None = None) -> int:
     """Zeros of stored ``values_OI``, the weight or its rows from ``first`` on; Violation if they break the pattern."""
-    if loops is not None:
-        width, allowed = weight.pattern.compared(*values_OI.shape)
-        nonzero, most = count_nonzero(values_OI, width, loops)
-        if most <= allowed:
-            return values_OI.numel() - nonzero
-    nonzero_OI = _nonzero(values_OI)
-    if problem := weight.pattern.violation(nonzero_OI, first):
+    zeros, problem = weight.pattern.check(values_OI, first, loops)
+    if problem:
         raise Violation(f"{name} breaks {weight.pattern}: {problem}")
-    return nonzero_OI.numel() - int(nonzero_OI.count_nonzero())
-
-
-def _nonzero(values: Tensor) -> Tensor:
-    """bool: ``values != 0``; of 16-bit floats by their bits, which torch would convert one by one."""
-    import torch
-
-    if values.dtype not in (torch.bfloat16, torch.float16):
-        return values != 0
-    bits = values.contiguous().view(torch.int16).numpy()
-    return torch.from_numpy((bits & 0x7FFF) != 0)  # either zero, whatever its sign
+    return zeros
 
 
 def verify(folder: Path) -> int:
