@@ -15,6 +15,7 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from ace_cli.loops import load
 from ace_cli.pieces import LARGEST_PIECE, each_piece
 
 if TYPE_CHECKING:
@@ -59,13 +60,7 @@ class Scaled:
 
 def loops_for(numel: int) -> ModuleType | None:
     """The compiled loops, where they exist and a weight of so many elements is worth loading them; None elsewhere."""
-    if numel < LARGE:
-        return None
-    try:
-        from ace_cli import loops
-    except ImportError:  # numba comes later than a new Python does
-        return None
-    return loops
+    return None if numel < LARGE else load("weights")
 
 
 def zero_smallest(score: Tensor | Scaled, k: int, weight_RN: Tensor, loops: ModuleType | None) -> bool:

@@ -233,6 +233,10 @@ class TokenSquares(Statistic):
         return torch.cat(self._chunks_TI)
 
 
+#: Tokens of one matrix product: what is made of them stays in the caches, and the sum is not read too often.
+_PRODUCT_TOKENS = 512
+
+
 @dataclass(unsafe_hash=True)
 class CosineTerm(Statistic):
     """``total_OI``: what removing one weight does to the direction of the output a = W x + b (methods of CosP).
@@ -241,7 +245,7 @@ class CosineTerm(Statistic):
 
     * ``signed``   sum_t (a_ti / A_t) x_tj                 first order, as in the paper's digest
     * ``absolute`` sum_t |a_ti| / A_t |x_tj|               the same without cancellation
-    * ``second``   sum_t (A_t - a_ti^2) / A_t^2 x_tj^2      exact second order of 2 (1 - cos) / W_ij^2
+    * ``second``   sum_t (1 - a_ti^2 / A_t) x_tj^2 / A_t   exact second order of 2 (1 - cos) / W_ij^2
     * ``token``    sum_t x_tj^2 / A_t                     its limit for A_t >> a_ti^2, the same for every row: (1, I)
     * ``exact``    sum_t 1 - cos(a_t, a_t - W_ij x_tj e_i)  the loss itself; element by element, slow
 
@@ -259,23 +263,37 @@ class CosineTerm(Statistic):
         return 0 if self.kind == "token" else 4 * rows * columns
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        import torch
+
         x_TI, y_TO = x_TI.float(), y_TO.float()
-        A_T1 = y_TO.square().sum(1, keepdim=True)
-        largest_T1 = x_TI.square().sum(1, keepdim=True) * weight_OI.float().square().sum()
-        has_direction = ((1e-12 * largest_T1 < A_T1) & (A_T1 > 0)).squeeze(1)
+        A_T1 = _sizes(y_TO)
+        has_direction_T1 = 1e-12 * _sizes(x_TI) * weight_OI.norm(dtype=torch.float32).square() < A_T1
         self.tokens += len(x_TI)
-        x_TI, y_TO, A_T1 = x_TI[has_direction], y_TO[has_direction], A_T1[has_direction]
-        if self.kind == "signed":
-            total_OI = (y_TO / A_T1).T @ x_TI
+        if self.kind == "exact":
+            some = has_direction_T1[:, 0]
+            total_OI = _cosine_loss(x_TI[some], y_TO[some], A_T1[some], weight_OI)
+            self.total_OI = total_OI if self.total_OI is None else self.total_OI.add_(total_OI)
+            return
+        if self.total_OI is None:
+            rows = 1 if self.kind == "token" else y_TO.shape[1]
+            self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]))
+        factor_T1 = (1 / A_T1).masked_fill_(~has_direction_T1, 0.0)
+        for first in range(0, len(x_TI), _PRODUCT_TOKENS):
+            tokens = slice(first, first + _PRODUCT_TOKENS)
+            self._add(x_TI[tokens], y_TO[tokens], factor_T1[tokens])
+
+    def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor) -> None:
+        """``factor_T1`` is 1 / A_t, or 0 where there is no direction."""
+        assert self.total_OI is not None
+        if self.kind == "token":
+            self.total_OI += x_TI.square().mul_(factor_T1).sum(0)
+        elif self.kind == "signed":
+            self.total_OI.addmm_((y_TO * factor_T1).T, x_TI)
         elif self.kind == "absolute":
-            total_OI = (y_TO.abs() / A_T1).T @ x_TI.abs()
-        elif self.kind == "second":
-            total_OI = ((A_T1 - y_TO.square()).clamp(min=0) / A_T1.square()).T @ x_TI.square()
-        elif self.kind == "token":
-            total_OI = (x_TI.square() / A_T1).sum(0, keepdim=True)
+            self.total_OI.addmm_(y_TO.abs().mul_(factor_T1).T, x_TI.abs())
         else:
-            total_OI = _cosine_loss(x_TI, y_TO, A_T1, weight_OI)
-        self.total_OI = total_OI if self.total_OI is None else self.total_OI.add_(total_OI)
+            across_TO = y_TO.square().mul_(factor_T1).neg_().add_(1).clamp_(min=0)
+            self.total_OI.addmm_(across_TO.T, x_TI.square().mul_(factor_T1))
 
 
 def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) -> Tensor:
@@ -302,7 +320,7 @@ class Gram(Statistic):
     factors: Any = field(default=None, init=False, compare=False, repr=False)
 
     def flops(self, tokens: int, rows: int, columns: int) -> int:
-        return 2 * tokens * columns**2
+        return tokens * columns**2
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
         return 8 * columns**2  # itself, and what is factored or damped of it
@@ -317,6 +335,24 @@ class Gram(Statistic):
         if self.unit_tokens:
             size_T1 = x_TI.norm(dim=1, keepdim=True)
             x_TI = x_TI / size_T1.masked_fill_(size_T1 == 0, float("inf"))
-        total_II = x_TI.T @ x_TI
+        total_II = _symmetric(x_TI)
         self.total_II = total_II if not self.tokens else self.total_II.add_(total_II)
         self.tokens += len(x_TI)
+
+
+#: Inputs of a part of a Gram matrix: few enough that little below the diagonal is computed, enough for a fast product.
+_PART = 128
+
+
+def _symmetric(x_TI: Tensor) -> Tensor:
+    """x^T x, (I, I): the parts on and above the diagonal, and their mirror images."""
+    import torch
+
+    inputs = x_TI.shape[1]
+    parts = max(1, inputs // _PART)
+    total_II = x_TI.new_empty((inputs, inputs))
+    for part in range(parts):
+        first, last = part * inputs // parts, (part + 1) * inputs // parts
+        torch.mm(x_TI[:, first:last].T, x_TI[:, first:], out=total_II[first:last, first:])
+        total_II[last:, first:last] = total_II[first:last, last:].T
+    return total_II

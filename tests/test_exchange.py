@@ -19,6 +19,15 @@ from ace_cli.statistics import Gram, Seen
 PATTERNS = [Ratio(Fraction("0.5")), Ratio(Fraction("0.6"), Scope.layer), NofM(2, 4), NofM(4, 8), NofM(1, 4)]
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"], autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether exchanges are made by compiled loops, or by torch's operations as on a GPU."""
+    if not request.param:
+        monkeypatch.setattr(exchange, "load", lambda name: None)
+    assert (exchange.load("exchange") is not None) == request.param
+    return bool(request.param)
+
+
 def layer(seed: int, n_out: int = 7, n_in: int = 40, n_tokens: int = 200) -> tuple[Tensor, Tensor]:
     """Weights (O, I) and correlated inputs (T, I)."""
     gen = torch.Generator().manual_seed(seed)
@@ -75,6 +84,37 @@ def test_no_row_gets_worse_with_any_sweep_and_counts_stay(pattern: Ratio | NofM)
             assert torch.equal(kept.reshape(-1, width).sum(1), keep.reshape(-1, width).sum(1))
     assert all(bool((after <= before * (1 + 1e-6)).all()) for before, after in itertools.pairwise(errors))
     assert bool((errors[1] < errors[0]).all())
+
+
+@pytest.mark.parametrize("pattern", [Ratio(Fraction("0.5")), NofM(2, 4), NofM(16, 32)], ids=str)
+def test_any_tiles_pieces_and_threads_give_the_same(
+    pattern: Ratio | NofM, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit, x = layer(7, n_out=300, n_in=96)
+    keep, matrix = pattern.keep(unit.abs()), x.T @ x / len(x)
+    whole = descend(unit, keep, matrix, pattern.group_width, 3)
+    apart = [descend(unit[some], keep[some], matrix, pattern.group_width, 3) for some in (slice(41), slice(41, None))]
+    monkeypatch.setattr(exchange, "_ROWS", 37)
+    monkeypatch.setattr(exchange, "_HEAVY", 1000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    pieces = descend(unit, keep, matrix, pattern.group_width, 3)
+    torch.set_num_threads(threads)
+    assert not torch.equal(whole, keep)
+    assert torch.equal(torch.cat(apart), whole)
+    assert torch.equal(pieces, whole)
+
+
+def test_both_ways_make_the_same_exchanges(monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, x = layer(8, n_out=200, n_in=130)
+    for pattern in (Ratio(Fraction("0.5")), NofM(1, 2), NofM(13, 26)):
+        keep, matrix = pattern.keep(unit.abs()), x.T @ x / len(x)
+        first = descend(unit, keep, matrix, pattern.group_width, 4)
+        with monkeypatch.context() as changed:
+            changed.setattr(exchange, "load", lambda name: None)
+            second = descend(unit, keep, matrix, pattern.group_width, 4)
+        assert not torch.equal(first, keep)
+        assert torch.equal(first, second)
 
 
 def test_uncorrelated_inputs_leave_the_best_single_scores_alone() -> None:

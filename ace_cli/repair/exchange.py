@@ -4,37 +4,50 @@ What a row loses when the set P of its weights is pruned is v_P A v_P^T: the wei
 errors add up or cancel. Scores of single weights see the diagonal of A alone. The 1-swaps are those of SparseSwaps
 (arXiv 2512.10922); the order in which they are tried is ours.
 
-Shapes: O outputs (rows), R of them at a time, I inputs, B of a block, M of a group, P = M (M - 1) / 2 pairs of a group.
-Inputs come first here: a group of them is contiguous, and every row makes its exchange in the same few operations.
+Shapes: O outputs (rows), R of them at a time, I inputs, B of a block, G groups of M, P = M (M - 1) / 2 pairs of one.
+In torch's operations inputs come first: a group is contiguous, and every row makes its exchange in the same few.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ace_cli.loops import load
+from ace_cli.pieces import each_piece
 from ace_cli.repair.least_squares import factors_of
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
     from torch import Tensor
 
     from ace_cli.statistics import Gram
 
-#: Inputs whose pull is kept up to date group by group; that of the others follows in one matrix product.
+#: Where loops are not compiled: inputs whose pull is kept up to date group by group; that of the others follows in one
+#: matrix product.
 _BLOCK = 128
 
 #: Inputs of a group where the pattern has none.
 _WIDTH = 16
 
-#: Rows handled at a time: enough that calling torch costs little beside the work, few enough for a small memory.
+#: There too, rows handled at a time: enough that calling torch costs little beside the work, few enough for a small
+#: memory.
 _ROWS = 2048
 
-#: What looking at a group's pairs costs for every weight and sweep, in operations of large matrix products.
-_AROUND = 10_000
+#: A weight's share of a compiled sweep takes as long as so many of what pieces are meant for.
+_HEAVY = 8
+
+#: What a compiled sweep costs for every weight, in operations of large matrix products: looking at the pairs, and, for
+#: every input, what follows from the exchanges; counted in profiles of SmolLM2-135M and of weights of the 7B shape.
+_LOOKING, _FOLLOWING = 2_500, 0.5
 
 #: Multiples of the golden ratio fill the unit interval evenly: as keys of a sort they deal inputs out without a seed.
 _GOLDEN = 0.6180339887498949
+
+#: An exchange gains at least so much of the mean v_j^2 A_jj of its row: less is what rounding can feign.
+_LEAST = 1e-6
 
 #: Makes a pair impossible, and leaves finite what is multiplied by zero.
 _NEVER = 1e30
@@ -64,10 +77,12 @@ def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, swe
 
         D(p, q) = f_p + f_q - 2 v_p v_q A_pq.
 
-    A group is one of the pattern's, or, for a ratio (``width`` 0), 16 inputs dealt out anew for every sweep. c is
-    kept up to date: 2 O I^2 operations in matrix products at the start, and as many in every sweep. Rows know nothing
-    of each other.
+    A group is one of the pattern's, or, for a ratio (``width`` 0), 16 inputs dealt out anew for every sweep. c takes
+    2 O I^2 operations at the start, and is kept up to date: by compiled loops, 4 I for every exchange made; where there
+    are none, in matrix products, 2 O I^2 in every sweep. Rows know nothing of each other.
     """
+    if unit_OI.device.type == "cpu" and (loops := load("exchange")) is not None:
+        return _descend_compiled(unit_OI, keep_OI, matrix_II, width, sweeps, loops)
     unit_IO, side_IO = unit_OI.T.contiguous(), (2 * keep_OI.T.float() - 1).contiguous()
     pull_IO = matrix_II @ (unit_IO * (side_IO < 0))
     for sweep in range(sweeps):
@@ -79,9 +94,41 @@ def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, swe
     return (side_IO > 0).T.contiguous()
 
 
+def _descend_compiled(
+    unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, sweeps: int, loops: ModuleType
+) -> Tensor:
+    """``descend``; sums are rounded in another order, so of exchanges that gain the same it may make the other."""
+    import torch
+
+    kept_OI, unit_OI = keep_OI.clone(memory_format=torch.contiguous_format), unit_OI.contiguous()
+    pull_OI = unit_OI.masked_fill(keep_OI, 0.0) @ matrix_II
+    matrix = matrix_II.contiguous().numpy()
+    for sweep in range(sweeps):
+        if not width or not sweep:
+            order_I = torch.arange(len(matrix_II)) if width else _dealt(len(matrix_II), sweep + 1)
+            order, beside_GMM = order_I.numpy().astype("uint64"), _within(matrix_II, order_I, width or _WIDTH).numpy()
+        every = (matrix, order, beside_GMM, _LEAST)
+
+        def work(some: slice, every: Any = every) -> None:
+            loops.sweep(unit_OI[some].numpy(), kept_OI[some].numpy(), pull_OI[some].numpy(), *every)
+
+        each_piece(len(unit_OI), _HEAVY * unit_OI.shape[1], work)
+    return kept_OI
+
+
+def _within(matrix_II: Tensor, order_I: Tensor, width: int) -> Tensor:
+    """A within every group of ``order_I``, (G, M, M); the last one ends with repetitions where it is smaller."""
+    import torch
+
+    groups = -(-len(order_I) // width)
+    place_GM = torch.arange(groups * width).clamp_(max=len(order_I) - 1).view(groups, width)
+    order_GM = order_I[place_GM]
+    return matrix_II[order_GM[:, :, None], order_GM[:, None, :]]
+
+
 def exchange_flops(rows: int, columns: int, sweeps: int) -> int:
-    """In operations of large matrix products: what ``descend`` has are half as fast; the rest counted in a profile."""
-    return 2 * 2 * (1 + sweeps) * rows * columns**2 + sweeps * _AROUND * rows * columns
+    """In operations of large matrix products; roughly, and where the loops are compiled."""
+    return round(rows * columns * (2 * columns + sweeps * (_LOOKING + _FOLLOWING * columns)))
 
 
 def _dealt(inputs: int, turn: int) -> Tensor:
@@ -89,6 +136,9 @@ def _dealt(inputs: int, turn: int) -> Tensor:
     import torch
 
     return (torch.arange(inputs, dtype=torch.float64) * (turn * _GOLDEN)).frac().argsort(stable=True)
+
+
+# --- in torch's operations, where loops are not compiled -------------------------------------------------------------
 
 
 def _sweep(
@@ -113,7 +163,7 @@ def _sweep_rows(
 
     y_IR = side_IR * unit_IR
     square_IR = unit_IR.square() * matrix_II.diagonal()[:, None]
-    least_R = -1e-6 * square_IR.mean(0)  # what rounding can feign
+    least_R = -_LEAST * square_IR.mean(0)
     wide = max(1, _BLOCK // width) * width
     for first in range(0, len(unit_IR), wide):
         block = slice(first, min(first + wide, len(unit_IR)))

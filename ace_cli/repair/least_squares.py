@@ -90,9 +90,9 @@ class Factors:
         """
         key = ("damped", shrinkage)
         if key not in self._made:
-            scale = self.gram_II.diagonal().clamp_min(0).sqrt().masked_fill(self.dead_I, 1.0)
-            unit = (self.gram_II / scale[:, None] / scale).float()
-            if not bool(unit.isfinite().all()):
+            inverse_I = 1 / self.gram_II.diagonal().clamp_min(0).sqrt().masked_fill(self.dead_I, 1.0)
+            unit = (self.gram_II * inverse_I[:, None]).mul_(inverse_I).float()
+            if not bool(unit.sum().isfinite()):  # none is above 1
                 raise ArithmeticError(f"the Gram matrix of {self.n_tokens} tokens holds NaN or Inf")
             unit.diagonal().add_(shrinkage)
             self._made[key] = unit

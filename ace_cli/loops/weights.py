@@ -1,24 +1,19 @@
-"""Loops over weights, compiled for the CPU at hand by numba: what numpy and torch take a pass through memory for each
-comparison, and Python's lock for each of them, these do in one pass without it.
+"""Weights zeroed and counted in one pass: numpy and torch take one for each comparison, and Python's lock for each.
 
-Compiled when first called, half a second, and kept on disk beside this file or, where that cannot be written, in the
-user's cache. Nothing here adds floats, so the results are those of the plain definitions, bit for bit.
+Nothing here adds floats, so the results are those of the plain definitions, bit for bit. The width of a group is given
+as the length of a tuple, a constant to the compiler.
 
-What helps the compiler to vector instructions: flat arrays, unsigned indices, and the width of a group as the length of
-a tuple, a constant to it. Shapes: R rows, N weights of a row or of a piece of it, G groups of M.
+Shapes: R rows, N weights of a row or of a piece of it, G groups of M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy
-from numpy.typing import NDArray
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-_Array = NDArray[Any]
+from ace_cli.loops.compiled import Array, compiled
+
 _Group = tuple[int, ...]
 
 #: Groups handled side by side: a vector holds one place of as many.
@@ -31,15 +26,7 @@ _CHUNK = 4096
 _NARROW = 16
 
 
-def _compiled(function: _Function) -> _Function:
-    """``function``, compiled on its first call; without Python's lock while it runs."""
-    try:
-        return cast(_Function, numba.njit(nogil=True, cache=True)(function))
-    except RuntimeError:  # no folder to keep it in
-        return cast(_Function, numba.njit(nogil=True)(function))
-
-
-def zero_n_of_m(score_RN: _Array, n: int, m: int, bits_RN: _Array) -> bool:
+def zero_n_of_m(score_RN: Array, n: int, m: int, bits_RN: Array) -> bool:
     """+0.0 in all but the n largest of every ``m`` scores, of equal ones the later; False if one is not finite.
 
     ``bits_RN``: the weights, as integers. N is a multiple of ``m``, below 256.
@@ -47,20 +34,20 @@ def zero_n_of_m(score_RN: _Array, n: int, m: int, bits_RN: _Array) -> bool:
     return bool(_zero_groups(score_RN.reshape(-1), n, (0,) * m, bits_RN.reshape(-1)))
 
 
-def zero_scaled_n_of_m(bits_RN: _Array, factor_N: _Array, n: int, m: int) -> bool:
+def zero_scaled_n_of_m(bits_RN: Array, factor_N: Array, n: int, m: int) -> bool:
     """The same by the scores of ``scaled``, which are never written to memory."""
     return bool(_zero_scaled_groups(bits_RN, factor_N, n, (0,) * m))
 
 
-@_compiled
-def scaled(bits_RN: _Array, factor_N: _Array, score_RN: _Array) -> None:
+@compiled
+def scaled(bits_RN: Array, factor_N: Array, score_RN: Array) -> None:
     """Scores |w| f, float32, of weights in float32, or in bfloat16, which is its upper half."""
     for r in range(len(bits_RN)):
         _scale(bits_RN[r], factor_N, score_RN[r])
 
 
-@_compiled
-def zero_below(score_RN: _Array, threshold_R: _Array, kept: int, bits_RN: _Array) -> bool:
+@compiled
+def zero_below(score_RN: Array, threshold_R: Array, kept: int, bits_RN: Array) -> bool:
     """+0.0 in all but ``kept`` of each row: those above its threshold, then the last at it; else as ``zero_n_of_m``."""
     keep_N = numpy.empty(score_RN.shape[1], numpy.bool_)
     finite = True
@@ -71,7 +58,7 @@ def zero_below(score_RN: _Array, threshold_R: _Array, kept: int, bits_RN: _Array
     return finite
 
 
-def count_nonzero(bits_N: _Array, width: int) -> tuple[int, int]:
+def count_nonzero(bits_N: Array, width: int) -> tuple[int, int]:
     """How many floats, ``bits_N`` as integers, are not 0, and the most of them in any ``width`` consecutive ones."""
     magnitude = bits_N.dtype.type(numpy.iinfo(bits_N.dtype).max)
     total, most = _count(bits_N, magnitude, width, (0,) * (width if width <= _NARROW else 0))
@@ -81,8 +68,8 @@ def count_nonzero(bits_N: _Array, width: int) -> tuple[int, int]:
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
-@_compiled
-def _scale(bits_N: _Array, factor_N: _Array, score_N: _Array) -> None:
+@compiled
+def _scale(bits_N: Array, factor_N: Array, score_N: Array) -> None:
     magnitude_N = score_N.view(numpy.uint32)
     shift = numpy.uint32(32 - 8 * bits_N.itemsize)
     for i in range(numpy.uint64(bits_N.size)):
@@ -91,15 +78,15 @@ def _scale(bits_N: _Array, factor_N: _Array, score_N: _Array) -> None:
         score_N[i] *= factor_N[i]
 
 
-@_compiled
-def _zero(bits_N: _Array, keep_N: _Array) -> None:
+@compiled
+def _zero(bits_N: Array, keep_N: Array) -> None:
     """On the bits of floats: a product of floats would leave -0.0."""
     for i in range(numpy.uint64(bits_N.size)):
         bits_N[i] *= keep_N[i]
 
 
-@_compiled
-def _finite(score_N: _Array) -> bool:
+@compiled
+def _finite(score_N: Array) -> bool:
     """Of float32: whether no exponent is full."""
     largest = numpy.int32(0)
     bits_N = score_N.view(numpy.int32)
@@ -108,8 +95,8 @@ def _finite(score_N: _Array) -> bool:
     return bool(largest < numpy.int32(0x7F800000))
 
 
-@_compiled
-def _keep_groups(score_N: _Array, n: int, group: _Group, keep_N: _Array) -> None:
+@compiled
+def _keep_groups(score_N: Array, n: int, group: _Group, keep_N: Array) -> None:
     width, groups = numpy.uint64(len(group)), numpy.uint64(_GROUPS)
     turned_MG = numpy.empty((len(group), _GROUPS), numpy.float32)
     beaten_MG = numpy.empty((len(group), _GROUPS), numpy.uint8)
@@ -135,8 +122,8 @@ def _keep_groups(score_N: _Array, n: int, group: _Group, keep_N: _Array) -> None
                 keep_N[(first + g) * width + i] = beaten_MG[i, g] < n
 
 
-@_compiled
-def _zero_groups(score_N: _Array, n: int, group: _Group, bits_N: _Array) -> bool:
+@compiled
+def _zero_groups(score_N: Array, n: int, group: _Group, bits_N: Array) -> bool:
     step = numpy.uint64(_CHUNK // len(group) * len(group))
     size = numpy.uint64(score_N.size)
     keep_C = numpy.empty(step, numpy.bool_)
@@ -147,8 +134,8 @@ def _zero_groups(score_N: _Array, n: int, group: _Group, bits_N: _Array) -> bool
     return _finite(score_N)
 
 
-@_compiled
-def _zero_scaled_groups(bits_RN: _Array, factor_N: _Array, n: int, group: _Group) -> bool:
+@compiled
+def _zero_scaled_groups(bits_RN: Array, factor_N: Array, n: int, group: _Group) -> bool:
     step = numpy.uint64(_CHUNK // len(group) * len(group))
     size = numpy.uint64(factor_N.size)
     score_C = numpy.empty(step, numpy.float32)
@@ -162,8 +149,8 @@ def _zero_scaled_groups(bits_RN: _Array, factor_N: _Array, n: int, group: _Group
     return finite
 
 
-@_compiled
-def _keep_above(score_N: _Array, threshold: float, kept: int, keep_N: _Array) -> None:
+@compiled
+def _keep_above(score_N: Array, threshold: float, kept: int, keep_N: Array) -> None:
     size, one = numpy.uint64(score_N.size), numpy.uint64(1)
     short = numpy.int32(kept)
     for i in range(size):
@@ -177,8 +164,8 @@ def _keep_above(score_N: _Array, threshold: float, kept: int, keep_N: _Array) ->
             short -= numpy.int32(1)
 
 
-@_compiled
-def _count(bits_N: _Array, magnitude: Any, width: int, group: _Group) -> tuple[int, int]:
+@compiled
+def _count(bits_N: Array, magnitude: Any, width: int, group: _Group) -> tuple[int, int]:
     size = numpy.uint64(len(group)) if len(group) else numpy.uint64(width)
     total = most = numpy.int64(0)
     for g in range(numpy.uint64(bits_N.size) // size):
