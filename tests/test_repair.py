@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope
-from ace_cli.repair import least_squares
+from ace_cli.repair import exchange, least_squares, sparsegpt
 from ace_cli.repair.admm import Admm, keep_share
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, layer_loss, refit, row_errors
@@ -37,6 +37,16 @@ REPAIRS = [
     SparseGPT(damping=None, damping_of=Damping.unit, adaptive=True, refit_steps=30),
     SparseGPT(refit_steps=30),
 ]
+
+
+@pytest.fixture(params=[True, False], ids=["compiled", "torch"], autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether rows are repaired by compiled loops, or by torch's operations as on a GPU."""
+    if not request.param:
+        for module in (exchange, sparsegpt):
+            monkeypatch.setattr(module, "load", lambda name: None)
+    assert (sparsegpt.load("sparsegpt") is not None) == request.param
+    return bool(request.param)
 
 
 def run(
@@ -287,6 +297,20 @@ def test_a_gram_matrix_with_nan_is_an_error(repair: Admm | Swaps | SparseGPT) ->
     gram[2, 3] = gram[3, 2] = float("nan")
     with pytest.raises(ArithmeticError, match="NaN or Inf"):
         run(repair, weight, ratio("0.5").keep(weight.abs()), gram, 100, ratio("0.5"))
+
+
+def test_factors_of_many_inputs_are_made_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = layer(n_in=37)
+    gram = (x.T @ x).double()
+    monkeypatch.setattr(least_squares, "_SOLVED", 4)
+    monkeypatch.setattr(least_squares, "_PART", 5)
+    root = Factors(gram, len(x)).inverse_root(0.01, unit=False).double()
+    ridge = 0.01 * gram.diagonal().mean() * torch.eye(37, dtype=torch.float64)
+    assert torch.equal(root, root.triu())
+    assert bool((root.diagonal() > 0).all())
+    torch.testing.assert_close(root.T @ root, torch.linalg.inv(gram + ridge), rtol=1e-4, atol=1e-6)
+    whole = float((weight.double() @ gram * weight).sum())
+    assert layer_loss(weight, gram) == pytest.approx(whole, rel=1e-5)
 
 
 def test_factors_are_made_once() -> None:

@@ -75,6 +75,15 @@ def test_second_moment_and_square_moments() -> None:
     assert int(squares.above_one) == sum(abs(value) >= 1 for row in x_TI.tolist() for value in row)
 
 
+@pytest.mark.parametrize("inputs", [127, 300])
+def test_a_gram_matrix_in_parts_is_symmetric_and_whole(inputs: int) -> None:
+    x_TI = torch.randn(50, inputs, generator=torch.Generator().manual_seed(1))
+    gram = accumulated(Gram(), [20, 30], x_TI, torch.empty(50, 1), torch.empty(1, inputs))
+    assert isinstance(gram, Gram)
+    torch.testing.assert_close(gram.total_II, gram.total_II.T, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gram.total_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
+
+
 def test_gram() -> None:
     x_TI, y_TO, weight_OI = data()
     gram = accumulated(Gram(), [7, 17], x_TI, y_TO, weight_OI)

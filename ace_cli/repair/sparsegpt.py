@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING
 
-from ace_cli.patterns import Pattern, Ratio, Scope
+from ace_cli.loops import load
+from ace_cli.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.pieces import each_piece
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
@@ -17,6 +20,8 @@ from ace_cli.selection import keep_largest
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from torch import Tensor
 
     from ace_cli.statistics import Seen, Statistic
@@ -29,8 +34,11 @@ class Damping(Enum):
     unit = "unit"  # damping * diag(G): each input by its own size, so that no input's scale matters
 
 
-#: What correcting a block column by column costs for every weight, in operations of large matrix products.
-_AROUND = 10_000
+#: What correcting a block column by column costs for every weight, in operations of large matrix products; compiled.
+_AROUND = 2_000
+
+#: A weight's share of it takes as long as so many of what pieces are meant for.
+_HEAVY = 8
 
 
 @register("repair", "sparsegpt")
@@ -121,27 +129,51 @@ class SparseGPT(Repair):
         return -(-self.block_columns // group) * group
 
     def _prune_block(self, work_OI: Tensor, keep_OI: Tensor, root_II: Tensor, here: slice, pattern: Pattern) -> None:
-        """Prune the columns of one block in place, then correct all columns to its right with one product.
+        """Prune the columns of one block in place, then correct all columns to its right with one product."""
+        loops = load("sparsegpt") if work_OI.device.type == "cpu" else None
+        columns = self._columns if loops is None else partial(self._columns_compiled, loops)
+        block_OB, pruned_OB = work_OI[:, here].contiguous(), (~keep_OI[:, here]).contiguous()
+        error_OB = columns(block_OB, pruned_OB, root_II[here, here].contiguous(), pattern)
+        keep_OI[:, here] = ~pruned_OB
+        work_OI[:, here] = block_OB
+        work_OI[:, here.stop :].addmm_(error_OB, root_II[here, here.stop :], alpha=-1)
 
-        The block is turned (B, O), so that a column is a contiguous row and a correction one rank-one update.
+    def _columns(self, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern) -> Tensor:
+        """The errors e, (O, B), of a block that is corrected, and masked, in place.
+
+        It is turned, (B, O), so that a column is a contiguous row and a correction one rank-one update.
         """
         import torch
 
-        block_BO, kept_OB, root_BB = work_OI[:, here].T.contiguous(), keep_OI[:, here], root_II[here, here]
-        pruned_BO = (~kept_OB).T.contiguous()
+        block_BO, pruned_BO = block_OB.T.contiguous(), pruned_OB.T.contiguous()
         error_BO = torch.zeros_like(block_BO)
-        pivots = root_BB.diagonal().tolist()
         group = pattern.group_width
-        for j, pivot in enumerate(pivots):
+        for j, pivot in enumerate(root_BB.diagonal().tolist()):
             if self.adaptive and group and j % group == 0:
                 ahead = slice(j, j + group)
                 score_BO = (block_BO[ahead] / root_BB.diagonal()[ahead, None]).square()
                 pruned_BO[ahead] = ~pattern.keep(score_BO.T.contiguous()).T
             torch.mul(block_BO[j], pruned_BO[j], out=error_BO[j]).div_(pivot)
             block_BO[j:].addr_(root_BB[j, j:], error_BO[j], alpha=-1)
-        kept_OB.copy_(~pruned_BO.T)
-        work_OI[:, here] = block_BO.masked_fill_(pruned_BO, 0.0).T
-        work_OI[:, here.stop :].addmm_(error_BO.T, root_II[here, here.stop :], alpha=-1)
+        pruned_OB.copy_(pruned_BO.T)
+        block_OB.copy_(block_BO.masked_fill_(pruned_BO, 0.0).T)
+        return error_BO.T
+
+    def _columns_compiled(
+        self, loops: ModuleType, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern
+    ) -> Tensor:
+        """``_columns``, but for the rounding of its sums."""
+        import torch
+
+        n, m = (pattern.n, pattern.m) if self.adaptive and isinstance(pattern, NofM) else (0, 0)
+        error_OB = torch.empty_like(block_OB)
+
+        def work(some: slice) -> None:
+            block_RB, pruned_RB, error_RB = (each_OB[some].numpy() for each_OB in (block_OB, pruned_OB, error_OB))
+            loops.prune_block(block_RB, pruned_RB, root_BB.numpy(), n, m, error_RB)
+
+        each_piece(len(block_OB), _HEAVY * block_OB.shape[1], work)
+        return error_OB
 
 
 def _choose(score_OB: Tensor, keep_OI: Tensor, here: slice, pattern: Pattern) -> Tensor:
