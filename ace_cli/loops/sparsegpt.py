@@ -21,11 +21,14 @@ def prune_block(block_RB: Array, pruned_RB: Array, root_BB: Array, n: int, m: in
     kept. Floats are float32; ``pruned_RB``, bool, is changed only then. ``block_RB`` ends with +0.0 where pruned.
     """
     columns, group = numpy.uint64(len(root_BB)), numpy.uint64(m)
+    score_B = numpy.empty(len(root_BB), numpy.float32)
     for r in range(len(block_RB)):
         weight_B, pruned_B, error_B = block_RB[r], pruned_RB[r], error_RB[r]
         for j in range(columns):
             if group > 0 and j % group == 0:
-                _choose(weight_B[j : j + group], pruned_B[j : j + group], root_BB[j : j + group, j : j + group], n)
+                for k in range(j, j + group):
+                    score_B[k] = (weight_B[k] / root_BB[k, k]) ** 2
+                _choose(score_B[j : j + group], n, pruned_B[j : j + group])
             if pruned_B[j]:
                 error_B[j] = weight_B[j] / root_BB[j, j]
                 _correct(weight_B[j:], error_B[j], root_BB[j, j:])
@@ -37,12 +40,13 @@ def prune_block(block_RB: Array, pruned_RB: Array, root_BB: Array, n: int, m: in
 
 
 @compiled
-def _choose(weight_M: Array, pruned_M: Array, root_MM: Array, n: int) -> None:
-    for i in range(weight_M.size):
-        score, better = (weight_M[i] / root_MM[i, i]) ** 2, 0
-        for k in range(weight_M.size):
-            other = (weight_M[k] / root_MM[k, k]) ** 2
-            better += other > score or (other == score and k > i)
+def _choose(score_M: Array, n: int, pruned_M: Array) -> None:
+    for i in range(numpy.uint64(score_M.size)):
+        better = numpy.int32(0)
+        for k in range(i):
+            better += numpy.int32(score_M[k] > score_M[i])
+        for k in range(i + numpy.uint64(1), numpy.uint64(score_M.size)):
+            better += numpy.int32(score_M[k] >= score_M[i])
         pruned_M[i] = better >= n
 
 

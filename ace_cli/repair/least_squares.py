@@ -122,26 +122,26 @@ class Factors:
         """
         key = ("root of R" if unit else "root of G", damping)
         if key not in self._made:
-            matrix = (self.damped(0.0) if unit else self.gram_II).double().flip(0, 1)
+            matrix = (self.damped(0.0) if unit else self.gram_II).flip(0, 1).double()
             matrix.diagonal()[self.dead_I.flip(0)] = 1.0
             lower, _ = self._cholesky(matrix, damping * float(matrix.diagonal().mean()))
             # from its last input to its first H = L L^T, so H^{-1} = L^{-T} L^{-1}, and L^{-1} turned back is upper
-            self._made[key] = _inverse_of_lower(lower).flip(0, 1).float()
+            self._made[key] = _inverse_of_lower(lower).float().flip(0, 1)
         return self._made[key]
 
     def _cholesky(self, matrix_II: Tensor, ridge: float) -> tuple[Tensor, float]:
         """Lower Cholesky factor of matrix + ridge * I; a failure raises the ridge tenfold, three times at most, noted.
 
-        Raises ArithmeticError when the last step fails too.
+        Changes the matrix. Raises ArithmeticError when the last step fails too.
         """
         import torch
 
-        floor = 1e-8 * float(matrix_II.diagonal().mean())
+        diagonal_I = matrix_II.diagonal().clone()
+        floor = 1e-8 * float(diagonal_I.mean())
         for step in LADDER:
             tried = ridge if step == 1.0 else max(ridge, floor) * step
-            damped = matrix_II.clone()
-            damped.diagonal().add_(tried)
-            lower, failed = torch.linalg.cholesky_ex(damped)
+            matrix_II.diagonal().copy_(diagonal_I + tried)
+            lower, failed = torch.linalg.cholesky_ex(matrix_II)
             if not int(failed) and bool(lower.diagonal().isfinite().all()):  # what is not finite reaches a pivot
                 if step > 1.0:
                     self.notes.append(
