@@ -10,12 +10,12 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -184,27 +184,25 @@ def _read(source: Checkpoint) -> float:
     return max(done, 1) / (time.perf_counter() - start)
 
 
-def _without_name(folder: Path) -> IO[bytes]:
-    """A file in ``folder`` of which a killed process leaves nothing; with a name only where nothing else can be opened
-    a second time.
+@contextmanager
+def _unnamed(folder: Path) -> Iterator[tuple[int, Path]]:
+    """The number and a path of a file in ``folder`` of which a killed process leaves nothing.
+
+    It has a name only where nothing else can be opened a second time.
     """
-    if Path("/proc/self/fd").is_dir():
-        return tempfile.TemporaryFile(dir=folder)
-    return tempfile.NamedTemporaryFile(dir=folder)
-
-
-def _path_of(file: IO[bytes]) -> Path:
-    return Path(file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}")
+    nameless = Path("/proc/self/fd").is_dir()
+    with tempfile.TemporaryFile(dir=folder) if nameless else tempfile.NamedTemporaryFile(dir=folder) as file:
+        yield file.fileno(), Path(f"/proc/self/fd/{file.fileno()}" if nameless else file.name)
 
 
 def _write(folder: Path, around: bool) -> float:
     """Forced to disk, as every finished block is; ``around`` the page cache where the run goes, too."""
     piece, done = memoryview(b"\x55" * _PIECE), 0
-    with _without_name(folder) as file:
+    with _unnamed(folder) as (number, path):
         start = time.perf_counter()
         while done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2:
             for _ in range(4):
-                disk.write(_path_of(file), done, piece, around)
+                disk.write(path, done, piece, around)
                 done += len(piece)
-            os.fsync(file.fileno())
+            os.fsync(number)
         return done / (time.perf_counter() - start)

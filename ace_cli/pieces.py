@@ -18,6 +18,9 @@ PIECE = 1 << 17
 #: waits for it can take as long as 100,000 elements (on two virtual cores, 2.9 ns a weight with PIECE, 1.4 with these).
 LARGEST_PIECE, _LEAST_SHARED = 1 << 20, 1 << 18
 
+#: Where an element takes as long as so many of those that pieces are meant for: multiply ``width`` by it.
+HEAVY = 8
+
 
 def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
     """Call ``work`` with slices that cover ``count`` rows of ``width`` elements, on as many threads as torch has.

@@ -104,6 +104,11 @@ def count_nonzero(values: Tensor, width: int, loops: ModuleType | None) -> tuple
     return int(numpy.count_nonzero(flag_N)), int(count_G.max())
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether none is NaN or Inf. Their sum tells, but for one of finite values that overflows."""
+    return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
 def _scales(weight_RN: Tensor) -> bool:
     """Whether the loops score weights of this dtype."""
     return weight_RN.dtype in (_torch().bfloat16, _torch().float32)
@@ -121,10 +126,10 @@ def _written(score: Tensor | Scaled, weight_RN: Tensor, loops: ModuleType | None
 
 
 def _zero(score_RN: Tensor, keep_RN: Tensor, weight_RN: Tensor) -> bool:
-    """On the bits: a product of floats would leave -0.0; numpy's of integers is the fastest. Their sum tells of NaN."""
+    """On the bits: a product of floats would leave -0.0; numpy's of integers is the fastest."""
     bits_RN = _bits(weight_RN)
     bits_RN *= keep_RN.numpy()
-    return math.isfinite(float(score_RN.sum())) or bool(score_RN.isfinite().all())
+    return all_finite(score_RN)
 
 
 def _bits(values: Tensor) -> Any:

@@ -26,13 +26,21 @@ _APART = 16
 
 @compiled
 def sweep(
-    unit_RI: Array, keep_RI: Array, pull_RI: Array, matrix_II: Array, order_I: Array, beside_GMM: Array, least: float
+    unit_RI: Array,
+    keep_RI: Array,
+    pull_RI: Array,
+    moving_R: Array,
+    matrix_II: Array,
+    order_I: Array,
+    beside_GMM: Array,
+    least: float,
 ) -> None:
     """Every row makes the best exchange of each group of neighbours in ``order_I`` (uint64), one after the other.
 
     ``unit_RI`` v, ``pull_RI`` c and ``matrix_II`` A are float32, in file order as ``keep_RI``, bool; ``beside_GMM`` is
-    A within each group. A change must gain ``least`` times the mean v_j^2 A_jj of the row. Changes ``keep_RI`` and
-    ``pull_RI``. The last group may be smaller.
+    A within each group; the last may be smaller. A change must gain ``least`` times the mean v_j^2 A_jj of the row.
+    Changes ``keep_RI`` and ``pull_RI``. Only rows that are ``moving_R`` are looked at; afterwards those are that made an
+    exchange.
     """
     inputs, width = numpy.uint64(order_I.size), numpy.uint64(beside_GMM.shape[1])
     rows = numpy.uint64(len(unit_RI))
@@ -42,25 +50,33 @@ def sweep(
     group_3MR = numpy.zeros((3, beside_GMM.shape[1], _LANES), numpy.float32)
     change_R, pair_R = numpy.empty(_LANES, numpy.float32), numpy.empty(_LANES, numpy.int32)
     least_R = numpy.empty(_LANES, numpy.float32)
-    for start in range(numpy.uint64(0), rows, step):
-        count = min(step, rows - start)
+    row_R, start = numpy.empty(_LANES, numpy.uint64), numpy.uint64(0)
+    while start < rows:
+        count = numpy.uint64(0)
+        while start < rows and count < step:
+            row_R[count] = start
+            count += numpy.uint64(moving_R[start])
+            start += numpy.uint64(1)
         for r in range(count):
-            near_RI[r, :inputs] = pull_RI[start + r]
-            least_R[r] = -numpy.float32(least) * _deal(unit_RI[start + r], order_I, beside_GMM, dealt_RI[r])
-        for first in range(numpy.uint64(0), inputs, width):
+            row = row_R[r]
+            moving_R[row] = False
+            near_RI[r, :inputs] = pull_RI[row]
+            least_R[r] = -numpy.float32(least) * _deal(unit_RI[row], order_I, beside_GMM, dealt_RI[r])
+        for first in range(numpy.uint64(0), inputs if count else numpy.uint64(0), width):
             order_M, beside_MM = order_I[first : first + width], beside_GMM[first // width]
             for r in range(count):
-                _look(r, dealt_RI[r][first:], keep_RI[start + r], near_RI[r], order_M, beside_MM, group_3MR)
+                _look(r, dealt_RI[r][first:], keep_RI[row_R[r]], near_RI[r], order_M, beside_MM, group_3MR)
             _best(group_3MR, numpy.uint64(order_M.size), beside_MM, change_R, pair_R)
             for r in range(count):
                 if change_R[r] < least_R[r]:
+                    moving_R[row_R[r]] = True
                     p, q = numpy.uint64(pair_R[r]) // width, numpy.uint64(pair_R[r]) % width
-                    keep_RI[start + r, order_M[p]] ^= True
-                    keep_RI[start + r, order_M[q]] ^= True
+                    keep_RI[row_R[r], order_M[p]] ^= True
+                    keep_RI[row_R[r], order_M[q]] ^= True
                     y_p, y_q = group_3MR[0, p, r], group_3MR[0, q, r]
                     _add(near_RI[r], y_p, matrix_II[order_M[p]], y_q, matrix_II[order_M[q]])
         for r in range(count):
-            pull_RI[start + r] = near_RI[r, :inputs]
+            pull_RI[row_R[r]] = near_RI[r, :inputs]
 
 
 @compiled

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.loops import load
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import HEAVY, each_piece
 from ace_cli.repair.least_squares import factors_of
 
 if TYPE_CHECKING:
@@ -36,12 +36,9 @@ _WIDTH = 16
 #: memory.
 _ROWS = 2048
 
-#: A weight's share of a compiled sweep takes as long as so many of what pieces are meant for.
-_HEAVY = 8
-
 #: What a compiled sweep costs for every weight, in operations of large matrix products: looking at the pairs, and, for
 #: every input, what follows from the exchanges; counted in profiles of SmolLM2-135M and of weights of the 7B shape.
-_LOOKING, _FOLLOWING = 2_500, 0.5
+_LOOKING, _FOLLOWING = 2_100, 0.15
 
 #: Multiples of the golden ratio fill the unit interval evenly: as keys of a sort they deal inputs out without a seed.
 _GOLDEN = 0.6180339887498949
@@ -100,19 +97,22 @@ def _descend_compiled(
     """``descend``; sums are rounded in another order, so of exchanges that gain the same it may make the other."""
     import torch
 
-    kept_OI, unit_OI = keep_OI.clone(memory_format=torch.contiguous_format), unit_OI.contiguous()
+    kept_OI = keep_OI.clone(memory_format=torch.contiguous_format)
     pull_OI = unit_OI.masked_fill(keep_OI, 0.0) @ matrix_II
+    moving_O = torch.ones(len(unit_OI), dtype=torch.bool)
+    by_row = [each.numpy() for each in (unit_OI.contiguous(), kept_OI, pull_OI, moving_O)]
     matrix = matrix_II.contiguous().numpy()
     for sweep in range(sweeps):
         if not width or not sweep:
             order_I = torch.arange(len(matrix_II)) if width else _dealt(len(matrix_II), sweep + 1)
             order, beside_GMM = order_I.numpy().astype("uint64"), _within(matrix_II, order_I, width or _WIDTH).numpy()
+            moving_O.fill_(True)  # other groups, other exchanges; of the same ones, a row that made none is at its end
         every = (matrix, order, beside_GMM, _LEAST)
 
         def work(some: slice, every: Any = every) -> None:
-            loops.sweep(unit_OI[some].numpy(), kept_OI[some].numpy(), pull_OI[some].numpy(), *every)
+            loops.sweep(*(each[some] for each in by_row), *every)
 
-        each_piece(len(unit_OI), _HEAVY * unit_OI.shape[1], work)
+        each_piece(len(unit_OI), HEAVY * unit_OI.shape[1], work)
     return kept_OI
 
 

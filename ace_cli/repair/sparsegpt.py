@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.loops import load
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import HEAVY, each_piece
 from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
@@ -36,9 +36,6 @@ class Damping(Enum):
 
 #: What correcting a block column by column costs for every weight, in operations of large matrix products; compiled.
 _AROUND = 2_000
-
-#: A weight's share of it takes as long as so many of what pieces are meant for.
-_HEAVY = 8
 
 
 @register("repair", "sparsegpt")
@@ -172,7 +169,7 @@ class SparseGPT(Repair):
             block_RB, pruned_RB, error_RB = (each_OB[some].numpy() for each_OB in (block_OB, pruned_OB, error_OB))
             loops.prune_block(block_RB, pruned_RB, root_BB.numpy(), n, m, error_RB)
 
-        each_piece(len(block_OB), _HEAVY * block_OB.shape[1], work)
+        each_piece(len(block_OB), HEAVY * block_OB.shape[1], work)
         return error_OB
 
 
