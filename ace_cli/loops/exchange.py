@@ -39,8 +39,8 @@ def sweep(
 
     ``unit_RI`` v, ``pull_RI`` c and ``matrix_II`` A are float32, in file order as ``keep_RI``, bool; ``beside_GMM`` is
     A within each group; the last may be smaller. A change must gain ``least`` times the mean v_j^2 A_jj of the row.
-    Changes ``keep_RI`` and ``pull_RI``. Only rows that are ``moving_R`` are looked at; afterwards those are that made an
-    exchange.
+    Changes ``keep_RI`` and ``pull_RI``. Only rows that are ``moving_R`` are looked at; those that made an exchange
+    still are, afterwards.
     """
     inputs, width = numpy.uint64(order_I.size), numpy.uint64(beside_GMM.shape[1])
     rows = numpy.uint64(len(unit_RI))
