@@ -268,6 +268,7 @@ class CosineTerm(Statistic):
         x_TI, y_TO = x_TI.float(), y_TO.float()
         A_T1 = _sizes(y_TO)
         has_direction_T1 = 1e-12 * _sizes(x_TI) * weight_OI.norm(dtype=torch.float32).square() < A_T1
+        has_direction_T1 &= A_T1.isfinite()
         self.tokens += len(x_TI)
         if self.kind == "exact":
             some = has_direction_T1[:, 0]

@@ -60,6 +60,19 @@ def test_any_split_gives_the_same_with_tokens_of_no_output(kind: Statistic) -> N
             torch.testing.assert_close(results(parts)[name], value, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(kind, CosineTerm)], ids=repr)
+def test_a_token_whose_output_cancelled_adds_nothing(kind: CosineTerm) -> None:
+    x_TI, y_TO, weight_OI = data()
+    y_TO[3], y_TO[7] = 0, 1e-9
+    others = [t for t in range(TOKENS) if t not in (3, 7)]
+    found = accumulated(kind, [TOKENS], x_TI, y_TO, weight_OI)
+    without = accumulated(kind, [len(others)], x_TI[others], y_TO[others], weight_OI)
+    assert isinstance(found, CosineTerm)
+    assert isinstance(without, CosineTerm)
+    assert found.total_OI is not None
+    torch.testing.assert_close(found.total_OI, without.total_OI, rtol=1e-5, atol=1e-7)
+
+
 def test_second_moment_and_square_moments() -> None:
     x_TI, y_TO, weight_OI = data()
     moment = accumulated(SecondMoment(), [10, 14], x_TI, y_TO, weight_OI)

@@ -191,7 +191,7 @@ def layer_loss(change_OI: Tensor, gram_II: Tensor) -> float:
     for first in range(0, len(gram_II), _PART):
         part, rest = slice(first, first + _PART), slice(first + _PART, None)
         seen_OP = change_OI[:, part] @ gram_II[part, part]
-        seen_OP.addmm_(change_OI[:, rest], gram_II[rest, part], alpha=2)  # what is left of it and above, too
+        seen_OP.addmm_(change_OI[:, rest], gram_II[rest, part], alpha=2)  # and, mirrored, what rest sees of part
         total += seen_OP.mul_(change_OI[:, part]).sum(dtype=torch.float64)
     return float(total)
 
