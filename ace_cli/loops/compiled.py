@@ -1,7 +1,7 @@
 """Loops that numba compiles for the CPU at hand.
 
-Compiled when first called, half a second to two, and kept on disk beside the file or, where that cannot be written, in
-the user's cache. What helps the compiler to vector instructions: flat arrays, unsigned indices, constant lengths.
+Compiled when first called, half a second to three, and kept on disk beside the file or, where that cannot be written,
+in the user's cache. What helps the compiler to vector instructions: flat arrays, unsigned indices, constant lengths.
 """
 
 from __future__ import annotations
