@@ -268,22 +268,17 @@ class CosineTerm(Statistic):
         x_TI, y_TO = x_TI.float(), y_TO.float()
         A_T1 = _sizes(y_TO)
         has_direction_T1 = 1e-12 * _sizes(x_TI) * weight_OI.norm(dtype=torch.float32).square() < A_T1
-        has_direction_T1 &= A_T1.isfinite()
         self.tokens += len(x_TI)
-        if self.kind == "exact":
-            some = has_direction_T1[:, 0]
-            total_OI = _cosine_loss(x_TI[some], y_TO[some], A_T1[some], weight_OI)
-            self.total_OI = total_OI if self.total_OI is None else self.total_OI.add_(total_OI)
-            return
         if self.total_OI is None:
             rows = 1 if self.kind == "token" else y_TO.shape[1]
-            self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]))
+            dtype = torch.float64 if self.kind == "exact" else torch.float32
+            self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]), dtype=dtype)
         factor_T1 = (1 / A_T1).masked_fill_(~has_direction_T1, 0.0)
         for first in range(0, len(x_TI), _PRODUCT_TOKENS):
             tokens = slice(first, first + _PRODUCT_TOKENS)
-            self._add(x_TI[tokens], y_TO[tokens], factor_T1[tokens])
+            self._add(x_TI[tokens], y_TO[tokens], factor_T1[tokens], weight_OI)
 
-    def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor) -> None:
+    def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor, weight_OI: Tensor) -> None:
         """``factor_T1`` is 1 / A_t, or 0 where there is no direction."""
         assert self.total_OI is not None
         if self.kind == "token":
@@ -292,6 +287,9 @@ class CosineTerm(Statistic):
             self.total_OI.addmm_((y_TO * factor_T1).T, x_TI)
         elif self.kind == "absolute":
             self.total_OI.addmm_(y_TO.abs().mul_(factor_T1).T, x_TI.abs())
+        elif self.kind == "exact":
+            some = factor_T1[:, 0] > 0
+            self.total_OI += _cosine_loss(x_TI[some], y_TO[some], 1 / factor_T1[some], weight_OI)
         else:
             across_TO = y_TO.square().mul_(factor_T1).neg_().add_(1).clamp_(min=0)
             self.total_OI.addmm_(across_TO.T, x_TI.square().mul_(factor_T1))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 
+@cache
 def load(name: str) -> ModuleType | None:
     """The module of this name here; None where numba is not installed, which comes later than a new Python does."""
     try:

@@ -18,6 +18,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from ace_cli.repair.base import Repaired
+from ace_cli.selection import all_finite
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +99,7 @@ class Factors:
         if key not in self._made:
             inverse_I = 1 / self.gram_II.diagonal().clamp_min(0).sqrt().masked_fill(self.dead_I, 1.0)
             unit = (self.gram_II * inverse_I[:, None]).mul_(inverse_I).float()
-            if not bool(unit.sum().isfinite()):  # none is above 1
+            if not all_finite(unit):
                 raise ArithmeticError(f"the Gram matrix of {self.n_tokens} tokens holds NaN or Inf")
             unit.diagonal().add_(shrinkage)
             self._made[key] = unit
@@ -110,7 +111,7 @@ class Factors:
         if key not in self._made:
             import torch
 
-            lower, _ = self._cholesky(self.damped(0.0).double(), ridge)
+            lower = self._cholesky(self.damped(0.0).double(), ridge)
             self._made[key] = torch.cholesky_inverse(lower).float()
         return self._made[key]
 
@@ -124,12 +125,12 @@ class Factors:
         if key not in self._made:
             matrix = (self.damped(0.0) if unit else self.gram_II).flip(0, 1).double()
             matrix.diagonal()[self.dead_I.flip(0)] = 1.0
-            lower, _ = self._cholesky(matrix, damping * float(matrix.diagonal().mean()))
+            lower = self._cholesky(matrix, damping * float(matrix.diagonal().mean()))
             # from its last input to its first H = L L^T, so H^{-1} = L^{-T} L^{-1}, and L^{-1} turned back is upper
             self._made[key] = _inverse_of_lower(lower).float().flip(0, 1)
         return self._made[key]
 
-    def _cholesky(self, matrix_II: Tensor, ridge: float) -> tuple[Tensor, float]:
+    def _cholesky(self, matrix_II: Tensor, ridge: float) -> Tensor:
         """Lower Cholesky factor of matrix + ridge * I; a failure raises the ridge tenfold, three times at most, noted.
 
         Changes the matrix. Raises ArithmeticError when the last step fails too.
@@ -141,13 +142,14 @@ class Factors:
         for step in LADDER:
             tried = ridge if step == 1.0 else max(ridge, floor) * step
             matrix_II.diagonal().copy_(diagonal_I + tried)
+            lower: Tensor
             lower, failed = torch.linalg.cholesky_ex(matrix_II)
             if not int(failed) and bool(lower.diagonal().isfinite().all()):  # what is not finite reaches a pivot
                 if step > 1.0:
                     self.notes.append(
                         f"damping raised {step:g} times, from {ridge:.3g} to {tried:.3g}: the Gram matrix was singular"
                     )
-                return lower, tried
+                return lower
         raise ArithmeticError(
             f"the Gram matrix has no Cholesky factor, even with {tried:.3g} on its diagonal: are there NaN or Inf?"
         )
