@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.errors import AceError, first_line
@@ -43,11 +44,12 @@ def continue_windows(
     dtype = on_cpu if device == "cpu" else "auto"
     model = whole_model(checkpoint, dtype, device, "Use text of your own.")
     generator = torch.Generator().manual_seed(2 * seed + purpose)
+    kept = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     cache, new_NL, trimmer = None, ids_NL, Trimmer()
     with torch.inference_mode():
         while ids_NL.shape[1] < length:
-            out = model(new_NL.to(device), past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(new_NL.to(device), **{kept: cache}, use_cache=True, logits_to_keep=1)
+            cache = out[kept]
             new_NL = draw(out.logits[:, -1], generator)
             ids_NL = torch.cat([ids_NL, new_NL], dim=1)
             trimmer()  # a cache that grows at every step leaves holes in the heap

@@ -100,11 +100,13 @@ def test_streamed_blocks_and_logits_equal_the_whole_model_bit_for_bit(folder: Pa
     assert torch.equal(logits, expected_logits)
 
 
-def test_streams_alike_in_sixteen_bits(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_streams_alike_in_sixteen_bits(folder: Path, dtype: torch.dtype) -> None:
+    """Also where a class keeps some of its weights in float32."""
     ids = token_windows(2, LENGTH)
-    _, logits = stream(streamed(folder, torch.bfloat16), ids)
+    _, logits = stream(streamed(folder, dtype), ids)
     with torch.inference_mode():
-        assert torch.equal(logits, load(folder, torch.bfloat16)(ids, use_cache=False).logits)
+        assert torch.equal(logits, load(folder, dtype)(ids, use_cache=False).logits)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -95,6 +96,7 @@ class StreamedModel:
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint)
         self._mapping = Mapping(self.skeleton, checkpoint)
+        self._in_float32 = _kept_in_float32(self.skeleton, dtype)
         #: Towers for images and the like, by path: neither run nor pruned.
         self.others = other_models(self.skeleton)
         self.blocks = self._find_blocks(selection or Selection())
@@ -168,7 +170,7 @@ class StreamedModel:
         """
         tensors = tensors if tensors is not None else self.read(block)
         for name, parts in block.parts.items():
-            self._fill(block.module, name, parts, tensors)
+            self._fill(f"{block.name}.{name}", parts, tensors)
         self._convert(block.conversions, tensors)
         try:
             yield
@@ -263,24 +265,28 @@ class StreamedModel:
 
     # --- filling and emptying ----------------------------------------------------------------------------------
 
-    def _fill(self, root: nn.Module, name: str, parts: list[Part], tensors: dict[str, Tensor]) -> None:
+    def _fill(self, name: str, parts: list[Part], tensors: dict[str, Tensor]) -> None:
         """Put a parameter together; empties ``tensors`` of what it takes."""
         if parts[0].place == View():
-            _assign(root, name, self._cast(tensors.pop(parts[0].key)))
+            _assign(self.skeleton, name, self._cast(name, tensors.pop(parts[0].key)))
             return
-        whole = torch.empty(root.get_parameter(name).shape, dtype=self.dtype, device=self.device)
+        shape = self.skeleton.get_parameter(name).shape
+        whole = torch.empty(shape, dtype=self._dtype_of(name), device=self.device)
         for part in parts:
             part.place(whole).copy_(tensors.pop(part.key), non_blocking=True)
-        _assign(root, name, whole)
+        _assign(self.skeleton, name, whole)
 
     def _convert(self, conversions: list[Conversion], tensors: dict[str, Tensor]) -> None:
         for conversion in conversions:
             for name, tensor in conversion.run(self.skeleton, tensors).items():
-                _assign(self.skeleton, name, self._cast(tensor))
+                _assign(self.skeleton, name, self._cast(name, tensor))
 
-    def _cast(self, tensor: Tensor) -> Tensor:
+    def _cast(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device, non_blocking=True)
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(self._dtype_of(name)) if tensor.is_floating_point() else tensor
+
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if self._in_float32(name) else self.dtype
 
     @contextmanager
     def _stem_loaded(self, head: bool) -> Iterator[None]:
@@ -293,7 +299,7 @@ class StreamedModel:
             if name in self._mapping and name not in tied:
                 parts = self._mapping.parts(name)
                 if parts:
-                    self._fill(self.skeleton, name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
+                    self._fill(name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
         for conversion in self._stem_conversions:
             self._convert([conversion], {key: self.checkpoint.read(key) for key in conversion.keys})
         state = self._state()
@@ -375,6 +381,17 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
             "Only language models that transformers knows without remote code can be pruned.",
         ) from fault
     return model.eval()
+
+
+def _kept_in_float32(skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters the model's class wants in float32 (routers, say) when it is loaded in ``dtype``."""
+    names = set() if dtype == torch.float32 else set(skeleton._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        names |= set(skeleton._keep_in_fp32_modules or ())
+    if not names:
+        return lambda _: False
+    pattern = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)))
+    return lambda name: pattern.search(name) is not None
 
 
 def _quantisation(checkpoint: Checkpoint) -> str | None:

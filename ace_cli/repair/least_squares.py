@@ -215,7 +215,7 @@ def refit(
 
     Conjugate gradients on the kept inputs, as ALPS (arXiv 2406.07831) ends; every step lowers the error of every row.
     Each row starts from the better of its masked weights and `start_OI`, and rests once its residual (V - Z) A is below
-    `tolerance` of V A. Rows know nothing of each other: on a CPU, as many as its caches hold are fitted at a time.
+    `tolerance` of V A, or what float32 resolves of it: on what is left of a residual then, steps lead away. Rows know nothing of each other: on a CPU, as many as its caches hold are fitted at a time.
     """
     import torch
 
@@ -241,7 +241,7 @@ def _refit_rows(
     residual = ((unit_OI - fitted) @ damped_II).mul_(kept)
     direction = residual.clone()
     size = residual.square().sum(1)
-    enough = tolerance**2 * (unit_OI @ damped_II).mul_(kept).square_().sum(1)
+    enough = max(tolerance, torch.finfo(torch.float32).eps) ** 2 * (unit_OI @ damped_II).mul_(kept).square_().sum(1)
     turned = torch.empty_like(direction)
     for _ in range(steps):
         moving = size > enough
