@@ -215,7 +215,8 @@ def refit(
 
     Conjugate gradients on the kept inputs, as ALPS (arXiv 2406.07831) ends; every step lowers the error of every row.
     Each row starts from the better of its masked weights and `start_OI`, and rests once its residual (V - Z) A is below
-    `tolerance` of V A, or what float32 resolves of it: on what is left of a residual then, steps lead away. Rows know nothing of each other: on a CPU, as many as its caches hold are fitted at a time.
+    `tolerance` of V A, or what float32 resolves of it: on what is left of a residual then, steps lead away. Rows know
+    nothing of each other: on a CPU, as many as its caches hold are fitted at a time.
     """
     import torch
 
