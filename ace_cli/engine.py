@@ -109,6 +109,9 @@ def prune(
             finder = LinkFinder(model) if recipe.permute and finished < len(model.blocks) else None
         comparison = BlockComparison(model, compared)
         ahead = background.submit(model.read, model.blocks[finished]) if finished < len(model.blocks) else None
+        if ahead is not None:  # now, while there is something to compute, not when all else is done
+            inside = {name for block in model.blocks for name in block.files}
+            written = background.submit(writer.copy, sorted(writer.left - inside))
         for index in range(finished, len(model.blocks)):
             block, before = model.blocks[index], sum(clock.seconds.values())
             with clock("read"):  # what reading and writing cost beyond the computation they overlap

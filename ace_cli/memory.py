@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+#: From so many bytes on an allocation is a mapping of its own, fresh whenever it is made: weights, not activations.
+_MAPPED = 64 << 20
+
 
 def resident() -> int:
     """Resident bytes now; 0 where the system does not tell."""
@@ -57,25 +60,33 @@ def available() -> int:
 class Trimmer:
     """Keeps the heap from growing with the number of blocks: glibc keeps freed blocks, and they fragment."""
 
-    #: Growth that is tolerated: giving pages back and taking them again costs time.
-    SLACK = 32 << 20
+    #: Growth that is tolerated from one block to the next: giving pages back and taking them again costs time.
+    SLACK = 16 << 20
 
     def __init__(self) -> None:
         trim()
-        self._floor = resident()
+        self._floor: int | None = None  # what a block needs, and leaves behind for the next one
 
     def __call__(self) -> None:
-        """Give memory back if it grew by more than the slack."""
-        if resident() > self._floor + self.SLACK:
+        """Give memory back if it grew by more than the slack since the first call."""
+        if self._floor is None:
+            self._floor = resident()
+        elif resident() > self._floor + self.SLACK:
             trim()
-            self._floor = min(self._floor, resident())
+            self._floor = max(self._floor, resident())
 
 
 def one_heap() -> None:
-    """All threads allocate from one heap (glibc): what a thread's own heap kept, ``trim`` cannot give back."""
-    arena_max = -8  # M_ARENA_MAX of malloc.h
+    """All threads allocate from one heap (glibc), which keeps what is freed for what is allocated next.
+
+    What a thread's own heap kept, ``trim`` could not give back; and a fresh page costs more than passing over it twice.
+    """
+    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of malloc.h
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(arena_max, 1)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(arena_max, 1)
+        libc.mallopt(mmap_threshold, _MAPPED)
+        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def trim() -> None:
