@@ -12,7 +12,8 @@ from hydra.core.global_hydra import GlobalHydra
 
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, store_schemas
 from ace_cli.errors import AceError, did_you_mean
-from ace_cli.metrics.cosp import ACE, Combine, Mode
+from ace_cli.metrics.ace import ACE, Combine
+from ace_cli.metrics.cosp import Mode
 from ace_cli.metrics.ria import RIA
 from ace_cli.metrics.varp import Form, Norm, VarP
 from ace_cli.patterns import NofM, Ratio, Scope

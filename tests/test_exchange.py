@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.metrics.cosp import ACE
+from ace_cli.metrics.ace import ACE
 from ace_cli.patterns import NofM, Ratio, Scope
 from ace_cli.repair import exchange
 from ace_cli.repair.exchange import descend, exchanged

@@ -12,7 +12,7 @@ import torch
 
 from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
-from ace_cli.metrics.cosp import ACE
+from ace_cli.metrics.ace import ACE
 from ace_cli.metrics.wanda import Wanda
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint

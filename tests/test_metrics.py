@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ace_cli import registry
+from ace_cli.metrics.ace import ACE, Combine
 from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import ACE, Combine, CosP, Mode
+from ace_cli.metrics.cosp import CosP, Mode
 from ace_cli.metrics.magnitude import Magnitude
 from ace_cli.metrics.ria import RIA
 from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP

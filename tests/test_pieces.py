@@ -19,6 +19,7 @@ from ace_cli.clock import Clock
 from ace_cli.engine import Recipe, prune
 from ace_cli.errors import AceError
 from ace_cli.masking import masked, prune_rows
+from ace_cli.metrics.ace import ACE, Combine
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import CosP, Mode
 from ace_cli.metrics.magnitude import Magnitude
@@ -38,7 +39,7 @@ from ace_cli.statistics import Seen
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
 METRICS = [Magnitude(), Wanda(), RIA(), RIA(alpha=0), VarP(), VarP(wpow=2, norm=Norm.raw, form=Form.poly), RIAVarP()]
-METRICS += [CosP(mode=mode) for mode in Mode]
+METRICS += [CosP(mode=mode) for mode in Mode] + [ACE(), ACE(combine=Combine.replace, relative=False)]
 
 
 @pytest.fixture(params=[1, 3], ids=["one thread", "three threads"])
@@ -123,8 +124,9 @@ def test_rows_score_as_the_whole_does(threads: int, metric: Metric, shape: tuple
     x_TI = normal(50, shape[1])
     for statistic in seen:
         statistic.update(x_TI, x_TI @ weight_OI.float().T, weight_OI.float())
-    whole_OI = metric.score(weight_OI.float(), seen)
     scores = metric.scores_of_rows(weight_OI.T.contiguous().T, seen)
+    whole_OI = scores(weight_OI.float(), slice(None))
+    assert torch.equal(metric.score(weight_OI.float(), seen), whole_OI)
     for start in range(0, shape[0], 7):
         rows = slice(start, start + 7)
         assert torch.equal(scores(weight_OI[rows].float(), rows), whole_OI[rows])
@@ -259,6 +261,7 @@ def test_the_engine_prunes_by_rows_as_whole(
         (Wanda(), "0.5", Scope.row, True), (Wanda(), "2:4", Scope.layer, True),
         (Wanda(), "0.5", Scope.layer, False), (WandaWhole(), "2:4", Scope.row, False),
         (WandaRefined(), "2:4", Scope.row, False),
+        (ACE(), "2:4", Scope.row, False), (ACE(sweeps=0), "2:4", Scope.row, True),
     ],
 )  # fmt: skip
 def test_what_needs_the_whole_gets_it(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.patterns import Scope
+from ace_cli.pieces import each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,16 @@ class Metric:
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
-        return self.scores_of_rows(weight_OI, seen)(weight_OI, slice(None))
+        scores = self.scores_of_rows(weight_OI, seen)
+        if weight_OI.device.type != "cpu":
+            return scores(weight_OI, slice(None))
+        score_OI = weight_OI.new_empty(weight_OI.shape)
+
+        def work(rows: slice) -> None:
+            score_OI[rows] = scores(weight_OI[rows], rows)
+
+        each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
+        return score_OI
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         """How to score any rows of ``weight_OI`` (of any float dtype); what all rows need is computed here, once."""
