@@ -16,6 +16,7 @@ from ace_cli.evaluation.tasks import SEVEN, TaskOptions
 from ace_cli.evaluation.text import Text
 from ace_cli.evaluation.wikitext2 import WikiText2
 from ace_cli.hardware import Dtype, choose_device, choose_dtype
+from ace_cli.memory import lasting
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
@@ -93,15 +94,16 @@ def _evaluate(
     arguments: argparse.Namespace, models: dict[str, Any], options: TaskOptions, texts: list[Evaluation]
 ) -> None:
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    import dataclasses
-    import json
+    with lasting():
+        import dataclasses
+        import json
 
-    from ace_cli.model.source import open_model
-    from ace_cli.model.streamed import StreamedModel
-    from ace_cli.report import facts
-    from ace_cli.report.terminal import Terminal, quiet_libraries
-    from ace_cli.texts import load_tokenizer
-    from ace_cli.zero_shot import harness
+        from ace_cli.model.source import open_model
+        from ace_cli.model.streamed import StreamedModel
+        from ace_cli.report import facts
+        from ace_cli.report.terminal import Terminal, quiet_libraries
+        from ace_cli.texts import load_tokenizer
+        from ace_cli.zero_shot import harness
 
     quiet_libraries()
     terminal, device = Terminal(), choose_device(arguments.device)
