@@ -45,8 +45,8 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def open_model(folder: Path, selection: Selection = EXPERTS_ALONE) -> StreamedModel:
-    return StreamedModel(Checkpoint(folder), torch.device("cpu"), torch.float32, selection)
+def open_model(folder: Path, selection: Selection = EXPERTS_ALONE, dtype: torch.dtype = torch.float32) -> StreamedModel:
+    return StreamedModel(Checkpoint(folder), torch.device("cpu"), dtype, selection)
 
 
 def run_engine(
@@ -55,11 +55,12 @@ def run_engine(
     propagate: Propagate = Propagate.sublayer,
     metric: Metric | None = None,
     selection: Selection = EXPERTS_ALONE,
+    dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, SlotFacts]]:
     """Pruned slots, (O, I), and what is told of them."""
     out.mkdir()
-    model = open_model(folder, selection)
+    model = open_model(folder, selection, dtype)
     slots = [slot for block in model.blocks for slot in block.slots]
     writer = CheckpointWriter(model.checkpoint, out)
     patterns = {slot.name: NofM(2, 4) for slot in slots}
@@ -231,6 +232,21 @@ def test_a_router_is_pruned_if_asked_for(model_of: Any, tmp_path: Path) -> None:
         assert len(routers) == 2, family
         assert all(bool((w.reshape(-1, 4).count_nonzero(dim=1) == 2).all()) for w in routers)
         assert all(fact.tokens == WINDOWS.numel() for slot, fact in facts.items() if slot.endswith(name[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_output_of_a_router_that_stays_in_float32_is_seen(
+    model_of: Any, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    selection = Selection(include=("*.gate.weight",))
+    pruned, _ = run_engine(model_of("deepseek_v3"), tmp_path / "out", metric=CosP(), selection=selection, dtype=dtype)
+    before = weights(model_of("deepseek_v3"))
+    routers = [name for name in pruned if name.endswith(".gate.weight")]
+    assert routers
+    for name in routers:
+        kept_OI = pruned[name] != 0
+        assert bool((kept_OI.reshape(-1, 4).sum(1) == 2).all())
+        assert torch.equal(pruned[name][kept_OI], before[name][kept_OI])
 
 
 def test_what_is_excluded_keeps_its_bytes(model_of: Any, tmp_path: Path) -> None:

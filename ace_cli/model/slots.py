@@ -91,8 +91,8 @@ class Slot:
             self.weight_OI.copy_(weight_OI)
 
     def output(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
-        return linear(x, self.weight_OI, self.bias_O)
+        """(..., I) -> (..., O), in the dtype of the weight: some models keep a router in float32."""
+        return linear(x.to(self.weight_OI.dtype), self.weight_OI, self.bias_O)
 
 
 @dataclass(frozen=True)
