@@ -166,3 +166,65 @@ def test_a_pruned_folder_is_a_model_again(llama: Path, tmp_path: Path, prune_her
     report = prune_here(tmp_path / "first" / "checkpoint", tmp_path / "second", "metric=wanda", "sparsity=2:4")
     assert report.sparsity.achieved >= 0.5
     assert add_tokenizer(tmp_path / "second" / "checkpoint")
+
+
+# --- blocks that cannot be run by themselves, and what they return ---------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", ["bamba", "olmo_hybrid", "xlstm"])
+def test_blocks_that_return_two_values_or_make_weights_of_their_own_dtype(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    """Bamba unpacks what its blocks return; Olmo-Hybrid makes its decay rates in float32 whatever is asked for."""
+    folder, ids = make(tmp_path / "model", family), token_windows(2, 12)
+    model = open_streamed(folder, dtype)
+    (batch,) = model.batches(ids)
+    model.run([batch])
+    with torch.inference_mode(), model.head_loaded():
+        logits = model.logits(ids, batch.hidden_BLH)
+        assert torch.equal(logits, load(folder, dtype)(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("order", "between", "problem"),
+    [
+        ([0, 1, 0, 1], 0.0, "block 0 runs as number 2"),
+        ([1, 0], 0.0, "block 1 runs as number 0"),
+        ([0], 0.0, "1 of its 2 blocks run"),
+        ([0, 1], 1.0, "the model computes between blocks 0 and 1"),
+    ],
+)
+def test_a_model_that_does_more_than_run_its_blocks_in_turn_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, order: list[int], between: float, problem: str
+) -> None:
+    def forward(input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden_BLH = decoder.embed_tokens(input_ids)
+        for index in order:
+            hidden_BLH = decoder.layers[index](hidden_BLH) + between
+        return hidden_BLH
+
+    model = open_streamed(llama)
+    decoder = model.skeleton.model
+    monkeypatch.setattr(decoder, "forward", forward)
+    with pytest.raises(AceError, match=f"LlamaForCausalLM cannot be run block by block: {problem}"):
+        list(model.batches(token_windows(2, 8)))
+
+
+@pytest.mark.parametrize("values", [2, 3])
+def test_a_block_that_reads_more_of_the_one_before_is_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, values: int
+) -> None:
+    def forward(input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden_BLH, beside = decoder.embed_tokens(input_ids), ()
+        for layer in decoder.layers:
+            returned = layer(hidden_BLH, *beside)
+            assert len(returned) == values, "too many values"
+            hidden_BLH, beside = returned[0], returned[1:]
+        return hidden_BLH
+
+    model = open_streamed(llama)
+    decoder = model.skeleton.model
+    monkeypatch.setattr(decoder, "forward", forward)
+    with pytest.raises(AceError, match="block 1 reads more of the one before than hidden states"):
+        list(model.batches(token_windows(2, 8)))

@@ -96,7 +96,7 @@ class StreamedModel:
         self.dtype = dtype
         self.skeleton = _build_skeleton(checkpoint)
         self._mapping = Mapping(self.skeleton, checkpoint)
-        self._in_float32 = _kept_in_float32(self.skeleton, dtype)
+        self._in_float32 = _kept_in_float32(checkpoint, self.skeleton, dtype)
         #: Towers for images and the like, by path: neither run nor pruned.
         self.others = other_models(self.skeleton)
         self.blocks = self._find_blocks(selection or Selection())
@@ -104,7 +104,7 @@ class StreamedModel:
         inner = {id(made) for block in self.blocks for made in block.conversions}
         self._stem_conversions = [made for made in self._mapping.conversions("") if id(made) not in inner]
         self._stem = [name for name in self._state() if not name.startswith(inside)]
-        self._returns_tuple = False
+        self._returned = 0  # values in the tuple that a block returns; 0 if it returns the hidden states alone
         _move_buffers(self.skeleton, device)
 
     @property
@@ -184,7 +184,7 @@ class StreamedModel:
             out = self.blocks[index].module(batch.hidden_BLH, *call.args[1:], **call.kwargs)
         else:
             out = self.blocks[index].module(**{**call.kwargs, "hidden_states": batch.hidden_BLH})
-        self._returns_tuple = isinstance(out, tuple)
+        self._returned = len(out) if isinstance(out, tuple) else 0
         hidden_BLH: Tensor = out[0] if isinstance(out, tuple) else out
         return hidden_BLH
 
@@ -216,7 +216,7 @@ class StreamedModel:
         def replace(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             return hidden_BLH if index == last else _hidden(args, kwargs)
 
-        with self._blocks_replaced(replace), torch.inference_mode():
+        with self._blocks_replaced(replace, self._returned), torch.inference_mode():
             logits: Tensor = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False).logits
         return logits
 
@@ -314,33 +314,55 @@ class StreamedModel:
     # --- using the model's own code around the blocks -------------------------------------------------------------
 
     def _capture(self, ids_BL: Tensor) -> Batch:
-        """Run the model with every block replaced by a recorder: no block is computed."""
+        """Run the model with every block replaced by a recorder: no block is computed.
+
+        How many values a block returns is found by trying. Raises AceError where that is not all that blocks tell the
+        model, or each other: then what one block is given depends on another, and it cannot be run by itself.
+        """
+        kind, why = type(self.skeleton).__name__, ""
+        for returned in dict.fromkeys((self._returned, 0, 3, 2)):
+            try:
+                batch = self._recorded(ids_BL, returned)
+            except _NotAlone as fault:
+                raise AceError(f"{kind} cannot be run block by block: {fault}.", "Choose another model.") from None
+            except Exception as fault:  # whatever the model's code makes of a value too many or too few
+                why = why or first_line(fault)
+                continue
+            self._returned = returned
+            return batch
+        raise AceError(f"{kind} cannot be run block by block: {why}.", "Choose another model.")
+
+    def _recorded(self, ids_BL: Tensor, returned: int) -> Batch:
         calls: list[Call] = []
-        first: list[Tensor] = []
+        hidden: list[Tensor] = []  # what went into each block, and so came out of it
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             hidden_BLH = _hidden(args, kwargs)
-            if hidden_BLH.dim() != 3:  # the model took item 0 of what a block returned
-                raise _TakesTuples
-            first[:] = first or [hidden_BLH]
+            if hidden_BLH.dim() != 3:
+                raise ValueError(f"the hidden states of block {index} have {hidden_BLH.dim()} axes")
+            if index != len(calls):
+                raise _NotAlone(f"block {index} runs as number {len(calls)}")
+            if hidden and hidden_BLH is not hidden[-1] and not torch.equal(hidden_BLH, hidden[-1]):
+                raise _NotAlone(f"the model computes between blocks {index - 1} and {index}")
+            if any(isinstance(value, _Beside) for value in (*args, *kwargs.values())):
+                raise _NotAlone(f"block {index} reads more of the one before than hidden states")
+            hidden.append(hidden_BLH)
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls.append(Call((None, *args[1:]) if args else (), rest))
             return hidden_BLH
 
-        try:
-            with self._blocks_replaced(record):
-                decoder_of(self.skeleton)(input_ids=ids_BL, use_cache=False)
-        except _TakesTuples:
-            self._returns_tuple = True
-            return self._capture(ids_BL)
-        return Batch(ids_BL, first[0], calls)
+        with self._blocks_replaced(record, returned):
+            decoder_of(self.skeleton)(input_ids=ids_BL, use_cache=False)
+        if len(calls) != len(self.blocks):
+            raise _NotAlone(f"{len(calls)} of its {len(self.blocks)} blocks run")
+        return Batch(ids_BL, hidden[0], calls)
 
     @contextmanager
-    def _blocks_replaced(self, function: Any) -> Iterator[None]:
+    def _blocks_replaced(self, function: Any, returned: int) -> Iterator[None]:
         def stand_in(index: int) -> Any:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 out = function(index, args, kwargs)
-                return (out, None, None) if self._returns_tuple else out
+                return (out, *(_Beside() for _ in range(returned - 1))) if returned else out
 
             return forward
 
@@ -353,8 +375,12 @@ class StreamedModel:
                 del block.module.forward
 
 
-class _TakesTuples(Exception):
-    """The model unpacks what its blocks return."""
+class _Beside:
+    """Stands for what a block returns after the hidden states."""
+
+
+class _NotAlone(Exception):
+    """A block cannot be run by itself."""
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -364,16 +390,11 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _build_skeleton(checkpoint: Checkpoint) -> Any:
     """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig
-
     if method := _quantisation(checkpoint):
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder)
         # in float32, or tables of positions lose their digits
-        with init_empty_weights(include_buffers=False), LargeOnMeta():
-            model = auto_class(config).from_config(config, dtype=torch.float32, experts_implementation="eager")
+        model = _built(checkpoint, torch.float32, buffers=True)
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
@@ -383,15 +404,29 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _kept_in_float32(skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which parameters the model's class wants in float32 (routers, say) when it is loaded in ``dtype``."""
-    names = set() if dtype == torch.float32 else set(skeleton._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        names |= set(skeleton._keep_in_fp32_modules or ())
-    if not names:
+def _built(checkpoint: Checkpoint, dtype: torch.dtype, buffers: bool) -> Any:
+    """The model as its class makes it for ``dtype``, all on the meta device but for ``buffers``."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    with init_empty_weights(include_buffers=not buffers), LargeOnMeta():
+        return auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
+
+
+def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters are in float32 when transformers loads the model in ``dtype``.
+
+    Those that the class names (routers, say), and those that it makes so whatever is asked for.
+    """
+    if dtype == torch.float32:
         return lambda _: False
-    pattern = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)))
-    return lambda name: pattern.search(name) is not None
+    names = set(skeleton._keep_in_fp32_modules_strict or ())
+    names |= set(skeleton._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    named = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)) or "$^")
+    state = _built(checkpoint, dtype, buffers=False).state_dict()
+    made = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
+    return lambda name: name in made or named.search(name) is not None
 
 
 def _quantisation(checkpoint: Checkpoint) -> str | None:
