@@ -32,7 +32,7 @@ class Swaps(Repair):
     """
 
     shrinkage: float | None = None
-    sweeps: int = 4
+    sweeps: int = 16
     refit_steps: int = 0
     tolerance: float = 0.01
 
