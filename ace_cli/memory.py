@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 #: From so many bytes on an allocation is a mapping of its own, fresh whenever it is made: weights, not activations.
-_MAPPED = 64 << 20
+MAPPED = 64 << 20
 
 
 def resident() -> int:
@@ -85,7 +85,7 @@ def one_heap() -> None:
     with suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)
         libc.mallopt(arena_max, 1)
-        libc.mallopt(mmap_threshold, _MAPPED)
+        libc.mallopt(mmap_threshold, MAPPED)
         libc.mallopt(trim_threshold, 2**31 - 1)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.errors import AceError
 from ace_cli.limit import Limit, Rates, existing
+from ace_cli.memory import MAPPED
 from ace_cli.propagate import Propagate
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 #: Below this share of the block weights a "pruned" model would be mostly dense: stop instead.
 MINIMUM_COVERAGE = 0.9
 _LIBRARIES = 540_000_000
-#: glibc gives larger allocations back at once; of smaller ones about as much is kept as is used.
-_GIVEN_BACK = 32 << 20
 #: Counted in profiles of SmolLM2-135M and of a 7B Llama: a block's products beside large square ones; passes over the
 #: inputs, as if in float32, of all else that a block computes and observes; whole-weight temporaries, in float32, where
 #: rows are not pruned one after the other.
@@ -234,14 +233,14 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     loaded = max(sum(entry.numel for entry in block) for block in blocks) * width
     stored = max(sum(entry.nbytes for entry in block) for block in blocks)
     converted = stored if any(entry.nbytes != entry.numel * width for entry in blocks[0]) else 0
-    kept = max(sum(entry.nbytes for entry in block if entry.nbytes < _GIVEN_BACK) for block in blocks)
+    kept = max(sum(entry.nbytes for entry in block if entry.nbytes < MAPPED) for block in blocks)
     shapes = [slot.shape for block in model.blocks for slot in block.slots]
     working = 0 if demand.by_rows else 14 * max(rows * columns for rows, columns in shapes)
     held = max(_statistics(block, demand) for block in model.blocks)
     in_batch = min(demand.tokens, model.batch_tokens)
     active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
-    on_host = _LIBRARIES + stored + converted + 2 * kept
+    on_host = _LIBRARIES + stored + converted + 2 * kept  # the heap keeps about as much again as is used
     hidden = demand.tokens * _hidden_size(model) * width
     held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
     fixed = max(embeddings, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)

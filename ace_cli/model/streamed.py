@@ -389,12 +389,12 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def _build_skeleton(checkpoint: Checkpoint) -> Any:
-    """The model with parameters on the meta device and buffers (rotary tables, embedding scales) computed for real."""
+    """The model without weights; its buffers (rotary tables, embedding scales) are computed for real."""
     if method := _quantisation(checkpoint):
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     try:
         # in float32, or tables of positions lose their digits
-        model = _built(checkpoint, torch.float32, buffers=True)
+        model = _built(checkpoint, torch.float32)
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         reason = first_line(fault)
         raise AceError(
@@ -404,18 +404,18 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
     return model.eval()
 
 
-def _built(checkpoint: Checkpoint, dtype: torch.dtype, buffers: bool) -> Any:
-    """The model as its class makes it for ``dtype``, all on the meta device but for ``buffers``."""
+def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model as its class makes it for ``dtype``, its parameters on the meta device."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.folder)
-    with init_empty_weights(include_buffers=not buffers), LargeOnMeta():
+    with init_empty_weights(include_buffers=False), LargeOnMeta():
         return auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
 
 
 def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:
-    """Which parameters are in float32 when transformers loads the model in ``dtype``.
+    """Which parameters and stored buffers are in float32 when transformers loads the model in ``dtype``.
 
     Those that the class names (routers, say), and those that it makes so whatever is asked for.
     """
@@ -424,8 +424,7 @@ def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) 
     names = set(skeleton._keep_in_fp32_modules_strict or ())
     names |= set(skeleton._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     named = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)) or "$^")
-    state = _built(checkpoint, dtype, buffers=False).state_dict()
-    made = {name for name, tensor in state.items() if tensor.dtype == torch.float32}
+    made = {name for name, value in _built(checkpoint, dtype).state_dict().items() if value.dtype == torch.float32}
     return lambda name: name in made or named.search(name) is not None
 
 
