@@ -187,7 +187,7 @@ def _identity(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None
         "permute": config.permute.value,
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
-        "calibration": fingerprint(windows_NL) if windows_NL is not None else "none",
+        "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
         "device": str(model.device),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),

@@ -287,6 +287,17 @@ def test_a_changed_configuration_begins_anew_and_says_why(
     assert "but sparsity, calibration changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_the_same_tokens_in_other_rows_begin_anew(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=wanda")
+    monkeypatch.undo()
+    prune_here(llama, tmp_path / "out", "metric=wanda", "calib.pack=64")
+    assert "but calibration changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
+
+
 def test_two_runs_do_not_share_a_folder(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
     (tmp_path / "out").mkdir()
     with locked(tmp_path / "out"), pytest.raises(AceError, match="Another run is working in") as caught:
