@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ace_cli.finite import refuse
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import each_piece, filled
 from ace_cli.selection import Scaled, loops_for
 
 if TYPE_CHECKING:
@@ -50,12 +50,7 @@ def masked(weight_OI: Tensor, keep_OI: Tensor, dtype: torch.dtype) -> Tensor:
     if weight_OI.device.type != "cpu":
         return _masked(weight_OI, keep_OI).to(dtype)
     new_OI = torch.empty(weight_OI.shape, dtype=dtype)
-
-    def work(rows: slice) -> None:
-        new_OI[rows] = _masked(weight_OI[rows], keep_OI[rows])
-
-    each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
-    return new_OI
+    return filled(new_OI, lambda rows: _masked(weight_OI[rows], keep_OI[rows]))
 
 
 def _masked(weight_OI: Tensor, keep_OI: Tensor) -> Tensor:

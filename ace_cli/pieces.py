@@ -10,6 +10,10 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any, TypeVar
+
+#: A torch tensor or a numpy array.
+Matrix = TypeVar("Matrix", bound=Any)
 
 #: Elements of a piece: their values, scores and flags fit a core's own cache, and calling torch costs little beside.
 PIECE = 1 << 17
@@ -50,6 +54,16 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
             done.result()
     finally:
         torch.set_num_threads(threads)
+
+
+def filled(target: Matrix, piece: Callable[[slice], Any]) -> Matrix:
+    """``target`` (torch's or numpy's, two axes), its rows set to ``piece`` of their slices; as ``each_piece``."""
+
+    def work(rows: slice) -> None:
+        target[rows] = piece(rows)
+
+    each_piece(target.shape[0], target.shape[1], work)
+    return target
 
 
 #: Columns of a piece, 256 to 511: of fewer than a few vectors torch adds the rows up in another order.

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.loops import load
-from ace_cli.pieces import LARGEST_PIECE, each_piece
+from ace_cli.pieces import LARGEST_PIECE, filled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,12 +146,8 @@ def _by_rows(score_RN: Tensor, keep: Callable[[Array], Array]) -> Tensor:
         pieces = torch.split(score_RN, max(1, _PIECE_ON_DEVICE // score_RN.shape[1]))
         return torch.cat([keep(piece_RN) for piece_RN in pieces])  # type: ignore[no-any-return]
     keep_RN = torch.empty(score_RN.shape, dtype=torch.bool)
-    source, target = score_RN.numpy(), keep_RN.numpy()
-
-    def work(rows: slice) -> None:
-        target[rows] = keep(source[rows])
-
-    each_piece(source.shape[0], source.shape[1], work)
+    source = score_RN.numpy()
+    filled(keep_RN.numpy(), lambda rows: keep(source[rows]))
     return keep_RN  # type: ignore[no-any-return]
 
 

@@ -276,26 +276,23 @@ def test_a_source_that_ends_in_the_middle_loses_no_finished_block(
     assert digests(tmp_path / "out" / "checkpoint") == digests(tmp_path / "straight" / "checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        (["sparsity=2:4", "calib.seed=3"], "sparsity, calibration"),
+        (["calib.pack=64"], "calibration"),  # the same tokens in rows of another length
+    ],
+)
 def test_a_changed_configuration_begins_anew_and_says_why(
-    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], overrides: list[str], changed: str,
+) -> None:  # fmt: skip
     fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         prune_here(llama, tmp_path / "out", "metric=wanda")
     monkeypatch.undo()
-    prune_here(llama, tmp_path / "out", "metric=wanda", "sparsity=2:4", "calib.seed=3")
-    assert "but sparsity, calibration changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
-
-
-def test_the_same_tokens_in_other_rows_begin_anew(
-    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fail_after(monkeypatch, CheckpointWriter, "write", 7 + 3, KeyboardInterrupt())
-    with pytest.raises(KeyboardInterrupt):
-        prune_here(llama, tmp_path / "out", "metric=wanda")
-    monkeypatch.undo()
-    prune_here(llama, tmp_path / "out", "metric=wanda", "calib.pack=64")
-    assert "but calibration changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
+    prune_here(llama, tmp_path / "out", "metric=wanda", *overrides)
+    assert f"but {changed} changed: starting anew" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_two_runs_do_not_share_a_folder(llama: Path, tmp_path: Path, prune_here: Prune) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.patterns import Scope
-from ace_cli.pieces import each_piece
+from ace_cli.pieces import filled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,13 +43,7 @@ class Metric:
         scores = self.scores_of_rows(weight_OI, seen)
         if weight_OI.device.type != "cpu":
             return scores(weight_OI, slice(None))
-        score_OI = weight_OI.new_empty(weight_OI.shape)
-
-        def work(rows: slice) -> None:
-            score_OI[rows] = scores(weight_OI[rows], rows)
-
-        each_piece(weight_OI.shape[0], weight_OI.shape[1], work)
-        return score_OI
+        return filled(weight_OI.new_empty(weight_OI.shape), lambda rows: scores(weight_OI[rows], rows))
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         """How to score any rows of ``weight_OI`` (of any float dtype); what all rows need is computed here, once."""
