@@ -13,6 +13,8 @@ from pathlib import Path
 #: From so many bytes on an allocation is a mapping of its own, fresh whenever it is made: weights, not activations.
 MAPPED = 64 << 20
 
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # M_... of malloc.h
+
 
 def resident() -> int:
     """Resident bytes now; 0 where the system does not tell."""
@@ -81,12 +83,27 @@ def one_heap() -> None:
 
     What a thread's own heap kept, ``trim`` could not give back; and a fresh page costs more than passing over it twice.
     """
-    trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # M_... of malloc.h
+    _mallopt(_ARENA_MAX, 1)
+    _mallopt(_MMAP_THRESHOLD, MAPPED)
+    _mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def off_the_heap() -> Iterator[None]:
+    """What is allocated inside and soon freed, above small objects, leaves no holes in the ``one_heap`` (glibc).
+
+    Objects that stay would lie between the holes, and what is allocated later would be scattered over fresh pages.
+    """
+    _mallopt(_MMAP_THRESHOLD, 128 << 10)  # what glibc itself begins with
+    try:
+        yield
+    finally:
+        _mallopt(_MMAP_THRESHOLD, MAPPED)
+
+
+def _mallopt(option: int, value: int) -> None:
     with suppress(AttributeError, OSError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(arena_max, 1)
-        libc.mallopt(mmap_threshold, MAPPED)
-        libc.mallopt(trim_threshold, 2**31 - 1)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 def trim() -> None:

@@ -71,9 +71,8 @@ def test_peak_memory_does_not_grow_with_depth(
     bound = 2 * BLOCK + EMBEDDINGS + HIDDEN + 500 * MEGABYTE
     assert shallow < bound
     assert deep < bound
-    # What the first block leaves is up to a slack above what a trim leaves, and a slack on top of it is tolerated: of
-    # 40 blocks some reach that, of 10 few. A quarter of each block kept would already be 53 MB.
-    assert deep - shallow < 2 * BLOCK + 2 * Trimmer.SLACK, f"30 more blocks cost {deep - shallow:,} bytes"
+    # the heap may grow by the slack before it is trimmed; 30 blocks kept would be 212 MB
+    assert deep - shallow < 2 * BLOCK + Trimmer.SLACK, f"30 more blocks cost {deep - shallow:,} bytes"
 
 
 def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ace_cli.errors import AceError, first_line
-from ace_cli.memory import Trimmer
+from ace_cli.memory import Trimmer, off_the_heap
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
@@ -410,7 +410,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(checkpoint.folder)
-    with init_empty_weights(include_buffers=False), LargeOnMeta():
+    with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta():
         return auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
 
 
