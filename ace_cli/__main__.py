@@ -15,9 +15,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
-from ace_cli.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.memory import lasting
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.memory import lasting
 from ace_cli.report.sweep import Sweep
 
 if TYPE_CHECKING:

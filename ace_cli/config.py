@@ -13,15 +13,15 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ace_cli import registry
 from ace_cli.allocation.base import Allocation
 from ace_cli.calibration.base import Calibration
-from ace_cli.errors import AceError, did_you_mean
+from ace_cli.core import registry
+from ace_cli.core.device import Dtype
+from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
 from ace_cli.gate import Gate
-from ace_cli.hardware import Dtype
 from ace_cli.metrics.base import Metric
 from ace_cli.model.source import ModelConfig
 from ace_cli.observe import Observe

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_cli.clock import Clock
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
+from ace_cli.core.memory import Trimmer
+from ace_cli.core.timing import Clock
 from ace_cli.finite import FiniteChecks
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
 from ace_cli.masking import by_rows, masked, prune_rows
-from ace_cli.memory import Trimmer
 from ace_cli.metrics.base import Metric
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import DTYPES, CheckpointWriter

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.config import named_model
-from ace_cli.errors import AceError
+from ace_cli.core.device import Dtype, choose_device, choose_dtype
+from ace_cli.core.errors import AceError
+from ace_cli.core.memory import lasting
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.c4 import C4
 from ace_cli.evaluation.tasks import SEVEN, TaskOptions
 from ace_cli.evaluation.text import Text
 from ace_cli.evaluation.wikitext2 import WikiText2
-from ace_cli.hardware import Dtype, choose_device, choose_dtype
-from ace_cli.memory import lasting
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel

@@ -7,7 +7,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.selection import all_finite
 
 

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 from ace_cli.config import RunConfig
-from ace_cli.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import Comparison, DenseStates

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.report.collect import Group, as_csv, as_json, as_markdown, find, groups
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
+from ace_cli.core.memory import MAPPED
 from ace_cli.limit import Limit, Rates, existing
-from ace_cli.memory import MAPPED
 from ace_cli.propagate import Propagate
 
 if TYPE_CHECKING:

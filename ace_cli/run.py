@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_cli import memory
 from ace_cli.calibration.base import ExpertTokens
-from ace_cli.clock import Clock
 from ace_cli.config import Permute, RunConfig
+from ace_cli.core import memory
+from ace_cli.core.device import choose_device, choose_dtype
+from ace_cli.core.errors import AceError, TransientError, first_line
+from ace_cli.core.registry import name_of
+from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.engine import BlockFacts, Recipe, prune, replay
-from ace_cli.errors import AceError, TransientError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.hardware import choose_device, choose_dtype
 from ace_cli.limit import Limit, probe
 from ace_cli.masking import by_rows
 from ace_cli.measure import evaluate, write_samples
@@ -31,10 +32,8 @@ from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.patterns import Pattern
-from ace_cli.phases import MemorySampler, Phases
 from ace_cli.plan import Demand, Plan, check_room, make_plan
 from ace_cli.propagate import Propagate
-from ace_cli.registry import name_of
 from ace_cli.report import facts
 from ace_cli.report.assemble import (
     Measured,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 
 
 def main() -> None:

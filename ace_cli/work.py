@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ace_cli.core.errors import AceError
 from ace_cli.engine import BlockFacts, SlotFacts
-from ace_cli.errors import AceError
 from ace_cli.model.files import read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.observe import ActivationFacts, OutputChange

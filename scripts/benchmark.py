@@ -69,7 +69,7 @@ def save_windows(options: argparse.Namespace, file: Path) -> str:
     import torch
 
     from ace_cli.calibration.text import Text
-    from ace_cli.hardware import Dtype, choose_dtype
+    from ace_cli.core.device import Dtype, choose_dtype
     from ace_cli.model.files import Checkpoint
 
     source = Checkpoint(options.model)

@@ -21,9 +21,10 @@ from ace_cli.allocation.base import MOST, Allocation, apportioned, bounded
 from ace_cli.allocation.dlp import Dlp
 from ace_cli.allocation.owl import Owl
 from ace_cli.allocation.uniform import Uniform
-from ace_cli.clock import Clock
+from ace_cli.core.errors import AceError
+from ace_cli.core.registry import choices
+from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
-from ace_cli.errors import AceError
 from ace_cli.metrics.wanda import Wanda
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros
@@ -31,7 +32,6 @@ from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
-from ace_cli.registry import choices
 from ace_cli.repair.none import NoRepair
 from ace_cli.statistics import SecondMoment, Seen
 from ace_cli.survey import survey

@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, store_schemas
-from ace_cli.errors import AceError, did_you_mean
+from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.metrics.ace import ACE, Combine
 from ace_cli.metrics.cosp import Mode
 from ace_cli.metrics.ria import RIA

@@ -12,9 +12,9 @@ import torch
 from tiny_models import edit, load, make, token_windows, weights
 from torch import Tensor, nn
 
-from ace_cli.clock import Clock
+from ace_cli.core.errors import AceError
+from ace_cli.core.timing import Clock
 from ace_cli.engine import BlockFacts, Recipe, prune
-from ace_cli.errors import AceError
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import CosP, Mode
 from ace_cli.metrics.magnitude import Magnitude

@@ -12,9 +12,9 @@ from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from ace_cli.clock import Clock
+from ace_cli.core.errors import AceError
+from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, SlotFacts, prune
-from ace_cli.errors import AceError
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import CosP
 from ace_cli.metrics.wanda import Wanda

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from tiny_models import FAMILIES, load, make, token_windows, weights
 
-from ace_cli.clock import Clock
+from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
 from ace_cli.metrics.wanda import Wanda
 from ace_cli.model.files import Checkpoint, CheckpointWriter

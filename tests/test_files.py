@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import edit, load, make, weights
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.model import disk, files
 from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter, copy_other_files, write_index
 

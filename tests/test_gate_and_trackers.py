@@ -16,7 +16,7 @@ import torch
 from conftest import Terminal, composed, run
 from tiny_models import load
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.samples import Samples
 from ace_cli.gate import Gate
@@ -82,7 +82,7 @@ def test_large_models_are_not_asked(llama: Path, tmp_path: Path, prune_here: Pru
 
 def test_a_model_that_would_fill_what_is_free_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """What counts is what this process may still take, a control group's limit included."""
-    monkeypatch.setattr("ace_cli.memory.free", lambda: 1000)
+    monkeypatch.setattr("ace_cli.core.memory.free", lambda: 1000)
     assert Samples().refusal(250, torch.bfloat16) is None
     assert "half of what is free" in str(Samples().refusal(251, torch.bfloat16))
     assert "samples.max_gb=4" in str(Samples().refusal(2 * 10**9 + 1, torch.bfloat16))

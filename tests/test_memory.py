@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from ace_cli import memory
-from ace_cli.memory import Trimmer
+from ace_cli.core import memory
+from ace_cli.core.memory import Trimmer
 
 WIDTH, INNER, VOCABULARY, N_SAMPLES, SEQ_LEN = 384, 1024, 512, 16, 16
 MEGABYTE = 1_000_000

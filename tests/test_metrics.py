@@ -9,7 +9,7 @@ import references
 import torch
 from torch import Tensor
 
-from ace_cli import registry
+from ace_cli.core import registry
 from ace_cli.metrics.ace import ACE, Combine
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import CosP, Mode

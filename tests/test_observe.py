@@ -13,10 +13,10 @@ import pytest
 import torch
 from tiny_models import load
 
+from ace_cli.core.timing import MemorySampler
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.fidelity import TOKENS, Comparison, DenseStates
 from ace_cli.observe import SINK, ActivationFacts, Activations, output_change
-from ace_cli.phases import MemorySampler
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]

@@ -15,7 +15,7 @@ from tiny_models import VOCABULARY, add_tokenizer, load, make, token_windows, we
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.model.pruned import verify
 from ace_cli.model.source import ModelConfig, open_model
 from ace_cli.patterns import NofM

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ace_cli import patterns, pieces, selection
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.patterns import NofM, Ratio, Scope, parse_sparsity
 
 RATIOS = ["0", "0.25", "0.29", "1/3", "0.5", "0.7", "0.99"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ace_cli import engine, permutation
-from ace_cli.clock import Clock
+from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune, replay
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import CosP

@@ -15,9 +15,9 @@ from tiny_models import make, token_windows, weights
 from torch import Tensor
 
 from ace_cli import pieces, selection
-from ace_cli.clock import Clock
+from ace_cli.core.errors import AceError
+from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
-from ace_cli.errors import AceError
 from ace_cli.masking import masked, prune_rows
 from ace_cli.metrics.ace import ACE, Combine
 from ace_cli.metrics.base import Metric

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tiny_models import edit, load, make, token_windows, weights
 
-from ace_cli import registry
-from ace_cli.errors import AceError
+from ace_cli.core import registry
+from ace_cli.core.errors import AceError
 from ace_cli.model import files, pruned
 from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import load, make, weights
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.model import source
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.source import ImportDtype, ModelConfig, cache_folder, open_model

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tiny_models import token_windows
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation.perplexity import window_losses
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint

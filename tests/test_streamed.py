@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import add_tokenizer, edit, load, make, token_windows
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint

@@ -13,7 +13,7 @@ import torch
 from tiny_models import VOCABULARY
 
 from ace_cli import sampling
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation.self_written import SelfWritten
 from ace_cli.evaluation.text import Text as EvaluationText
 from ace_cli.model.files import Checkpoint

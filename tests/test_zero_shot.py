@@ -21,7 +21,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from tiny_models import add_tokenizer, load, make
 
 import ace_cli
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation import tasks as evaluation_tasks
 from ace_cli.evaluation.tasks import LOCAL, SEVEN, TaskOptions, place
 from ace_cli.model import streamed

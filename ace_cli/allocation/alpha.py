@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.allocation.base import Allocation, between_zero_and_one, weighted_mean
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor

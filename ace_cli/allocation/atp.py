@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ace_cli.allocation.base import MOST, Allocation, centred
+from ace_cli.core.registry import register
 from ace_cli.patterns import Pattern, Ratio
-from ace_cli.registry import register
 
 
 @register("allocation", "atp")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.allocation.base import Allocation, between_zero_and_one, centred, input_weighted
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 from ace_cli.statistics import SecondMoment
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ace_cli.allocation.base import Allocation
+from ace_cli.core.registry import register
 from ace_cli.patterns import Pattern
-from ace_cli.registry import register
 
 
 @register("allocation", "uniform")

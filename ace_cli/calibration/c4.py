@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.calibration.base import Calibration
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 from ace_cli.texts import c4_documents, load_tokenizer, random_windows
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ace_cli.core.registry import register
 from ace_cli.evaluation.tasks import TaskOptions
-from ace_cli.registry import register
 
 
 @register("eval", "none")

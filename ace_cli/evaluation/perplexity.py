@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ace_cli.memory import Trimmer
+from ace_cli.core.memory import Trimmer
 
 if TYPE_CHECKING:
     from torch import Tensor

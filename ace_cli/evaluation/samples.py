@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ace_cli import memory
+from ace_cli.core import memory
 from ace_cli.sampling import draw, whole_model
 
 if TYPE_CHECKING:

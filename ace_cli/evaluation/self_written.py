@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.registry import register
 from ace_cli.sampling import EVALUATION, sample_windows
 
 if TYPE_CHECKING:

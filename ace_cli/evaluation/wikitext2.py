@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.registry import register
 from ace_cli.texts import consecutive_windows, load_tokenizer, wikitext2_documents
 
 if TYPE_CHECKING:

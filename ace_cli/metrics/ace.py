@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric
 from ace_cli.metrics.cosp import Mode, cosine_loss, cosine_needs, cosine_score
 from ace_cli.metrics.relative import RelativeWeight
 from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
-from ace_cli.registry import register
 from ace_cli.repair.exchange import exchange_flops, exchanged
 from ace_cli.statistics import Gram
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric
-from ace_cli.registry import register
 from ace_cli.statistics import CosineTerm, SecondMoment
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import RelativeWeight, power_faults
-from ace_cli.registry import register
 from ace_cli.statistics import SecondMoment
 
 if TYPE_CHECKING:

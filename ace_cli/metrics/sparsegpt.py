@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric
 from ace_cli.patterns import Scope
-from ace_cli.registry import register
 from ace_cli.repair.least_squares import factors_of
 from ace_cli.repair.none import NoRepair
 from ace_cli.repair.sparsegpt import SparseGPT

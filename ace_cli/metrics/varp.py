@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import RelativeWeight, power_faults
-from ace_cli.registry import register
 from ace_cli.selection import Scaled
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
 

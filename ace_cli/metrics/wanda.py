@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.registry import register
 from ace_cli.selection import Scaled
 from ace_cli.statistics import SecondMoment
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.model.slots import Slot
 
 #: Functions whose second argument may be an expert's weight, and whether they read it (O, I).

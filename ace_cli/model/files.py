@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ace_cli import memory
-from ace_cli.errors import AceError, TransientError
+from ace_cli.core import memory
+from ace_cli.core.errors import AceError, TransientError
 from ace_cli.model import disk
 
 if TYPE_CHECKING:

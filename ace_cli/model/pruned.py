@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
 from ace_cli.model.slots import Slot, View
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity

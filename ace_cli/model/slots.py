@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 
 #: Classes that multiply by a matrix but are no nn.Linear, or that keep one matrix per expert without saying which way
 #: round (``is_transposed``): class name -> whether it is stored (I, O). A row here teaches a new one.

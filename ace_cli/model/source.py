@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from ace_cli.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line
 from ace_cli.model.files import INDEX, Checkpoint, copy_other_files, weight_map
 
 

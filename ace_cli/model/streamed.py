@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ace_cli.errors import AceError, first_line
-from ace_cli.memory import Trimmer, off_the_heap
+from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.memory import Trimmer, off_the_heap
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 from ace_cli.repair.base import Repair, Repaired
 
 if TYPE_CHECKING:

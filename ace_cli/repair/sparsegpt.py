@@ -10,10 +10,10 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ace_cli.core.registry import register
 from ace_cli.loops import load
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope
 from ace_cli.pieces import HEAVY, each_piece
-from ace_cli.registry import register
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.selection import keep_largest

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.exchange import exchange_flops, exchanged
 from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit, refit_flops

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 from ace_cli.report.facts import Score
 from ace_cli.report.markdown import protocol_words, table
 from ace_cli.report.zero_shot import percent, task_protocol

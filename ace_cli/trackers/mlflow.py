@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ace_cli.registry import register
+from ace_cli.core.registry import register
 from ace_cli.trackers.base import Tracker
 
 

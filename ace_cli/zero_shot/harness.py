@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line
 from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
 from ace_cli.report import facts

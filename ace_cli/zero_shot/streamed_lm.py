@@ -14,7 +14,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from ace_cli.memory import Trimmer
+from ace_cli.core.memory import Trimmer
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.texts import load_tokenizer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.errors import AceError
+from ace_cli.core.errors import AceError
 
 if TYPE_CHECKING:
     import torch

@@ -1,16 +1,47 @@
-"""The phases of a run: when each ran, how long it took and how much memory it needed."""
+"""Where the time and the memory of a run went: seconds by phase, and resident bytes over time."""
 
 from __future__ import annotations
 
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
-from ace_cli import memory
-from ace_cli.clock import Clock
+from ace_cli.core import memory
+
+
+class Clock:
+    """Adds up seconds by phase name. A phase entered inside another interrupts it, so the phases add up to the whole.
+
+    ``synchronise`` waits for the device, so that work counts where it began.
+    """
+
+    def __init__(self, synchronise: Callable[[], None] = lambda: None) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.synchronise = synchronise
+        self._open: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        self._switch()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._open.pop()
+
+    def _switch(self) -> None:
+        """Give the time since the last switch to the phase that is open now."""
+        self.synchronise()
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
 
 
 class MemorySampler:
