@@ -18,7 +18,7 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
 from ace_cli.core.timing import Clock
-from ace_cli.finite import FiniteChecks
+from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
 from ace_cli.masking import by_rows, masked, prune_rows
 from ace_cli.metrics.base import Metric

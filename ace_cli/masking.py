@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ace_cli.finite import refuse
-from ace_cli.pieces import each_piece, filled
-from ace_cli.selection import Scaled, loops_for
+from ace_cli.kernels.finite_checks import refuse
+from ace_cli.kernels.threads import each_piece, filled
+from ace_cli.kernels.selection import Scaled, loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ace_cli.core.errors import AceError
-from ace_cli.selection import Scaled, count_nonzero, keep_largest, keep_n_of_m, zero_n_of_m, zero_smallest
+from ace_cli.kernels.selection import Scaled, count_nonzero, keep_largest, keep_n_of_m, zero_n_of_m, zero_smallest
 
 if TYPE_CHECKING:
     from torch import Tensor

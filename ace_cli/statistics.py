@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
-from ace_cli.pieces import each_columns, each_piece
+from ace_cli.kernels.threads import each_columns, each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Whether exchanges are made by compiled loops, or by torch's operations as on a GPU."""
     if not request.param:
         monkeypatch.setattr(exchange, "load", lambda name: None)
-    assert (exchange.load("exchange") is not None) == request.param
+    assert (exchange.load("exchange_loops") is not None) == request.param
     return bool(request.param)
 
 

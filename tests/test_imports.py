@@ -16,10 +16,11 @@ from ace_cli.core import registry
 PACKAGE = Path(ace_cli.__file__).parent
 #: From the leaves up. A module may import rooms of a lower level, and its own room.
 LEVELS: dict[str, int] = {
+    "kernels": -1,
     "core": -2,
-    "pieces": -1, "loops": -1,
+    
     "": 0, "statistics": 0, "propagate": 0, "gate": 0,
-    "selection": 0, "finite": 1, "trackers": 1, "patterns": 1, "model": 2, "masking": 2,
+    "trackers": 1, "patterns": 1, "model": 2, "masking": 2,
     "hooks": 3, "limit": 3, "observe": 3, "texts": 3, "sampling": 3, "permutation": 3,
     "repair": 4, "allocation": 4, "calibration": 4, "evaluation": 4, "metrics": 5,
     "engine": 6, "plan": 6, "config": 6, "report": 7, "survey": 7, "measure": 8, "work": 8, "zero_shot": 8, "run": 9,

@@ -8,7 +8,11 @@ from math import floor
 import pytest
 import torch
 
-from ace_cli import patterns, pieces, selection
+from ace_cli import patterns
+
+from ace_cli.kernels import threads as pieces
+
+from ace_cli.kernels import selection
 from ace_cli.core.errors import AceError
 from ace_cli.patterns import NofM, Ratio, Scope, parse_sparsity
 

@@ -14,7 +14,9 @@ import torch
 from tiny_models import make, token_windows, weights
 from torch import Tensor
 
-from ace_cli import pieces, selection
+from ace_cli.kernels import threads as pieces
+
+from ace_cli.kernels import selection
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
@@ -31,10 +33,10 @@ from ace_cli.model.pruned import Pruned, Rereading, Violation, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.pieces import each_columns, each_piece
+from ace_cli.kernels.threads import each_columns, each_piece
 from ace_cli.propagate import Propagate
 from ace_cli.repair.none import NoRepair
-from ace_cli.selection import Scaled
+from ace_cli.kernels.selection import Scaled
 from ace_cli.statistics import Seen
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]

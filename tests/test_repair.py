@@ -45,7 +45,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if not request.param:
         for module in (exchange, sparsegpt):
             monkeypatch.setattr(module, "load", lambda name: None)
-    assert (sparsegpt.load("sparsegpt") is not None) == request.param
+    assert (sparsegpt.load("sparsegpt_loops") is not None) == request.param
     return bool(request.param)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.patterns import Scope
-from ace_cli.pieces import filled
+from ace_cli.kernels.threads import filled
 
 if TYPE_CHECKING:
     from torch import Tensor

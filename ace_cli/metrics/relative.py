@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ace_cli.pieces import each_columns
+from ace_cli.kernels.threads import each_columns
 
 if TYPE_CHECKING:
     from torch import Tensor

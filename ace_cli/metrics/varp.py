@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric, spread
 from ace_cli.metrics.relative import RelativeWeight, power_faults
-from ace_cli.selection import Scaled
+from ace_cli.kernels.selection import Scaled
 from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
 
 if TYPE_CHECKING:

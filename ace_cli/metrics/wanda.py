@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.metrics.base import Metric, spread
-from ace_cli.selection import Scaled
+from ace_cli.kernels.selection import Scaled
 from ace_cli.statistics import SecondMoment
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from ace_cli.core.errors import AceError
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
 from ace_cli.model.slots import Slot, View
 from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.pieces import LARGEST_PIECE
-from ace_cli.selection import loops_for
+from ace_cli.kernels.threads import LARGEST_PIECE
+from ace_cli.kernels.selection import loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor

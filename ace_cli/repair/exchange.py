@@ -13,8 +13,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.loops import load
-from ace_cli.pieces import HEAVY, each_piece
+from ace_cli.kernels.loops import load
+from ace_cli.kernels.threads import HEAVY, each_piece
 from ace_cli.repair.least_squares import factors_of
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def descend(unit_OI: Tensor, keep_OI: Tensor, matrix_II: Tensor, width: int, swe
     2 O I^2 operations at the start, and is kept up to date: by compiled loops, 4 I for every exchange made; where there
     are none, in matrix products, 2 O I^2 in every sweep. Rows know nothing of each other.
     """
-    if unit_OI.device.type == "cpu" and (loops := load("exchange")) is not None:
+    if unit_OI.device.type == "cpu" and (loops := load("exchange_loops")) is not None:
         return _descend_compiled(unit_OI, keep_OI, matrix_II, width, sweeps, loops)
     unit_IO, side_IO = unit_OI.T.contiguous(), (2 * keep_OI.T.float() - 1).contiguous()
     pull_IO = matrix_II @ (unit_IO * (side_IO < 0))

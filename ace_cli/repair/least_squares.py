@@ -18,7 +18,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from ace_cli.repair.base import Repaired
-from ace_cli.selection import all_finite
+from ace_cli.kernels.selection import all_finite
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,12 +11,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.loops import load
+from ace_cli.kernels.loops import load
 from ace_cli.patterns import NofM, Pattern, Ratio, Scope
-from ace_cli.pieces import HEAVY, each_piece
+from ace_cli.kernels.threads import HEAVY, each_piece
 from ace_cli.repair.base import Repair, Repaired
 from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
-from ace_cli.selection import keep_largest
+from ace_cli.kernels.selection import keep_largest
 from ace_cli.statistics import Gram
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class SparseGPT(Repair):
 
     def _prune_block(self, work_OI: Tensor, keep_OI: Tensor, root_II: Tensor, here: slice, pattern: Pattern) -> None:
         """Prune the columns of one block in place, then correct all columns to its right with one product."""
-        loops = load("sparsegpt") if work_OI.device.type == "cpu" else None
+        loops = load("sparsegpt_loops") if work_OI.device.type == "cpu" else None
         columns = self._columns if loops is None else partial(self._columns_compiled, loops)
         block_OB, pruned_OB = work_OI[:, here].contiguous(), (~keep_OI[:, here]).contiguous()
         error_OB = columns(block_OB, pruned_OB, root_II[here, here].contiguous(), pattern)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
-from ace_cli.selection import all_finite
+from ace_cli.kernels.selection import all_finite
 
 
 class FiniteChecks:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from ace_cli.loops.compiled import Array, compiled
+from ace_cli.kernels.compiled import Array, compiled
 
 _Group = tuple[int, ...]
 

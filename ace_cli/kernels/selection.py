@@ -15,8 +15,8 @@ from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.loops import load
-from ace_cli.pieces import LARGEST_PIECE, filled
+from ace_cli.kernels.loops import load
+from ace_cli.kernels.threads import LARGEST_PIECE, filled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +60,7 @@ class Scaled:
 
 def loops_for(numel: int) -> ModuleType | None:
     """The compiled loops, where they exist and a weight of so many elements is worth loading them; None elsewhere."""
-    return None if numel < LARGE else load("weights")
+    return None if numel < LARGE else load("weight_loops")
 
 
 def zero_smallest(score: Tensor | Scaled, k: int, weight_RN: Tensor, loops: ModuleType | None) -> bool:

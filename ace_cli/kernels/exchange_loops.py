@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from ace_cli.loops.compiled import Array, compiled
+from ace_cli.kernels.compiled import Array, compiled
 
 #: Weights handled at a time: they and their pulls, 1 MB, stay in a core's second cache.
 _TILE = 1 << 17
