@@ -13,7 +13,6 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ace_cli.allocation.base import Allocation
 from ace_cli.calibration.base import Calibration
 from ace_cli.core import registry
 from ace_cli.core.device import Dtype
@@ -22,12 +21,13 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
 from ace_cli.gate import Gate
-from ace_cli.metrics.base import Metric
+from ace_cli.methods.allocation.base import Allocation
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.methods.repair.base import Repair
 from ace_cli.model.source import ModelConfig
 from ace_cli.observe import Observe
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
-from ace_cli.repair.base import Repair
 from ace_cli.trackers.base import Tracker
 
 

@@ -18,20 +18,20 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
 from ace_cli.core.timing import Clock
-from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.hooks import Observer, hooked, observe_expert, reached
-from ace_cli.masking import by_rows, masked, prune_rows
-from ace_cli.metrics.base import Metric
+from ace_cli.kernels.finite_checks import FiniteChecks
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.patterns import NofM, Pattern
+from ace_cli.methods.repair.base import Repair
+from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
+from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import DTYPES, CheckpointWriter
 from ace_cli.model.slots import Slot, View
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.observe import ActivationFacts, Activations, BlockComparison, OutputChange
-from ace_cli.patterns import NofM, Pattern
 from ace_cli.permutation import Link, LinkFinder, best_order, kept_score, permute
 from ace_cli.propagate import Propagate
-from ace_cli.repair.base import Repair
-from ace_cli.statistics import Seen, Statistic
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
-from ace_cli.statistics import Seen, Statistic
 
 
 @dataclass

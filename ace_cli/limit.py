@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from ace_cli.masking import prune_rows
+from ace_cli.kernels.selection import LARGE, Scaled, loops_for
+from ace_cli.methods.patterns import Pattern
+from ace_cli.methods.row_pruning import prune_rows
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
-from ace_cli.patterns import Pattern
-from ace_cli.kernels.selection import LARGE, Scaled, loops_for
 
 _PROBE_SECONDS = 0.1
 _PIECE = 4 << 20

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.statistics import Statistic
+from ace_cli.methods.statistics import Statistic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_cli.methods.patterns import NofM
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
-from ace_cli.patterns import NofM
 
 #: Groups of M that are assigned among each other at once; wider slots are split, as in RIA's ``--fast``.
 PART = 512

@@ -15,10 +15,10 @@ from ace_cli.limit import Limit, Rates, existing
 from ace_cli.propagate import Propagate
 
 if TYPE_CHECKING:
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Statistic
     from ace_cli.model.slots import Slot
     from ace_cli.model.streamed import Block, StreamedModel
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Statistic
 
 #: Below this share of the block weights a "pruned" model would be mostly dense: stop instead.
 MINIMUM_COVERAGE = 0.9

@@ -23,15 +23,15 @@ from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.limit import Limit, probe
-from ace_cli.masking import by_rows
 from ace_cli.measure import evaluate, write_samples
+from ace_cli.methods.patterns import Pattern
+from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, Rereading, manifest_entry, write_metadata
 from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
-from ace_cli.patterns import Pattern
 from ace_cli.plan import Demand, Plan, check_room, make_plan
 from ace_cli.propagate import Propagate
 from ace_cli.report import facts

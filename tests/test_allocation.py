@@ -15,25 +15,25 @@ import torch
 from tiny_models import edit, load, make, token_windows
 from torch import Tensor
 
-from ace_cli.allocation.alpha import Alpha, tail_exponent
-from ace_cli.allocation.atp import Atp
-from ace_cli.allocation.base import MOST, Allocation, apportioned, bounded
-from ace_cli.allocation.dlp import Dlp
-from ace_cli.allocation.owl import Owl
-from ace_cli.allocation.uniform import Uniform
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import choices
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.methods.allocation.alpha import Alpha, tail_exponent
+from ace_cli.methods.allocation.atp import Atp
+from ace_cli.methods.allocation.base import MOST, Allocation, apportioned, bounded
+from ace_cli.methods.allocation.dlp import Dlp
+from ace_cli.methods.allocation.owl import Owl
+from ace_cli.methods.allocation.uniform import Uniform
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.methods.repair.none import NoRepair
+from ace_cli.methods.statistics import SecondMoment, Seen
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.propagate import Propagate
-from ace_cli.repair.none import NoRepair
-from ace_cli.statistics import SecondMoment, Seen
 from ace_cli.survey import survey
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]

@@ -15,9 +15,9 @@ from ace_cli.calibration.base import text_start
 from ace_cli.calibration.self_written import SelfWritten
 from ace_cli.calibration.text import Text
 from ace_cli.config import RunConfig, config_folder
+from ace_cli.methods.patterns import Ratio, Scope
+from ace_cli.methods.repair.sparsegpt import SparseGPT
 from ace_cli.model.files import Checkpoint
-from ace_cli.patterns import Ratio, Scope
-from ace_cli.repair.sparsegpt import SparseGPT
 from ace_cli.report.facts import Report
 
 Configure = Callable[..., RunConfig]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.metrics.ace import ACE
-from ace_cli.patterns import NofM, Ratio, Scope
-from ace_cli.repair import exchange
-from ace_cli.repair.exchange import descend, exchanged
-from ace_cli.repair.least_squares import row_errors
-from ace_cli.statistics import Gram, Seen
+from ace_cli.methods.metrics.ace import ACE
+from ace_cli.methods.patterns import NofM, Ratio, Scope
+from ace_cli.methods.repair import exchange
+from ace_cli.methods.repair.exchange import descend, exchanged
+from ace_cli.methods.repair.least_squares import row_errors
+from ace_cli.methods.statistics import Gram, Seen
 
 PATTERNS = [Ratio(Fraction("0.5")), Ratio(Fraction("0.6"), Scope.layer), NofM(2, 4), NofM(4, 8), NofM(1, 4)]
 

@@ -15,19 +15,19 @@ from torch.nn.functional import silu
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, SlotFacts, prune
-from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import CosP
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.metrics.cosp import CosP
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM
+from ace_cli.methods.repair.none import NoRepair
+from ace_cli.methods.statistics import SecondMoment, Statistic
 from ace_cli.model import slots as slots_module
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import verify
 from ace_cli.model.slots import Selection
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM
 from ace_cli.propagate import Propagate
-from ace_cli.repair.none import NoRepair
-from ace_cli.statistics import SecondMoment, Statistic
 
 WINDOWS = token_windows(8, 16)
 EXPERTS_ALONE = Selection(exclude=("*attn*",))

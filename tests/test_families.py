@@ -12,15 +12,15 @@ from tiny_models import FAMILIES, load, make, token_windows, weights
 
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM, Pattern, Scope, parse_sparsity
+from ace_cli.methods.repair.none import NoRepair
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import write_metadata
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM, Pattern, Scope, parse_sparsity
 from ace_cli.plan import Demand, make_plan
 from ace_cli.propagate import Propagate
-from ace_cli.repair.none import NoRepair
 
 CPU = torch.device("cpu")
 #: Longer than the sliding windows of 8.

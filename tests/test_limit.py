@@ -12,19 +12,19 @@ import torch
 
 from ace_cli import limit
 from ace_cli.limit import Limit, Rates, probe
-from ace_cli.metrics.ace import ACE
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.methods.metrics.ace import ACE
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM
+from ace_cli.methods.repair.admm import Admm
+from ace_cli.methods.repair.none import NoRepair
+from ace_cli.methods.repair.sparsegpt import SparseGPT
+from ace_cli.methods.repair.swaps import Swaps
+from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM
 from ace_cli.plan import Demand, Plan, make_plan
-from ace_cli.repair.admm import Admm
-from ace_cli.repair.none import NoRepair
-from ace_cli.repair.sparsegpt import SparseGPT
-from ace_cli.repair.swaps import Swaps
 from ace_cli.report.facts import Report
-from ace_cli.statistics import CosineTerm, Gram, SecondMoment
 
 Prune = Callable[..., Report]
 

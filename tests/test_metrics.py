@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from ace_cli.core import registry
-from ace_cli.metrics.ace import ACE, Combine
-from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import CosP, Mode
-from ace_cli.metrics.magnitude import Magnitude
-from ace_cli.metrics.ria import RIA
-from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP
-from ace_cli.metrics.wanda import Wanda
-from ace_cli.statistics import Seen
+from ace_cli.methods.metrics.ace import ACE, Combine
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.metrics.cosp import CosP, Mode
+from ace_cli.methods.metrics.magnitude import Magnitude
+from ace_cli.methods.metrics.ria import RIA
+from ace_cli.methods.metrics.varp import Form, Norm, RIAVarP, VarP
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.statistics import Seen
 
 T, I, O = 13, 8, 5  # noqa: E741
 

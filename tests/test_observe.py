@@ -222,7 +222,7 @@ def test_inputs_that_are_all_alike_are_flagged(
     llama: Path, tmp_path: Path, prune_here: Prune, metric: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("wanda", "ria", "varp"):
-        monkeypatch.setattr(f"ace_cli.metrics.{module}.spread", lambda _: 1.01)
+        monkeypatch.setattr(f"ace_cli.methods.metrics.{module}.spread", lambda _: 1.01)
     report = prune_here(llama, tmp_path / "out", f"metric={metric}")
     assert all(slot["like_magnitude"] for slot in report.slots)
     assert any("is magnitude pruning" in warning for warning in report.warnings)

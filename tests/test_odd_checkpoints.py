@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ace_cli.core.errors import AceError
+from ace_cli.methods.patterns import NofM
 from ace_cli.model.pruned import verify
 from ace_cli.model.source import ModelConfig, open_model
-from ace_cli.patterns import NofM
 from ace_cli.plan import Demand, Plan, make_plan
 
 

@@ -8,13 +8,11 @@ from math import floor
 import pytest
 import torch
 
-from ace_cli import patterns
-
-from ace_cli.kernels import threads as pieces
-
-from ace_cli.kernels import selection
 from ace_cli.core.errors import AceError
-from ace_cli.patterns import NofM, Ratio, Scope, parse_sparsity
+from ace_cli.kernels import selection
+from ace_cli.kernels import threads as pieces
+from ace_cli.methods import patterns
+from ace_cli.methods.patterns import NofM, Ratio, Scope, parse_sparsity
 
 RATIOS = ["0", "0.25", "0.29", "1/3", "0.5", "0.7", "0.99"]
 GROUPS = [(1, 4), (2, 4), (3, 4), (4, 8), (3, 7), (7, 8), (16, 32), (1, 16)]

@@ -18,19 +18,19 @@ from transformers.pytorch_utils import Conv1D
 from ace_cli import engine, permutation
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune, replay
-from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import CosP
-from ace_cli.metrics.magnitude import Magnitude
-from ace_cli.metrics.ria import RIA
-from ace_cli.metrics.varp import VarP
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.metrics.cosp import CosP
+from ace_cli.methods.metrics.magnitude import Magnitude
+from ace_cli.methods.metrics.ria import RIA
+from ace_cli.methods.metrics.varp import VarP
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM, Pattern, Ratio
+from ace_cli.methods.repair.none import NoRepair
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM, Pattern, Ratio
 from ace_cli.permutation import Link, LinkFinder, Producer, assign, best_order, kept_score, permute, serpentine
 from ace_cli.propagate import Propagate
-from ace_cli.repair.none import NoRepair
 
 WINDOWS = token_windows(6, 16)
 CPU, FLOAT = torch.device("cpu"), torch.float32

@@ -14,30 +14,29 @@ import torch
 from tiny_models import make, token_windows, weights
 from torch import Tensor
 
-from ace_cli.kernels import threads as pieces
-
-from ace_cli.kernels import selection
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
 from ace_cli.engine import Recipe, prune
-from ace_cli.masking import masked, prune_rows
-from ace_cli.metrics.ace import ACE, Combine
-from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import CosP, Mode
-from ace_cli.metrics.magnitude import Magnitude
-from ace_cli.metrics.ria import RIA
-from ace_cli.metrics.varp import Form, Norm, RIAVarP, VarP
-from ace_cli.metrics.wanda import Wanda
+from ace_cli.kernels import selection
+from ace_cli.kernels import threads as pieces
+from ace_cli.kernels.selection import Scaled
+from ace_cli.kernels.threads import each_columns, each_piece
+from ace_cli.methods.metrics.ace import ACE, Combine
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.metrics.cosp import CosP, Mode
+from ace_cli.methods.metrics.magnitude import Magnitude
+from ace_cli.methods.metrics.ria import RIA
+from ace_cli.methods.metrics.varp import Form, Norm, RIAVarP, VarP
+from ace_cli.methods.metrics.wanda import Wanda
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.methods.repair.none import NoRepair
+from ace_cli.methods.row_pruning import masked, prune_rows
+from ace_cli.methods.statistics import Seen
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, Rereading, Violation, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.kernels.threads import each_columns, each_piece
 from ace_cli.propagate import Propagate
-from ace_cli.repair.none import NoRepair
-from ace_cli.kernels.selection import Scaled
-from ace_cli.statistics import Seen
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
 METRICS = [Magnitude(), Wanda(), RIA(), RIA(alpha=0), VarP(), VarP(wpow=2, norm=Norm.raw, form=Form.poly), RIAVarP()]

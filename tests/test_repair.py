@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope
-from ace_cli.repair import exchange, least_squares, sparsegpt
-from ace_cli.repair.admm import Admm, keep_share
-from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import Factors, layer_loss, refit, row_errors
-from ace_cli.repair.sparsegpt import Damping, SparseGPT
-from ace_cli.repair.swaps import Swaps
-from ace_cli.statistics import Gram, Seen
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.methods.repair import exchange, least_squares, sparsegpt
+from ace_cli.methods.repair.admm import Admm, keep_share
+from ace_cli.methods.repair.base import Repair, Repaired
+from ace_cli.methods.repair.least_squares import Factors, layer_loss, refit, row_errors
+from ace_cli.methods.repair.sparsegpt import Damping, SparseGPT
+from ace_cli.methods.repair.swaps import Swaps
+from ace_cli.methods.statistics import Gram, Seen
 
 
 def ratio(p: str) -> Ratio:

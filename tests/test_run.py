@@ -452,6 +452,6 @@ def test_a_refinement_that_its_statistics_do_not_allow_is_refused_by_name(
     def refine(*_: object) -> None:
         raise ArithmeticError("the Gram matrix of 128 tokens holds NaN or Inf")
 
-    monkeypatch.setattr("ace_cli.metrics.ace.ACE.refine", refine)
+    monkeypatch.setattr("ace_cli.methods.metrics.ace.ACE.refine", refine)
     with pytest.raises(AceError, match=r"layers[.]0[.].*q_proj.*: the Gram matrix of 128 tokens holds NaN or Inf"):
         prune_here(llama, tmp_path / "out", "metric=ace", "calib.n_samples=8", "calib.seq_len=16")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.statistics import CosineTerm, Gram, SecondMoment, Seen, SquareMoments, Statistic, TokenSquares
+from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment, Seen, SquareMoments, Statistic, TokenSquares
 
 TOKENS = 24
 SPLITS = [[24], [1] * 24, [12, 12], [1, 23], [23, 1], [5, 7, 11, 1], [8, 8, 8]]

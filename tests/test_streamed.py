@@ -12,10 +12,10 @@ from tiny_models import add_tokenizer, edit, load, make, token_windows
 
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.perplexity import perplexity, window_losses
+from ace_cli.methods.patterns import NofM
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import NofM
 from ace_cli.plan import Demand, Plan, make_plan
 
 

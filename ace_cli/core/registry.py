@@ -15,9 +15,9 @@ T = TypeVar("T")
 
 #: Command-line group -> package whose modules offer its choices.
 PACKAGES = {
-    "metric": "ace_cli.metrics",
-    "allocation": "ace_cli.allocation",
-    "repair": "ace_cli.repair",
+    "metric": "ace_cli.methods.metrics",
+    "allocation": "ace_cli.methods.allocation",
+    "repair": "ace_cli.methods.repair",
     "calib": "ace_cli.calibration",
     "eval": "ace_cli.evaluation",
     "tracker": "ace_cli.trackers",

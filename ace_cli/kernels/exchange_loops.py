@@ -1,4 +1,4 @@
-"""One sweep of exchanges (``ace_cli.repair.exchange``).
+"""One sweep of exchanges (``ace_cli.methods.repair.exchange``).
 
 Only one group in ten to three makes an exchange, and fewer with every sweep: what follows from one is two rows of the
 matrix, where products of whole blocks take the rows of every group.

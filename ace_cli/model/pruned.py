@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
+from ace_cli.kernels.selection import loops_for
+from ace_cli.kernels.threads import LARGEST_PIECE
+from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
 from ace_cli.model.slots import Slot, View
-from ace_cli.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.kernels.threads import LARGEST_PIECE
-from ace_cli.kernels.selection import loops_for
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,10 +22,10 @@ from ace_cli.core.timing import Clock, Phases
 from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.evaluation.base import Windows
 from ace_cli.limit import Limit
+from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.patterns import Ratio
 from ace_cli.plan import Plan
 from ace_cli.report import facts
 from ace_cli.texts import fingerprint

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.exchange import exchange_flops, exchanged
-from ace_cli.repair.least_squares import factors_of, finish, pull_faults, refit, refit_flops
-from ace_cli.statistics import Gram
+from ace_cli.methods.repair.base import Repair, Repaired
+from ace_cli.methods.repair.exchange import exchange_flops, exchanged
+from ace_cli.methods.repair.least_squares import factors_of, finish, pull_faults, refit, refit_flops
+from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @register("repair", "swaps")

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.allocation.base import Allocation, between_zero_and_one, centred, input_weighted
 from ace_cli.core.registry import register
-from ace_cli.statistics import SecondMoment
+from ace_cli.methods.allocation.base import Allocation, between_zero_and_one, centred, input_weighted
+from ace_cli.methods.statistics import SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @register("allocation", "owl")

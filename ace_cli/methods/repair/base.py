@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @dataclass

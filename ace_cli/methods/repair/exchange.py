@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.kernels.loops import load
 from ace_cli.kernels.threads import HEAVY, each_piece
-from ace_cli.repair.least_squares import factors_of
+from ace_cli.methods.repair.least_squares import factors_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ace_cli.statistics import Gram
+    from ace_cli.methods.statistics import Gram
 
 #: Where loops are not compiled: inputs whose pull is kept up to date group by group; that of the others follows in one
 #: matrix product.

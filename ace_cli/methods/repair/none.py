@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.repair.base import Repair, Repaired
+from ace_cli.methods.repair.base import Repair, Repaired
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Seen
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen
 
 
 @register("repair", "none")

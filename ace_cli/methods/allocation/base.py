@@ -11,12 +11,12 @@ from fractions import Fraction
 from math import floor
 from typing import TYPE_CHECKING
 
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.statistics import Seen, Statistic
 
 #: No block loses more than this share of its weights: a row without weights is dead, whatever the rule says.
 MOST = 0.99
@@ -107,7 +107,7 @@ class Allocation:
 
 def input_weighted(weight_OI: Tensor, seen: Seen) -> Tensor:
     """A_ij = |W_ij| sqrt(E[x_j^2]), float32 (O, I): Wanda's score, which OWL and DLP look at."""
-    from ace_cli.statistics import SecondMoment
+    from ace_cli.methods.statistics import SecondMoment
 
     return weight_OI.abs() * seen[SecondMoment()].mean_I.sqrt().float()
 

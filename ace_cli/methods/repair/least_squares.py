@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from ace_cli.repair.base import Repaired
 from ace_cli.kernels.selection import all_finite
+from ace_cli.methods.repair.base import Repaired
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.statistics import Gram
+    from ace_cli.methods.statistics import Gram
 
 #: Weights refitted at a time on a CPU.
 _CACHED = 1 << 17

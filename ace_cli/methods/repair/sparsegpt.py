@@ -12,19 +12,27 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.kernels.loops import load
-from ace_cli.patterns import NofM, Pattern, Ratio, Scope
-from ace_cli.kernels.threads import HEAVY, each_piece
-from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.kernels.selection import keep_largest
-from ace_cli.statistics import Gram
+from ace_cli.kernels.threads import HEAVY, each_piece
+from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.methods.repair.base import Repair, Repaired
+from ace_cli.methods.repair.least_squares import (
+    Factors,
+    factor_flops,
+    factors_of,
+    finish,
+    pull_faults,
+    refit,
+    refit_flops,
+)
+from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     from torch import Tensor
 
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 class Damping(Enum):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.repair.base import Repair, Repaired
-from ace_cli.repair.least_squares import (
+from ace_cli.methods.repair.base import Repair, Repaired
+from ace_cli.methods.repair.least_squares import (
     factor_flops,
     factors_of,
     finish,
@@ -19,13 +19,13 @@ from ace_cli.repair.least_squares import (
     refit_flops,
     row_errors,
 )
-from ace_cli.statistics import Gram
+from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @register("repair", "admm")

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.allocation.base import Allocation, between_zero_and_one, weighted_mean
 from ace_cli.core.registry import register
+from ace_cli.methods.allocation.base import Allocation, between_zero_and_one, weighted_mean
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.statistics import Seen
+    from ace_cli.methods.statistics import Seen
 
 
 @register("allocation", "alpha")

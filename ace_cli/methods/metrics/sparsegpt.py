@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric
-from ace_cli.patterns import Scope
-from ace_cli.repair.least_squares import factors_of
-from ace_cli.repair.none import NoRepair
-from ace_cli.repair.sparsegpt import SparseGPT
-from ace_cli.statistics import Gram
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.patterns import Scope
+from ace_cli.methods.repair.least_squares import factors_of
+from ace_cli.methods.repair.none import NoRepair
+from ace_cli.methods.repair.sparsegpt import SparseGPT
+from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.repair.base import Repair
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.repair.base import Repair
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @register("metric", "sparsegpt")

@@ -7,14 +7,14 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric
-from ace_cli.statistics import CosineTerm, SecondMoment
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.statistics import CosineTerm, SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.metrics.base import RowScores
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 class Mode(Enum):

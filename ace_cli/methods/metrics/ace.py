@@ -7,19 +7,19 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric
-from ace_cli.metrics.cosp import Mode, cosine_loss, cosine_needs, cosine_score
-from ace_cli.metrics.relative import RelativeWeight
-from ace_cli.metrics.varp import Form, Norm, variance_factor, variance_needs
-from ace_cli.repair.exchange import exchange_flops, exchanged
-from ace_cli.statistics import Gram
+from ace_cli.methods.metrics.base import Metric
+from ace_cli.methods.metrics.cosp import Mode, cosine_loss, cosine_needs, cosine_score
+from ace_cli.methods.metrics.relative import RelativeWeight
+from ace_cli.methods.metrics.varp import Form, Norm, variance_factor, variance_needs
+from ace_cli.methods.repair.exchange import exchange_flops, exchanged
+from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
-    from ace_cli.patterns import Pattern
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.metrics.base import RowScores
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 class Combine(Enum):
@@ -42,7 +42,7 @@ class ACE(Metric):
        ||a_t|| in proportion to ||x_t||, the set P of a row's pruned weights turns the output by
        E_t[(sum_P W_ij x_tj)^2 / ||x_t||^2], a quadratic form of the token-normalised Gram matrix. ``sweeps`` times
        (0: not at all), a pruned weight is exchanged for a kept one of its row or group where that lowers it
-       (``ace_cli.repair.exchange``); ``shrinkage`` draws the form to its diagonal, the sum of single weights. Of 16
+       (``ace_cli.methods.repair.exchange``); ``shrinkage`` draws the form to its diagonal, the sum of single weights. Of 16
        sweeps the last makes a twentieth of the first's exchanges.
 
     The paper's first version, with |W_ij| in both and without the second step: ``relative=false mode=paper_abs norm=raw

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ace_cli.allocation.base import Allocation
 from ace_cli.core.registry import register
-from ace_cli.patterns import Pattern
+from ace_cli.methods.allocation.base import Allocation
+from ace_cli.methods.patterns import Pattern
 
 
 @register("allocation", "uniform")

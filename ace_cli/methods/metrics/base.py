@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.patterns import Scope
 from ace_cli.kernels.threads import filled
+from ace_cli.methods.patterns import Scope
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.patterns import Pattern
-    from ace_cli.repair.base import Repair
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.repair.base import Repair
+    from ace_cli.methods.statistics import Seen, Statistic
 
     #: Some rows of a weight, float32 (R, I), not to be changed, and which they are -> their scores, float32 (R, I).
     RowScores = Callable[[Tensor, slice], Tensor]

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import RelativeWeight, power_faults
-from ace_cli.statistics import SecondMoment
+from ace_cli.methods.metrics.base import Metric, spread
+from ace_cli.methods.metrics.relative import RelativeWeight, power_faults
+from ace_cli.methods.statistics import SecondMoment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.metrics.base import RowScores
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 @register("metric", "ria")

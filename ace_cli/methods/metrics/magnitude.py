@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric
+from ace_cli.methods.metrics.base import Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
-    from ace_cli.statistics import Seen
+    from ace_cli.methods.metrics.base import RowScores
+    from ace_cli.methods.statistics import Seen
 
 
 @register("metric", "magnitude")

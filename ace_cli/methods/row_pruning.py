@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from ace_cli.kernels.finite_checks import refuse
-from ace_cli.kernels.threads import each_piece, filled
 from ace_cli.kernels.selection import Scaled, loops_for
+from ace_cli.kernels.threads import each_piece, filled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import Metric, RowScores
-    from ace_cli.patterns import Pattern
-    from ace_cli.repair.base import Repair
+    from ace_cli.methods.metrics.base import Metric, RowScores
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.repair.base import Repair
 
 
 def by_rows(metric: Metric, pattern: Pattern, repair: Repair) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ace_cli.allocation.base import MOST, Allocation, centred
 from ace_cli.core.registry import register
-from ace_cli.patterns import Pattern, Ratio
+from ace_cli.methods.allocation.base import MOST, Allocation, centred
+from ace_cli.methods.patterns import Pattern, Ratio
 
 
 @register("allocation", "atp")

@@ -7,16 +7,16 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
-from ace_cli.metrics.base import Metric, spread
-from ace_cli.metrics.relative import RelativeWeight, power_faults
 from ace_cli.kernels.selection import Scaled
-from ace_cli.statistics import ShareMoments, SquareMoments, TokenSquares
+from ace_cli.methods.metrics.base import Metric, spread
+from ace_cli.methods.metrics.relative import RelativeWeight, power_faults
+from ace_cli.methods.statistics import ShareMoments, SquareMoments, TokenSquares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ace_cli.metrics.base import RowScores
-    from ace_cli.statistics import Seen, Statistic
+    from ace_cli.methods.metrics.base import RowScores
+    from ace_cli.methods.statistics import Seen, Statistic
 
 
 class Norm(Enum):
