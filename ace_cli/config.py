@@ -13,10 +13,10 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ace_cli.calibration.base import Calibration
 from ace_cli.core import registry
 from ace_cli.core.device import Dtype
 from ace_cli.core.errors import AceError, did_you_mean
+from ace_cli.data.calibration.base import Calibration
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples

@@ -98,11 +98,11 @@ def _evaluate(
         import dataclasses
         import json
 
+        from ace_cli.data.documents import load_tokenizer
         from ace_cli.model.source import open_model
         from ace_cli.model.streamed import StreamedModel
         from ace_cli.report import facts
         from ace_cli.report.terminal import Terminal, quiet_libraries
-        from ace_cli.texts import load_tokenizer
         from ace_cli.zero_shot import harness
 
     quiet_libraries()

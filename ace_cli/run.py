@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_cli.calibration.base import ExpertTokens
 from ace_cli.config import Permute, RunConfig
 from ace_cli.core import memory
 from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, TransientError, first_line
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, MemorySampler, Phases
+from ace_cli.data.calibration.base import ExpertTokens
+from ace_cli.data.documents import fingerprint
 from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
@@ -48,7 +49,6 @@ from ace_cli.report.html import render as page
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.survey import survey
-from ace_cli.texts import fingerprint
 from ace_cli.trackers.base import choices_of, numbers_of
 from ace_cli.work import Work, find_unfinished, locked
 from ace_cli.zero_shot import harness

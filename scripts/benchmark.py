@@ -68,8 +68,8 @@ def save_windows(options: argparse.Namespace, file: Path) -> str:
     """The windows that ours will draw, for the others; returns the dtype that ours computes in."""
     import torch
 
-    from ace_cli.calibration.text import Text
     from ace_cli.core.device import Dtype, choose_dtype
+    from ace_cli.data.calibration.text import Text
     from ace_cli.model.files import Checkpoint
 
     source = Checkpoint(options.model)

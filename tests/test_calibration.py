@@ -11,10 +11,10 @@ from tiny_models import load
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from ace_cli.calibration.base import text_start
-from ace_cli.calibration.self_written import SelfWritten
-from ace_cli.calibration.text import Text
 from ace_cli.config import RunConfig, config_folder
+from ace_cli.data.calibration.base import text_start
+from ace_cli.data.calibration.self_written import SelfWritten
+from ace_cli.data.calibration.text import Text
 from ace_cli.methods.patterns import Ratio, Scope
 from ace_cli.methods.repair.sparsegpt import SparseGPT
 from ace_cli.model.files import Checkpoint

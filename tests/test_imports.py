@@ -16,14 +16,15 @@ from ace_cli.core import registry
 PACKAGE = Path(ace_cli.__file__).parent
 #: From the leaves up. A module may import rooms of a lower level, and its own room.
 LEVELS: dict[str, int] = {
+    "data": 4,
     "methods": 1,
     "kernels": -1,
     "core": -2,
 
     "": 0, "propagate": 0, "gate": 0,
     "trackers": 1, "model": 2,
-    "hooks": 3, "limit": 3, "observe": 3, "texts": 3, "sampling": 3, "permutation": 3,
-    "calibration": 4, "evaluation": 4,
+    "hooks": 3, "limit": 3, "observe": 3, "permutation": 3,
+    "evaluation": 4,
     "engine": 6, "plan": 6, "config": 6, "report": 7, "survey": 7, "measure": 8, "work": 8, "zero_shot": 8, "run": 9,
     "verify": 9, "overview": 9, "evaluate": 9, "__main__": 10,
 }  # fmt: skip

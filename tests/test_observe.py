@@ -75,8 +75,8 @@ def test_block_outputs_are_compared_for_the_same_input(
     options = ("metric=wanda", f"propagate={propagate}", "observe.windows=3")
     report = prune_here(llama, tmp_path / "out", *options)
     assert all(block["output"]["error"] > 0.01 and block["output"]["angle"] > 0.1 for block in report.blocks)
+    from ace_cli.data.generation import CALIBRATION, sample_windows
     from ace_cli.model.files import Checkpoint
-    from ace_cli.sampling import CALIBRATION, sample_windows
 
     ids = sample_windows(Checkpoint(llama), 8, 16, 0, CALIBRATION, "cpu")[:3]
     dense, pruned = load(llama), load(Path(report.checkpoint))
@@ -136,8 +136,8 @@ def test_an_interrupted_run_keeps_what_it_saw(
 
 def test_fidelity_is_that_of_the_whole_models(llama: Path, tmp_path: Path, prune_here: Prune, documents: Path) -> None:
     """With transformers alone, softmax in float64."""
+    from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents
     from ace_cli.model.files import Checkpoint
-    from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents
 
     options = ("eval=text", f"eval.path={documents}", "eval.seq_len=32", "eval.max_windows=4")
     found = prune_here(llama, tmp_path / "out", "metric=wanda", *options).fidelity

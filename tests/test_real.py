@@ -10,6 +10,7 @@ import torch
 from conftest import composed
 from tiny_models import load
 
+from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model.files import Checkpoint
@@ -18,7 +19,6 @@ from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
 from ace_cli.run import run
-from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents
 
 pytestmark = [
     pytest.mark.real,

@@ -12,13 +12,19 @@ import pytest
 import torch
 from tiny_models import VOCABULARY
 
-from ace_cli import sampling
 from ace_cli.core.errors import AceError
+from ace_cli.data import generation as sampling
+from ace_cli.data.documents import (
+    consecutive_windows,
+    load_tokenizer,
+    local_documents,
+    local_file_fault,
+    random_windows,
+)
+from ace_cli.data.generation import CALIBRATION, EVALUATION, sample_windows, start_token
 from ace_cli.evaluation.self_written import SelfWritten
 from ace_cli.evaluation.text import Text as EvaluationText
 from ace_cli.model.files import Checkpoint
-from ace_cli.sampling import CALIBRATION, EVALUATION, sample_windows, start_token
-from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents, local_file_fault, random_windows
 
 TEXTS = ["w3 w4 w5", "w6 w7\nw8", "w9"]
 

@@ -18,7 +18,7 @@ PACKAGES = {
     "metric": "ace_cli.methods.metrics",
     "allocation": "ace_cli.methods.allocation",
     "repair": "ace_cli.methods.repair",
-    "calib": "ace_cli.calibration",
+    "calib": "ace_cli.data.calibration",
     "eval": "ace_cli.evaluation",
     "tracker": "ace_cli.trackers",
 }

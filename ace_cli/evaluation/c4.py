@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.data.documents import c4_documents, consecutive_windows, load_tokenizer
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.texts import c4_documents, consecutive_windows, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

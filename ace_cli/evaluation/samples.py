@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core import memory
-from ace_cli.sampling import draw, whole_model
+from ace_cli.data.generation import draw, whole_model
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
     import torch
     from transformers import LogitsProcessorList
 
-    from ace_cli.texts import load_tokenizer
+    from ace_cli.data.documents import load_tokenizer
 
     tokenizer = load_tokenizer(checkpoint)
     model = whole_model(checkpoint, dtype, device, "Use samples.prompts=[].")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.data.generation import EVALUATION, sample_windows
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.sampling import EVALUATION, sample_windows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents, local_file_fault
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.texts import consecutive_windows, load_tokenizer, local_documents, local_file_fault
 
 if TYPE_CHECKING:
     from torch import Tensor

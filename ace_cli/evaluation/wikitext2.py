@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.data.documents import consecutive_windows, load_tokenizer, wikitext2_documents
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.texts import consecutive_windows, load_tokenizer, wikitext2_documents
 
 if TYPE_CHECKING:
     from torch import Tensor

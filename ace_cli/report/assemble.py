@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
-from ace_cli.calibration.base import ExpertTokens
 from ace_cli.config import RunConfig
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, Phases
+from ace_cli.data.calibration.base import ExpertTokens
+from ace_cli.data.documents import fingerprint
 from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.evaluation.base import Windows
 from ace_cli.limit import Limit
@@ -28,7 +29,6 @@ from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.plan import Plan
 from ace_cli.report import facts
-from ace_cli.texts import fingerprint
 
 if TYPE_CHECKING:
     from ace_cli.work import Work

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.data.documents import load_tokenizer
 from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
 from ace_cli.report import facts
-from ace_cli.texts import load_tokenizer
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel

@@ -15,8 +15,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
+from ace_cli.data.documents import load_tokenizer
 from ace_cli.model.streamed import Batch, StreamedModel
-from ace_cli.texts import load_tokenizer
 
 #: Hidden states held at once: a bound that does not depend on the number of items; the blocks are read anew for each
 #: such part.

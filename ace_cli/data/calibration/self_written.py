@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.calibration.base import Calibration
 from ace_cli.core.registry import register
-from ace_cli.sampling import CALIBRATION, sample_windows
+from ace_cli.data.calibration.base import Calibration
+from ace_cli.data.generation import CALIBRATION, sample_windows
 
 if TYPE_CHECKING:
     from torch import Tensor

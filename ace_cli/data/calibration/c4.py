@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ace_cli.calibration.base import Calibration
 from ace_cli.core.registry import register
-from ace_cli.texts import c4_documents, load_tokenizer, random_windows
+from ace_cli.data.calibration.base import Calibration
+from ace_cli.data.documents import c4_documents, load_tokenizer, random_windows
 
 if TYPE_CHECKING:
     from torch import Tensor

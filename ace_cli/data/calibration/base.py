@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.sampling import CALIBRATION, continue_windows
-from ace_cli.texts import load_tokenizer
+from ace_cli.data.documents import load_tokenizer
+from ace_cli.data.generation import CALIBRATION, continue_windows
 
 if TYPE_CHECKING:
     from torch import Tensor
