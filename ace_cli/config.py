@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,9 @@ from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.methods.repair.base import Repair
 from ace_cli.model.source import ModelConfig
-from ace_cli.observe import Observe
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.diagnostics import Observe
+from ace_cli.pruning.recipe import Permute, Propagate
 from ace_cli.trackers.base import Tracker
-
-
-class Permute(Enum):
-    """Whether inputs are reordered before N:M groups are laid on them."""
-
-    none = "none"
-    ria = "ria"
 
 
 @dataclass

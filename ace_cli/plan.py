@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import MAPPED
 from ace_cli.limit import Limit, Rates, existing
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.recipe import Propagate
 
 if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern

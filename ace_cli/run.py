@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_cli.config import Permute, RunConfig
+from ace_cli.config import RunConfig
 from ace_cli.core import memory
 from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, TransientError, first_line
@@ -20,7 +20,6 @@ from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
-from ace_cli.engine import BlockFacts, Recipe, prune, replay
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.limit import Limit, probe
@@ -34,7 +33,9 @@ from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.plan import Demand, Plan, check_room, make_plan
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.engine import BlockFacts, prune, replay
+from ace_cli.pruning.recipe import Permute, Propagate, Recipe
+from ace_cli.pruning.survey import survey
 from ace_cli.report import facts
 from ace_cli.report.assemble import (
     Measured,
@@ -48,7 +49,6 @@ from ace_cli.report.assemble import (
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal, quiet_libraries
-from ace_cli.survey import survey
 from ace_cli.trackers.base import choices_of, numbers_of
 from ace_cli.work import Work, find_unfinished, locked
 from ace_cli.zero_shot import harness

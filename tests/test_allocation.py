@@ -18,7 +18,6 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import choices
 from ace_cli.core.timing import Clock
-from ace_cli.engine import Recipe, prune
 from ace_cli.methods.allocation.alpha import Alpha, tail_exponent
 from ace_cli.methods.allocation.atp import Atp
 from ace_cli.methods.allocation.base import MOST, Allocation, apportioned, bounded
@@ -33,8 +32,9 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.propagate import Propagate
-from ace_cli.survey import survey
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.recipe import Propagate, Recipe
+from ace_cli.pruning.survey import survey
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]
 RULES = [Owl(), Alpha(), Dlp(), Atp()]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.engine import BlockFacts, Recipe, prune
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.metrics.cosp import CosP, Mode
 from ace_cli.methods.metrics.magnitude import Magnitude
@@ -25,7 +24,8 @@ from ace_cli.methods.statistics import SecondMoment
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.engine import BlockFacts, prune
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(6, 16)
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"

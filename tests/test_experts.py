@@ -14,7 +14,6 @@ from torch.nn.functional import silu
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.engine import Recipe, SlotFacts, prune
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.metrics.cosp import CosP
 from ace_cli.methods.metrics.wanda import Wanda
@@ -27,7 +26,8 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import verify
 from ace_cli.model.slots import Selection
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.engine import SlotFacts, prune
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(8, 16)
 EXPERTS_ALONE = Selection(exclude=("*attn*",))

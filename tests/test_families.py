@@ -11,7 +11,6 @@ from safetensors import safe_open
 from tiny_models import FAMILIES, load, make, token_windows, weights
 
 from ace_cli.core.timing import Clock
-from ace_cli.engine import Recipe, prune
 from ace_cli.methods.metrics.wanda import Wanda
 from ace_cli.methods.patterns import NofM, Pattern, Scope, parse_sparsity
 from ace_cli.methods.repair.none import NoRepair
@@ -20,7 +19,8 @@ from ace_cli.model.pruned import write_metadata
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.plan import Demand, make_plan
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 CPU = torch.device("cpu")
 #: Longer than the sliding windows of 8.

@@ -16,7 +16,7 @@ from tiny_models import load
 from ace_cli.core.timing import MemorySampler
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.fidelity import TOKENS, Comparison, DenseStates
-from ace_cli.observe import SINK, ActivationFacts, Activations, output_change
+from ace_cli.pruning.diagnostics import SINK, ActivationFacts, Activations, output_change
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]

@@ -15,9 +15,7 @@ from tiny_models import DENSE, load, make, token_windows, weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ace_cli import engine, permutation
 from ace_cli.core.timing import Clock
-from ace_cli.engine import Recipe, prune, replay
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.metrics.cosp import CosP
 from ace_cli.methods.metrics.magnitude import Magnitude
@@ -29,8 +27,10 @@ from ace_cli.methods.repair.none import NoRepair
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.permutation import Link, LinkFinder, Producer, assign, best_order, kept_score, permute, serpentine
-from ace_cli.propagate import Propagate
+from ace_cli.pruning import engine, permutation
+from ace_cli.pruning.engine import prune, replay
+from ace_cli.pruning.permutation import Link, LinkFinder, Producer, assign, best_order, kept_score, permute, serpentine
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(6, 16)
 CPU, FLOAT = torch.device("cpu"), torch.float32

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.engine import Recipe, prune
 from ace_cli.kernels import selection
 from ace_cli.kernels import threads as pieces
 from ace_cli.kernels.selection import Scaled
@@ -36,7 +35,8 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Pruned, Rereading, Violation, count_zeros
 from ace_cli.model.slots import View
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.propagate import Propagate
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 PATTERNS = [Ratio(Fraction(1, 2)), Ratio(Fraction(3, 10)), NofM(2, 4), NofM(3, 8), NofM(8, 32)]
 METRICS = [Magnitude(), Wanda(), RIA(), RIA(alpha=0), VarP(), VarP(wpow=2, norm=Norm.raw, form=Form.poly), RIAVarP()]
@@ -270,7 +270,7 @@ def test_what_needs_the_whole_gets_it(
     by_rows: bool,
 ) -> None:  # fmt: skip
     called: list[str] = []
-    monkeypatch.setattr("ace_cli.engine.prune_rows", lambda weight, scores, pattern, what: called.append(what))
+    monkeypatch.setattr("ace_cli.pruning.engine.prune_rows", lambda weight, scores, pattern, what: called.append(what))
     _pruned(llama, tmp_path / "out", metric, sparsity, torch.float32, scope)
     assert len(called) == (14 if by_rows else 0)
 

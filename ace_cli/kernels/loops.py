@@ -9,7 +9,7 @@ from types import ModuleType
 
 @cache
 def load(name: str) -> ModuleType | None:
-    """The module of this name in this package; None where numba is missing, which comes later than a new Python does."""
+    """The module of this name here; None where numba is not installed, which comes later than a new Python does."""
     try:
         return import_module(f"{__package__}.{name}")
     except ImportError:

@@ -1,5 +1,5 @@
-"""The columns of one block of SparseGPT (``ace_cli.methods.repair.sparsegpt``), row by row: a row stays in the first cache, and
-only what is pruned is corrected, where rank-one updates of all rows pass through memory for every column.
+"""The columns of one block of SparseGPT (``methods/repair/sparsegpt.py``), row by row: a row stays in the first cache,
+and only what is pruned is corrected, where rank-one updates of all rows pass through memory for every column.
 
 Shapes: R rows, B columns of a block.
 """

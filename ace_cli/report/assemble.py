@@ -20,7 +20,6 @@ from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, Phases
 from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
-from ace_cli.engine import BlockFacts, SlotFacts
 from ace_cli.evaluation.base import Windows
 from ace_cli.limit import Limit
 from ace_cli.methods.patterns import Ratio
@@ -28,6 +27,7 @@ from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.plan import Plan
+from ace_cli.pruning.engine import BlockFacts, SlotFacts
 from ace_cli.report import facts
 
 if TYPE_CHECKING:

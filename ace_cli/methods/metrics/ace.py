@@ -42,7 +42,7 @@ class ACE(Metric):
        ||a_t|| in proportion to ||x_t||, the set P of a row's pruned weights turns the output by
        E_t[(sum_P W_ij x_tj)^2 / ||x_t||^2], a quadratic form of the token-normalised Gram matrix. ``sweeps`` times
        (0: not at all), a pruned weight is exchanged for a kept one of its row or group where that lowers it
-       (``ace_cli.methods.repair.exchange``); ``shrinkage`` draws the form to its diagonal, the sum of single weights. Of 16
+       (``methods/repair/exchange.py``); ``shrinkage`` draws the form to its diagonal, the sum of single weights. Of 16
        sweeps the last makes a twentieth of the first's exchanges.
 
     The paper's first version, with |W_ij| in both and without the second step: ``relative=false mode=paper_abs norm=raw

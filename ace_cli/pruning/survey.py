@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
-from ace_cli.hooks import Observer, hooked, observe_expert, reached
 from ace_cli.kernels.finite_checks import check_finite
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.statistics import Seen
 from ace_cli.model.experts import ExpertCall
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
 
 
 def survey(

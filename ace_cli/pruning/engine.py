@@ -7,7 +7,7 @@ Reading the next block and writing the last one happen on one background thread 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,43 +18,18 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
 from ace_cli.core.timing import Clock
-from ace_cli.hooks import Observer, hooked, observe_expert, reached
 from ace_cli.kernels.finite_checks import FiniteChecks
-from ace_cli.methods.metrics.base import Metric
-from ace_cli.methods.patterns import NofM, Pattern
-from ace_cli.methods.repair.base import Repair
+from ace_cli.methods.patterns import NofM
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
-from ace_cli.methods.statistics import Seen, Statistic
+from ace_cli.methods.statistics import Seen
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import DTYPES, CheckpointWriter
 from ace_cli.model.slots import Slot, View
 from ace_cli.model.streamed import Batch, Block, StreamedModel
-from ace_cli.observe import ActivationFacts, Activations, BlockComparison, OutputChange
-from ace_cli.permutation import Link, LinkFinder, best_order, kept_score, permute
-from ace_cli.propagate import Propagate
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name.
-
-    An expert is observed on the tokens routed to it; on all of its layer's if ``all_experts``, or if those routed to it
-    are fewer than ``min_tokens``.
-    """
-
-    metric: Metric
-    patterns: Mapping[str, Pattern]
-    repair: Repair
-    propagate: Propagate
-    permute: bool = False
-    all_experts: bool = False
-    min_tokens: int = 1
-    observed_tokens: int = 0  # of each slot's inputs, for the report alone
-
-    @property
-    def wanted(self) -> tuple[Statistic, ...]:
-        """The statistics that the metric and the repair read, each once."""
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
+from ace_cli.pruning.diagnostics import ActivationFacts, Activations, BlockComparison, OutputChange
+from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
+from ace_cli.pruning.permutation import Link, LinkFinder, best_order, kept_score, permute
+from ace_cli.pruning.recipe import Propagate, Recipe
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The one loop over the blocks, what it observes, and what it does to each slot."""

@@ -1,0 +1,52 @@
+"""The choices of a run, as the engine takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ace_cli.methods.metrics.base import Metric
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.repair.base import Repair
+    from ace_cli.methods.statistics import Statistic
+
+
+class Propagate(Enum):
+    """How pruning changes the calibration inputs of what comes after."""
+
+    sublayer = "sublayer"  # each slot is pruned the moment its input is complete, in the same forward: one forward
+    block = "block"  # observe the whole dense block, prune it, run it again: Wanda's protocol, two forwards
+    dense = "dense"  # everything sees what the dense model computes: one forward
+
+
+class Permute(Enum):
+    """Whether inputs are reordered before N:M groups are laid on them."""
+
+    none = "none"
+    ria = "ria"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name.
+
+    An expert is observed on the tokens routed to it; on all of its layer's if ``all_experts``, or if those routed to it
+    are fewer than ``min_tokens``.
+    """
+
+    metric: Metric
+    patterns: Mapping[str, Pattern]
+    repair: Repair
+    propagate: Propagate
+    permute: bool = False
+    all_experts: bool = False
+    min_tokens: int = 1
+    observed_tokens: int = 0  # of each slot's inputs, for the report alone
+
+    @property
+    def wanted(self) -> tuple[Statistic, ...]:
+        """The statistics that the metric and the repair read, each once."""
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
