@@ -17,9 +17,9 @@ from ace_cli.core.device import Dtype
 from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.data.calibration.base import Calibration
 from ace_cli.evaluation.base import Evaluation
+from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
-from ace_cli.gate import Gate
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
@@ -27,7 +27,7 @@ from ace_cli.methods.repair.base import Repair
 from ace_cli.model.source import ModelConfig
 from ace_cli.pruning.diagnostics import Observe
 from ace_cli.pruning.recipe import Permute, Propagate
-from ace_cli.trackers.base import Tracker
+from ace_cli.report.trackers.base import Tracker
 
 
 @dataclass

@@ -14,7 +14,7 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.c4 import C4
-from ace_cli.evaluation.tasks import SEVEN, TaskOptions
+from ace_cli.evaluation.task_options import SEVEN, TaskOptions
 from ace_cli.evaluation.text import Text
 from ace_cli.evaluation.wikitext2 import WikiText2
 
@@ -99,11 +99,11 @@ def _evaluate(
         import json
 
         from ace_cli.data.documents import load_tokenizer
+        from ace_cli.evaluation.zero_shot import harness
         from ace_cli.model.source import open_model
         from ace_cli.model.streamed import StreamedModel
         from ace_cli.report import facts
         from ace_cli.report.terminal import Terminal, quiet_libraries
-        from ace_cli.zero_shot import harness
 
     quiet_libraries()
     terminal, device = Terminal(), choose_device(arguments.device)

@@ -22,6 +22,7 @@ from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.evaluation.zero_shot import harness
 from ace_cli.limit import Limit, probe
 from ace_cli.measure import evaluate, write_samples
 from ace_cli.methods.patterns import Pattern
@@ -49,9 +50,8 @@ from ace_cli.report.assemble import (
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import model_card, render
 from ace_cli.report.terminal import Terminal, quiet_libraries
-from ace_cli.trackers.base import choices_of, numbers_of
+from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.work import Work, find_unfinished, locked
-from ace_cli.zero_shot import harness
 
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:

@@ -18,8 +18,8 @@ from tiny_models import load
 
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.samples import Samples
-from ace_cli.gate import Gate
 from ace_cli.report.facts import Report
 from ace_cli.report.markdown import render
 

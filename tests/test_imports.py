@@ -22,16 +22,16 @@ LEVELS: dict[str, int] = {
     "kernels": -1,
     "core": -2,
 
-    "": 0, "gate": 0,
-    "trackers": 1, "model": 2,
+    "": 0,
+    "model": 2,
     "limit": 3,
     "evaluation": 4,
-    "plan": 6, "config": 6, "report": 7, "measure": 8, "work": 8, "zero_shot": 8, "run": 9,
+    "plan": 6, "config": 6, "measure": 8, "work": 8, "run": 9,
     "verify": 9, "overview": 9, "evaluate": 9, "__main__": 10,
 }  # fmt: skip
 #: Imported for --help and for every configuration error.
 CONFIGURATION = [
-    "config", "__main__", "gate",
+    "config", "__main__",
 ]  # fmt: skip
 
 

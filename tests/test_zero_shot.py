@@ -22,8 +22,9 @@ from tiny_models import add_tokenizer, load, make
 
 import ace_cli
 from ace_cli.core.errors import AceError
-from ace_cli.evaluation import tasks as evaluation_tasks
-from ace_cli.evaluation.tasks import LOCAL, SEVEN, TaskOptions, place
+from ace_cli.evaluation import task_options as evaluation_tasks
+from ace_cli.evaluation.task_options import LOCAL, SEVEN, TaskOptions, place
+from ace_cli.evaluation.zero_shot import harness, streamed_lm
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
@@ -32,7 +33,6 @@ from ace_cli.report.markdown import render
 from ace_cli.report.sweep import Sweep
 from ace_cli.report.terminal import Terminal
 from ace_cli.report.zero_shot import percent
-from ace_cli.zero_shot import harness, streamed_lm
 
 Prune = Callable[..., Report]
 Command = Callable[..., subprocess.CompletedProcess[str]]

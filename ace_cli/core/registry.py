@@ -20,7 +20,7 @@ PACKAGES = {
     "repair": "ace_cli.methods.repair",
     "calib": "ace_cli.data.calibration",
     "eval": "ace_cli.evaluation",
-    "tracker": "ace_cli.trackers",
+    "tracker": "ace_cli.report.trackers",
 }
 _choices: dict[str, dict[str, type]] = {group: {} for group in PACKAGES}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ace_cli.evaluation.tasks import TaskOptions
+from ace_cli.evaluation.task_options import TaskOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ace_cli.core.registry import register
-from ace_cli.evaluation.tasks import TaskOptions
+from ace_cli.evaluation.task_options import TaskOptions
 
 
 @register("eval", "none")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.core.registry import register
-from ace_cli.trackers.base import Tracker
+from ace_cli.report.trackers.base import Tracker
 
 
 @register("tracker", "wandb")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.data.documents import load_tokenizer
-from ace_cli.evaluation.tasks import INSTALL, LOCAL, TaskOptions, lm_eval_index
+from ace_cli.evaluation.task_options import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
 from ace_cli.report import facts
 
@@ -120,7 +120,7 @@ def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str)
     """One model's scores, under its label."""
     from lm_eval.evaluator import evaluate
 
-    from ace_cli.zero_shot.streamed_lm import StreamedLM
+    from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
 
     lm = StreamedLM(model, partial(terminal.progress, f"zero-shot tasks, {label}"))
     found = evaluate(lm=lm, task_dict=tasks.loaded, limit=tasks.options.limit, bootstrap_iters=1000, log_samples=False)

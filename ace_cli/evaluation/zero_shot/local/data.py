@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ace_cli.evaluation.tasks import place
+from ace_cli.evaluation.task_options import place
 
 Doc = dict[str, Any]
 
