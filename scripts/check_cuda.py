@@ -73,10 +73,10 @@ def no_waiting(folder: Path, arguments: list[str]) -> bool:
     """Inside a block nothing may wait for the GPU: torch raises where something does."""
     from hydra import compose, initialize_config_dir
 
-    from ace_cli.config import config_folder, parse, store_schemas
     from ace_cli.pruning import engine
     from ace_cli.report.terminal import Terminal
-    from ace_cli.run import run
+    from ace_cli.run.config import config_folder, parse, store_schemas
+    from ace_cli.run.pipeline import run
 
     original: Any = engine._BlockJob.run
 

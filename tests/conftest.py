@@ -18,12 +18,13 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from tiny_models import add_tokenizer, make, write_documents
 
-from ace_cli import __main__, limit
-from ace_cli.config import RunConfig, config_folder, parse, store_schemas
+from ace_cli.cli.prune import main
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
-from ace_cli.run import run
+from ace_cli.run import machine_limit as limit
+from ace_cli.run.config import RunConfig, config_folder, parse, store_schemas
+from ace_cli.run.pipeline import run
 
 limit._PROBE_SECONDS = 0.005  # rates are needed, not exact ones
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
@@ -110,7 +111,7 @@ def here(
         GlobalHydra.instance().clear()
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
-            __main__.main()
+            main()
             raise SystemExit(0)
         out, err = capfd.readouterr()
         return subprocess.CompletedProcess(sys.argv, int(caught.value.code or 0), out, err)

@@ -15,7 +15,7 @@ def prune(arguments: list[str], log: Path) -> None:
         os.dup2(stream.fileno(), 2)
     import torch
 
-    from ace_cli.__main__ import main
+    from ace_cli.cli.prune import main
 
     torch.set_num_threads(1)
     sys.argv = ["ace-prune", *arguments]

@@ -11,7 +11,6 @@ from tiny_models import load
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from ace_cli.config import RunConfig, config_folder
 from ace_cli.data.calibration.base import text_start
 from ace_cli.data.calibration.self_written import SelfWritten
 from ace_cli.data.calibration.text import Text
@@ -19,6 +18,7 @@ from ace_cli.methods.patterns import Ratio, Scope
 from ace_cli.methods.repair.sparsegpt import SparseGPT
 from ace_cli.model.files import Checkpoint
 from ace_cli.report.facts import Report
+from ace_cli.run.config import RunConfig, config_folder
 
 Configure = Callable[..., RunConfig]
 

@@ -214,19 +214,19 @@ def test_prune_and_verify_as_programs(command: Command, llama: Path, documents: 
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
     checkpoint = out / "checkpoint"
-    done = command("verify", checkpoint, cwd=tmp_path)
+    done = command("cli.verify", checkpoint, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert "14" in done.stdout
     name = "model.layers.0.mlp.gate_proj.weight"
     edit(checkpoint, name, lambda weight: weight.index_fill_(1, (weight[0] == 0).nonzero()[0], 0.5))
-    done = command("verify", checkpoint, cwd=tmp_path)
+    done = command("cli.verify", checkpoint, cwd=tmp_path)
     assert done.returncode == 1
     assert name in done.stderr
     assert done.stderr.count("\n") == 1
 
 
 def test_verify_of_a_folder_that_is_none(command: Command, tmp_path: Path) -> None:
-    assert_one_line(command("verify", tmp_path / "nothing", cwd=tmp_path), "nothing")
+    assert_one_line(command("cli.verify", tmp_path / "nothing", cwd=tmp_path), "nothing")
 
 
 @pytest.mark.parametrize("text", ["+foo=1", "+calib.n_sample=3", "metric=null", "metric=", "output_dir="])

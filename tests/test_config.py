@@ -10,13 +10,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-from ace_cli.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, store_schemas
 from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.methods.metrics.ace import ACE, Combine
 from ace_cli.methods.metrics.cosp import Mode
 from ace_cli.methods.metrics.ria import RIA
 from ace_cli.methods.metrics.varp import Form, Norm, VarP
 from ace_cli.methods.patterns import NofM, Ratio, Scope
+from ace_cli.run.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, store_schemas
 
 Configure = Callable[..., RunConfig]
 CARDS = sorted(file.stem for file in (config_folder() / "model").glob("*.yaml"))

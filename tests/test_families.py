@@ -18,9 +18,9 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import write_metadata
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.plan import Demand, make_plan
 from ace_cli.pruning.engine import prune
 from ace_cli.pruning.recipe import Propagate, Recipe
+from ace_cli.run.plan import Demand, make_plan
 
 CPU = torch.device("cpu")
 #: Longer than the sliding windows of 8.

@@ -29,7 +29,9 @@ SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 def fork() -> Any:
     """Processes from a server that has imported everything: starting one takes no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ace_cli.__main__", "ace_cli.run", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["ace_cli.cli.prune", "ace_cli.run.pipeline", "transformers.models.llama.modeling_llama"]
+    )
     return context
 
 

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from ace_cli import limit
-from ace_cli.limit import Limit, Rates, probe
 from ace_cli.methods.metrics.ace import ACE
 from ace_cli.methods.metrics.wanda import Wanda
 from ace_cli.methods.patterns import NofM
@@ -23,8 +21,10 @@ from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.plan import Demand, Plan, make_plan
 from ace_cli.report.facts import Report
+from ace_cli.run import machine_limit as limit
+from ace_cli.run.machine_limit import Limit, Rates, probe
+from ace_cli.run.plan import Demand, Plan, make_plan
 
 Prune = Callable[..., Report]
 

@@ -19,7 +19,7 @@ from ace_cli.core.errors import AceError
 from ace_cli.methods.patterns import NofM
 from ace_cli.model.pruned import verify
 from ace_cli.model.source import ModelConfig, open_model
-from ace_cli.plan import Demand, Plan, make_plan
+from ace_cli.run.plan import Demand, Plan, make_plan
 
 
 def rewrite(folder: Path, change: Any) -> Path:

@@ -15,7 +15,7 @@ import pytest
 from browser import browser, look
 from conftest import Terminal, composed, run
 
-from ace_cli import overview
+from ace_cli.cli import report as overview
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.collect import Row, find, groups, row, varied
 
@@ -176,7 +176,7 @@ def test_ace_report_needs_no_torch(command: Command, tmp_path: Path, runs: Path)
     import sys
 
     code = (
-        f"import sys; from ace_cli.overview import main; main([{str(runs)!r}]); "
+        f"import sys; from ace_cli.cli.report import main; main([{str(runs)!r}]); "
         "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
@@ -205,7 +205,7 @@ def test_experiments_run_as_they_stand(
 ) -> None:
     """Every job is composed and checked; none is run."""
     seen: list[Any] = []
-    monkeypatch.setattr("ace_cli.run.run", lambda config, *_: seen.append(config))
+    monkeypatch.setattr("ace_cli.run.pipeline.run", lambda config, *_: seen.append(config))
     here(f"experiment={name}", "model=smollm2", "output_dir=out")
     assert len(seen) == jobs
     assert len({(str(c.metric), str(c.pattern), c.calib.seq_len) for c in seen}) == jobs

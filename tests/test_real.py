@@ -18,7 +18,7 @@ from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
-from ace_cli.run import run
+from ace_cli.run.pipeline import run
 
 pytestmark = [
     pytest.mark.real,

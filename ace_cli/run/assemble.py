@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
-from ace_cli.config import RunConfig
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, Phases
 from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
-from ace_cli.limit import Limit
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.plan import Plan
 from ace_cli.pruning.engine import BlockFacts, SlotFacts
 from ace_cli.report import facts
+from ace_cli.run.config import RunConfig
+from ace_cli.run.machine_limit import Limit
+from ace_cli.run.plan import Plan
 
 if TYPE_CHECKING:
-    from ace_cli.work import Work
+    from ace_cli.run.journal import Work
 
 
 @dataclasses.dataclass

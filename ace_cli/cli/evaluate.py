@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.config import named_model
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
@@ -17,6 +16,7 @@ from ace_cli.evaluation.c4 import C4
 from ace_cli.evaluation.task_options import SEVEN, TaskOptions
 from ace_cli.evaluation.text import Text
 from ace_cli.evaluation.wikitext2 import WikiText2
+from ace_cli.run.config import named_model
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
@@ -131,7 +131,7 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
     """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
     from ace_cli.evaluation.perplexity import perplexity, window_losses
     from ace_cli.report import facts
-    from ace_cli.report.assemble import protocol_of
+    from ace_cli.run.assemble import protocol_of
 
     found: dict[str, facts.TextScores] = {}
     for name, model in models.items():

@@ -6,7 +6,6 @@ import math
 import statistics
 from pathlib import Path
 
-from ace_cli.config import RunConfig
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
@@ -17,8 +16,9 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
-from ace_cli.report.assemble import protocol_of
 from ace_cli.report.terminal import Terminal
+from ace_cli.run.assemble import protocol_of
+from ace_cli.run.config import RunConfig
 
 
 def evaluate(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import MAPPED
-from ace_cli.limit import Limit, Rates, existing
 from ace_cli.pruning.recipe import Propagate
+from ace_cli.run.machine_limit import Limit, Rates, existing
 
 if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern

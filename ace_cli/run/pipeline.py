@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ace_cli.config import RunConfig
 from ace_cli.core import memory
 from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, TransientError, first_line
@@ -23,8 +22,6 @@ from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
-from ace_cli.limit import Limit, probe
-from ace_cli.measure import evaluate, write_samples
 from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint, CheckpointWriter
@@ -33,12 +30,15 @@ from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
-from ace_cli.plan import Demand, Plan, check_room, make_plan
 from ace_cli.pruning.engine import BlockFacts, prune, replay
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.survey import survey
 from ace_cli.report import facts
-from ace_cli.report.assemble import (
+from ace_cli.report.html import render as page
+from ace_cli.report.markdown import model_card, render
+from ace_cli.report.terminal import Terminal, quiet_libraries
+from ace_cli.report.trackers.base import choices_of, numbers_of
+from ace_cli.run.assemble import (
     Measured,
     calibration_line,
     make_report,
@@ -47,11 +47,11 @@ from ace_cli.report.assemble import (
     versions,
     with_options,
 )
-from ace_cli.report.html import render as page
-from ace_cli.report.markdown import model_card, render
-from ace_cli.report.terminal import Terminal, quiet_libraries
-from ace_cli.report.trackers.base import choices_of, numbers_of
-from ace_cli.work import Work, find_unfinished, locked
+from ace_cli.run.compare import evaluate, write_samples
+from ace_cli.run.config import RunConfig
+from ace_cli.run.journal import Work, find_unfinished, locked
+from ace_cli.run.machine_limit import Limit, probe
+from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:

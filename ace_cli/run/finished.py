@@ -15,7 +15,7 @@ from ace_cli.model.pruned import MANIFEST
 from ace_cli.report.facts import SCHEMA_VERSION, Report
 
 if TYPE_CHECKING:
-    from ace_cli.config import RunConfig
+    from ace_cli.run.config import RunConfig
 
 
 def finished(config: RunConfig) -> Report | None:

@@ -104,8 +104,9 @@ def store_schemas() -> None:
 
 def config_folder() -> Path:
     """The ``configs`` tree: inside the package when installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def named_model(name: str) -> ModelConfig:

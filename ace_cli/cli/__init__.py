@@ -1,0 +1,1 @@
+"""The four commands: arguments in, exit code out."""

@@ -1,0 +1,152 @@
+"""The command line: Hydra in, exit code out. A known error is one printed line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.memory import lasting
+from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report.sweep import Sweep
+from ace_cli.run.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
+
+if TYPE_CHECKING:
+    from ace_cli.report.facts import Report
+
+DONE, FAILED, MEND, WORSE = 0, 1, 2, 3
+
+
+def main() -> None:
+    """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend, 3 at the gate."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages: fewer faults on fresh memory
+    sys.argv[1:] = _with_custom_model(sys.argv[1:])
+    store_schemas()
+    sweep = Sweep()
+    dense_cache = DenseCache()
+    faults: list[AceError] = []
+    objections: list[str] = []
+    job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
+        lambda config: _job(config, sweep, dense_cache, faults, objections)
+    )
+    try:
+        job()
+    except CONFIGURATION_ERRORS as fault:
+        sys.exit(_mend(explain(fault)))
+    except FileExistsError as fault:  # a file where Hydra wants the folder of a sweep
+        sys.exit(_mend(AceError(f"output_dir={fault.filename} is a file", "Name a folder.")))
+    except ValueError as fault:
+        if "override must be a string" not in str(fault):
+            raise
+        sys.exit(_mend(AceError("A group is set to null", "Name a choice, or none where it is offered.")))
+    except KeyboardInterrupt:
+        sys.exit(_mend(AceError("Interrupted", "Repeat the command to continue; finished blocks are kept.")))
+    if faults and not sweep.jobs:
+        sys.exit(MEND)
+    if sweep.jobs:
+        print("\n" + sweep.write())
+        sweep.finish()
+        print(f"\nSweep: {sweep.folder}")
+        if sweep.failed:
+            sys.exit(FAILED)
+    if objections:
+        sys.exit(WORSE)
+
+
+def _job(
+    config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError], objections: list[str]
+) -> None:
+    """One job: the whole run, or one of a sweep. A fault is kept here, so that Hydra does not print it its own way."""
+    hydra_config = HydraConfig.get()
+    many = hydra_config.mode is RunMode.MULTIRUN
+    outcome: Report | str | None
+    try:
+        folder = hydra_config.runtime.output_dir if many else config.output_dir
+        given = many or any(o.startswith("output_dir=") for o in hydra_config.overrides.task)
+        job = parse(config, Path(folder).absolute(), given)
+        outcome = (_kept(job) if many else None) or _run(job, dense_cache)
+        if outcome is not None and (objection := job.gate.objection(outcome.perplexity.ratio)):
+            objections.append(objection)
+            print(f"ace-prune: {objection}", file=sys.stderr)
+    except AceError as fault:
+        _mend(fault)
+        faults.append(fault)
+        outcome = str(fault)
+    except CONFIGURATION_ERRORS as fault:  # values that cannot be resolved
+        faults.append(explain(fault))
+        _mend(faults[-1])
+        outcome = str(faults[-1])
+    except Exception as fault:
+        if not many:
+            raise
+        traceback.print_exc()  # a bug: the other jobs go on
+        outcome = f"{type(fault).__name__}: {first_line(fault)}"
+    if many and outcome is not None:
+        sweep.folder = Path(hydra_config.sweep.dir).absolute()
+        sweep.add(_overrides(), outcome)
+
+
+def _kept(config: RunConfig) -> Report | None:
+    from ace_cli.run.finished import finished  # imports torch, in the end
+
+    report = finished(config)
+    if report is not None:
+        print(f"Finished before, not repeated: {config.output_dir}")
+    return report
+
+
+def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
+    # torch and transformers take seconds to import; help and configuration errors must not wait for them
+    with lasting():
+        from ace_cli.report.terminal import Terminal
+        from ace_cli.run.pipeline import run
+
+    overrides = [override for override in _overrides() if not override.startswith("output_dir=")]
+    if config.output_dir_given:
+        overrides.append(f"output_dir={config.output_dir}")
+    return run(config, shlex.join(["ace-prune", *_config_folders(), *overrides]), Terminal(), dense_cache)
+
+
+def _with_custom_model(arguments: list[str]) -> list[str]:
+    """``model.path=...`` alone means no card: the default card's choices are for its own model."""
+    names = [argument.partition("=")[0] for argument in arguments]
+    if "model.path" not in names or "model" in names:
+        return arguments
+    place = names.index("model.path")
+    return [*arguments[:place], "model=custom", *arguments[place:]]
+
+
+def _overrides() -> list[str]:
+    """The job's overrides as a person would type them: a sweep escapes what its grammar could mistake."""
+    return [override.replace("\\:", ":") for override in HydraConfig.get().overrides.task]
+
+
+def _config_folders() -> list[str]:
+    """The user's --config-dir, as given: part of the command that repeats a run."""
+    arguments = sys.argv[1:]
+    for index, argument in enumerate(arguments):
+        if argument in ("--config-dir", "-cd"):
+            return arguments[index : index + 2]
+        if argument.startswith("--config-dir="):
+            return [argument]
+    return []
+
+
+def _mend(fault: AceError) -> int:
+    print(f"ace-prune: {fault}", file=sys.stderr)
+    return MEND
+
+
+if __name__ == "__main__":
+    main()
