@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment, Seen, SquareMoments, Statistic, TokenSquares
+from ace_cli.methods.statistics import (
+    CosineTerm,
+    Gram,
+    SecondMoment,
+    Seen,
+    ShareMoments,
+    SquareMoments,
+    Statistic,
+    TokenSquares,
+    accumulated,
+)
+from ace_cli.pruning.diagnostics import Activations
 
 TOKENS = 24
 SPLITS = [[24], [1] * 24, [12, 12], [1, 23], [23, 1], [5, 7, 11, 1], [8, 8, 8]]
 KINDS = [
-    SecondMoment(), SquareMoments(), TokenSquares(), Gram(),
+    SecondMoment(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
+    Activations(most=11),
     *(CosineTerm(kind) for kind in ("signed", "absolute", "second", "token", "exact")),
 ]  # fmt: skip
 
@@ -22,7 +36,7 @@ def data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return x_TI, x_TI @ weight_OI.T + 0.3, weight_OI
 
 
-def accumulated(kind: Statistic, split: list[int], x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> Statistic:
+def observed(kind: Statistic, split: list[int], x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> Statistic:
     statistic = Seen([kind])[kind]
     for x, y in zip(x_TI.split(split), y_TO.split(split), strict=True):
         statistic.update(x, y, weight_OI)
@@ -31,16 +45,16 @@ def accumulated(kind: Statistic, split: list[int], x_TI: Tensor, y_TO: Tensor, w
 
 def results(statistic: Statistic) -> dict[str, Tensor]:
     """Every tensor that a metric can read."""
-    if isinstance(statistic, TokenSquares):
-        return {"squares_TI": statistic.squares_TI}
+    if isinstance(statistic, TokenSquares | Activations):
+        return {"inputs_TI": torch.cat(statistic._chunks_TI)}
     return {name: value for name, value in vars(statistic).items() if isinstance(value, Tensor)}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_any_split_gives_the_same(kind: Statistic, split: list[int]) -> None:
-    once, parts = accumulated(kind, [TOKENS], *data()), accumulated(kind, split, *data())
-    assert once.tokens == parts.tokens == TOKENS
+    once, parts = observed(kind, [TOKENS], *data()), observed(kind, split, *data())
+    assert once.tokens == parts.tokens == getattr(kind, "most", TOKENS)
     assert results(once).keys() == results(parts).keys() != set()
     for name, value in results(once).items():
         torch.testing.assert_close(results(parts)[name], value, rtol=1e-5, atol=1e-6)
@@ -53,9 +67,9 @@ def test_any_split_gives_the_same_with_tokens_of_no_output(kind: Statistic) -> N
     x_TI, y_TO = x_TI.clone(), y_TO.clone()
     x_TI[3], y_TO[3] = 0, 0
     x_TI[4:6], y_TO[4:6] = x_TI[4:6] * 1e-6, y_TO[4:6] * 1e-6
-    once = accumulated(kind, [TOKENS], x_TI, y_TO, weight_OI)
+    once = observed(kind, [TOKENS], x_TI, y_TO, weight_OI)
     for split in ([4, 2, 18], [1] * 24):
-        parts = accumulated(kind, split, x_TI, y_TO, weight_OI)
+        parts = observed(kind, split, x_TI, y_TO, weight_OI)
         for name, value in results(once).items():
             torch.testing.assert_close(results(parts)[name], value, rtol=1e-4, atol=1e-6)
 
@@ -65,8 +79,8 @@ def test_a_token_whose_output_cancelled_adds_nothing(kind: CosineTerm) -> None:
     x_TI, y_TO, weight_OI = data()
     y_TO[3], y_TO[7] = 0, 1e-9
     others = [t for t in range(TOKENS) if t not in (3, 7)]
-    found = accumulated(kind, [TOKENS], x_TI, y_TO, weight_OI)
-    without = accumulated(kind, [len(others)], x_TI[others], y_TO[others], weight_OI)
+    found = observed(kind, [TOKENS], x_TI, y_TO, weight_OI)
+    without = observed(kind, [len(others)], x_TI[others], y_TO[others], weight_OI)
     assert isinstance(found, CosineTerm)
     assert isinstance(without, CosineTerm)
     assert found.total_OI is not None
@@ -75,8 +89,8 @@ def test_a_token_whose_output_cancelled_adds_nothing(kind: CosineTerm) -> None:
 
 def test_second_moment_and_square_moments() -> None:
     x_TI, y_TO, weight_OI = data()
-    moment = accumulated(SecondMoment(), [10, 14], x_TI, y_TO, weight_OI)
-    squares = accumulated(SquareMoments(), [10, 14], x_TI, y_TO, weight_OI)
+    moment = observed(SecondMoment(), [10, 14], x_TI, y_TO, weight_OI)
+    squares = observed(SquareMoments(), [10, 14], x_TI, y_TO, weight_OI)
     assert isinstance(moment, SecondMoment)
     assert isinstance(squares, SquareMoments)
     exact_TI = x_TI.double()
@@ -91,7 +105,7 @@ def test_second_moment_and_square_moments() -> None:
 @pytest.mark.parametrize("inputs", [127, 300])
 def test_a_gram_matrix_in_parts_is_symmetric_and_whole(inputs: int) -> None:
     x_TI = torch.randn(50, inputs, generator=torch.Generator().manual_seed(1))
-    gram = accumulated(Gram(), [20, 30], x_TI, torch.empty(50, 1), torch.empty(1, inputs))
+    gram = observed(Gram(), [20, 30], x_TI, torch.empty(50, 1), torch.empty(1, inputs))
     assert isinstance(gram, Gram)
     torch.testing.assert_close(gram.total_II, gram.total_II.T, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(gram.total_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
@@ -99,7 +113,7 @@ def test_a_gram_matrix_in_parts_is_symmetric_and_whole(inputs: int) -> None:
 
 def test_gram() -> None:
     x_TI, y_TO, weight_OI = data()
-    gram = accumulated(Gram(), [7, 17], x_TI, y_TO, weight_OI)
+    gram = observed(Gram(), [7, 17], x_TI, y_TO, weight_OI)
     assert isinstance(gram, Gram)
     torch.testing.assert_close(gram.total_II.double(), x_TI.double().T @ x_TI.double(), rtol=1e-5, atol=1e-5)
 
@@ -117,7 +131,7 @@ def test_long_sums_keep_small_tokens() -> None:
 def test_later_updates_do_not_change_the_caller_s_tensors(kind: Statistic) -> None:
     x_TI, y_TO, weight_OI = data()
     copies = x_TI.clone(), y_TO.clone(), weight_OI.clone()
-    accumulated(kind, [12, 12], x_TI, y_TO, weight_OI)
+    observed(kind, [12, 12], x_TI, y_TO, weight_OI)
     assert all(torch.equal(a, b) for a, b in zip((x_TI, y_TO, weight_OI), copies, strict=True))
 
 
@@ -135,3 +149,85 @@ def test_states_of_two_slots_are_apart_until_shared() -> None:
     second.share(first)
     assert second[SecondMoment()] is first[SecondMoment()]
     assert second[CosineTerm("second")] is not first[CosineTerm("second")]
+
+
+def test_every_statistic_is_tested() -> None:
+    def below(kind: type) -> set[type]:
+        return {kind, *(each for child in kind.__subclasses__() for each in below(child))}
+
+    of_the_package = {kind for kind in below(Statistic) if kind.__module__.startswith("ace_cli")}
+    assert {type(kind) for kind in KINDS} == of_the_package - {Statistic}
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_workers_that_share_the_tokens_see_together_what_one_sees(kind: Statistic, split: list[int]) -> None:
+    x_TI, y_TO, weight_OI = data()
+    once, together = observed(kind, [TOKENS], x_TI, y_TO, weight_OI), Seen([kind])[kind]
+    for x, y in zip(x_TI.split(split), y_TO.split(split), strict=True):
+        worker = observed(kind, [len(x)], x, y, weight_OI)
+        before = {name: value.clone() for name, value in results(worker).items()}
+        together.merge(worker)
+        together.merge(Seen([kind])[kind])  # one that saw nothing
+        for name, value in before.items():
+            assert torch.equal(results(worker)[name], value), "the worker's own numbers were changed"
+    assert together.tokens == once.tokens
+    for name, value in results(once).items():
+        torch.testing.assert_close(results(together)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_other_kinds_and_options_are_not_merged() -> None:
+    for one, other in ((SecondMoment(), Gram()), (Gram(), Gram(unit_tokens=True))):
+        with pytest.raises(TypeError, match="cannot be merged"):
+            one.merge(other)
+
+
+def test_what_was_factored_of_fewer_tokens_is_forgotten() -> None:
+    gram, later = observed(Gram(), [TOKENS], *data()), observed(Gram(), [TOKENS], *data(1))
+    for add in (lambda: gram.merge(later), lambda: gram.update(*data(2))):
+        gram.factors = "of fewer tokens"
+        add()
+        assert gram.factors is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_declared_axes_have_the_lengths_of_their_letters(kind: Statistic) -> None:
+    statistic = observed(kind, [TOKENS], *data())
+    lengths = {"I": {6}, "O": {1, 4}, "T": {TOKENS, getattr(kind, "most", TOKENS)}}
+    axes = statistic._axes()
+    assert axes
+    for name, letters in axes.items():
+        value = vars(statistic)[name]
+        shape = torch.cat(value).shape if isinstance(value, list) else value.shape
+        assert len(shape) == len(letters), name
+        assert all(length in lengths[letter] for length, letter in zip(shape, letters, strict=True)), name
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=repr)
+def test_reordered_is_what_reordered_inputs_give(kind: Statistic) -> None:
+    x_TI, y_TO, weight_OI = data()
+    order_I = torch.tensor([3, 0, 5, 1, 4, 2])
+    found = observed(kind, [10, 14], x_TI, y_TO, weight_OI).reordered(order_I)
+    expected = observed(kind, [10, 14], x_TI[:, order_I], y_TO, weight_OI[:, order_I])
+    for name, value in results(expected).items():
+        torch.testing.assert_close(results(found)[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_names_of_fields_mean_nothing() -> None:
+    """What is summed under any name is reordered by its declaration; what is not declared is refused."""
+
+    @dataclass(unsafe_hash=True)
+    class Odd(Statistic):
+        sizes_by_input: Tensor = accumulated("I")
+
+        def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+            self.add(len(x_TI), sizes_by_input=x_TI.abs().sum(0))
+
+    odd = Seen([Odd()])[Odd()]
+    odd.update(*data())
+    order_I = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.equal(odd.reordered(order_I).sizes_by_input, odd.sizes_by_input[order_I])
+    odd.more_I = odd.sizes_by_input  # type: ignore[attr-defined]
+    for act in (lambda: odd.reordered(order_I), lambda: Seen([Odd()])[Odd()].merge(odd)):
+        with pytest.raises(TypeError, match="more_I holds a tensor"):
+            act()

@@ -8,6 +8,8 @@ float32 (they are the size of a weight or more).
 from __future__ import annotations
 
 import copy
+import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
@@ -18,8 +20,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def accumulated(axes: str, join: Callable[[Any, Any], Any] = operator.add) -> Any:
+    """A dataclass field that holds what a statistic has seen: a tensor, or a list of such tensors.
+
+    ``axes``: a letter for each axis, I for the slot's inputs: what ``Statistic.reordered`` reorders. ``join``: what
+    earlier and what later tokens gave -> what both give; it may change the first, never the second.
+    """
+    return field(init=False, compare=False, repr=False, metadata={"axes": axes, "join": join})
+
+
 class Statistic:
-    """An accumulator over the calls of one slot. ``tokens`` counts what it has seen."""
+    """An accumulator over the calls of one slot. ``tokens`` counts what it has seen.
+
+    A dataclass: options are plain fields, what is summed up is declared with ``accumulated``.
+    """
 
     #: True if the slot's output is needed; such a statistic cannot be shared between slots that read one input.
     needs_output = False
@@ -40,21 +54,51 @@ class Statistic:
         """What it holds for a weight (rows, columns), vectors apart."""
         return 0
 
+    def merge(self, other: Self) -> None:
+        """Add what ``other``, of the same kind and options, has seen of other tokens; ``other`` stays as it is.
+
+        TypeError for a statistic of another kind.
+        """
+        if type(other) is not type(self) or other != self:
+            raise TypeError(f"{self!r} cannot be merged with {other!r}")
+        if other.tokens:
+            seen = {name: vars(other)[name] for name in other._axes()}
+            self.add(other.tokens, **(seen if self.tokens else copy.deepcopy(seen)))  # later sums are made in place
+
     def reordered(self, order_I: Tensor) -> Self:
-        """What it would have seen of x[order_I]: every axis of inputs, the I of a field's name, reordered."""
+        """What it would have seen of x[order_I]."""
         other = copy.copy(self)
-        for name, value in vars(self).items():
-            axes = [axis for axis, letter in enumerate(name.rpartition("_")[2]) if letter == "I"]
-            for axis in axes if value is not None else []:
-                values = getattr(other, name)
-                setattr(other, name, _reorder(values, axis, order_I))
+        for name, axes in self._axes().items():
+            value = vars(self)[name]
+            for axis in [axis for axis, letter in enumerate(axes) if letter == "I"]:
+                value = _reorder(value, axis, order_I)
+            setattr(other, name, value)
         return other
 
+    def add(self, tokens: int, **seen: Any) -> None:
+        """Join what ``tokens`` more tokens gave, by the names of the fields, to what there is."""
+        declared = {each.name: each.metadata for each in dataclasses.fields(cast(Any, self))}
+        for name, value in seen.items():
+            setattr(self, name, declared[name]["join"](vars(self)[name], value) if self.tokens else value)
+        self.tokens += tokens
 
-def _reorder(values: Any, axis: int, order_I: Tensor) -> Any:
-    if isinstance(values, list):
-        return [_reorder(value, axis, order_I) for value in values]
-    return values.index_select(axis, order_I.to(values.device))
+    def _axes(self) -> dict[str, str]:
+        """The fields that hold what was seen -> the letters of their axes. TypeError for a tensor not declared."""
+        declared = {each.name: each.metadata.get("axes") for each in dataclasses.fields(cast(Any, self))}
+        for name, value in vars(self).items():
+            if declared.get(name) is None and _has_axes(value):
+                raise TypeError(f"{type(self).__name__}.{name} holds a tensor: declare it with accumulated(...)")
+        return {name: axes for name, axes in declared.items() if axes is not None and name in vars(self)}
+
+
+def _has_axes(value: Any) -> bool:
+    return hasattr(value, "index_select") or (isinstance(value, list) and any(map(_has_axes, value)))
+
+
+def _reorder(value: Any, axis: int, order_I: Tensor) -> Any:
+    if isinstance(value, list):
+        return [_reorder(each, axis, order_I) for each in value]
+    return value.index_select(axis, order_I.to(value.device))
 
 
 S = TypeVar("S", bound=Statistic)
@@ -117,7 +161,7 @@ def _sums(x_TI: Tensor, count: int) -> Tensor:
 class SecondMoment(Statistic):
     """``total_I`` = sum over tokens of x_tj^2, float64 (I,). Wanda's statistic."""
 
-    total_I: Tensor = field(init=False, compare=False, repr=False)
+    total_I: Tensor = accumulated("I")
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         (total_I,) = _sums(x_TI, 1)
@@ -126,8 +170,7 @@ class SecondMoment(Statistic):
             total_I[inputs] += part_TI.square().sum(0)
 
         _each_part(x_TI, add)
-        self.total_I = total_I if not self.tokens else self.total_I + total_I
-        self.tokens += len(x_TI)
+        self.add(len(x_TI), total_I=total_I)
 
     @property
     def mean_I(self) -> Tensor:
@@ -143,10 +186,10 @@ class SquareMoments(Statistic):
     float64, because x^4 spans sixteen orders of magnitude between ordinary and massive activations.
     """
 
-    first_I: Tensor = field(init=False, compare=False, repr=False)
-    second_I: Tensor = field(init=False, compare=False, repr=False)
-    largest: Tensor = field(init=False, compare=False, repr=False)
-    above_one: Tensor = field(init=False, compare=False, repr=False)
+    first_I: Tensor = accumulated("I")
+    second_I: Tensor = accumulated("I")
+    largest: Tensor = accumulated("", lambda earlier, later: earlier.maximum(later))
+    above_one: Tensor = accumulated("")
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         first_I, second_I, above_I, largest_I = _sums(x_TI, 4)
@@ -160,12 +203,7 @@ class SquareMoments(Statistic):
 
         _each_part(x_TI, add)
         above, largest = above_I.sum(), largest_I.max()
-        if not self.tokens:
-            self.first_I, self.second_I, self.largest, self.above_one = first_I, second_I, largest, above
-        else:
-            self.first_I, self.second_I = self.first_I + first_I, self.second_I + second_I
-            self.largest, self.above_one = self.largest.maximum(largest), self.above_one + above
-        self.tokens += len(x_TI)
+        self.add(len(x_TI), first_I=first_I, second_I=second_I, largest=largest, above_one=above)
 
 
 @dataclass(unsafe_hash=True)
@@ -175,8 +213,8 @@ class ShareMoments(Statistic):
     ``first_I`` = sum_t u, ``second_I`` = sum_t u^2, float64. No scale of a token changes u; one of size 0 adds nothing.
     """
 
-    first_I: Tensor = field(init=False, compare=False, repr=False)
-    second_I: Tensor = field(init=False, compare=False, repr=False)
+    first_I: Tensor = accumulated("I")
+    second_I: Tensor = accumulated("I")
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         first_I, second_I = _sums(x_TI, 2)
@@ -188,9 +226,7 @@ class ShareMoments(Statistic):
             second_I[inputs] += u_TI.square_().sum(0)
 
         _each_part(x_TI, add)
-        self.first_I = first_I if not self.tokens else self.first_I + first_I
-        self.second_I = second_I if not self.tokens else self.second_I + second_I
-        self.tokens += len(x_TI)
+        self.add(len(x_TI), first_I=first_I, second_I=second_I)
 
 
 def _sizes(x_TI: Tensor) -> Tensor:
@@ -216,14 +252,13 @@ class TokenSquares(Statistic):
     Costs T x I x 4 bytes a slot: meant for short calibrations.
     """
 
-    _chunks_TI: list[Tensor] = field(init=False, compare=False, repr=False)
+    _chunks_TI: list[Tensor] = accumulated("TI")
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
         return 4 * tokens * columns
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
-        self._chunks_TI = [*(self._chunks_TI if self.tokens else []), x_TI.float().square()]
-        self.tokens += len(x_TI)
+        self.add(len(x_TI), _chunks_TI=[x_TI.float().square()])
 
     @property
     def squares_TI(self) -> Tensor:
@@ -253,7 +288,7 @@ class CosineTerm(Statistic):
     """
 
     kind: str = "second"
-    total_OI: Tensor | None = field(default=None, init=False, compare=False, repr=False)
+    total_OI: Tensor = accumulated("OI")
     needs_output = True
 
     def flops(self, tokens: int, rows: int, columns: int) -> int:
@@ -268,11 +303,11 @@ class CosineTerm(Statistic):
         x_TI, y_TO = x_TI.float(), y_TO.float()
         A_T1 = _sizes(y_TO)
         has_direction_T1 = 1e-12 * _sizes(x_TI) * weight_OI.norm(dtype=torch.float32).square() < A_T1
-        self.tokens += len(x_TI)
-        if self.total_OI is None:
+        if not self.tokens:
             rows = 1 if self.kind == "token" else y_TO.shape[1]
             dtype = torch.float64 if self.kind == "exact" else torch.float32
             self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]), dtype=dtype)
+        self.tokens += len(x_TI)
         factor_T1 = (1 / A_T1).masked_fill_(~has_direction_T1, 0.0)
         for first in range(0, len(x_TI), _PRODUCT_TOKENS):
             tokens = slice(first, first + _PRODUCT_TOKENS)
@@ -280,7 +315,6 @@ class CosineTerm(Statistic):
 
     def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor, weight_OI: Tensor) -> None:
         """``factor_T1`` is 1 / A_t, or 0 where there is no direction."""
-        assert self.total_OI is not None
         if self.kind == "token":
             self.total_OI += x_TI.square().mul_(factor_T1).sum(0)
         elif self.kind == "signed":
@@ -315,7 +349,7 @@ class Gram(Statistic):
     """
 
     unit_tokens: bool = False
-    total_II: Tensor = field(init=False, compare=False, repr=False)
+    total_II: Tensor = accumulated("II", lambda earlier, later: earlier.add_(later))
     factors: Any = field(default=None, init=False, compare=False, repr=False)
 
     def flops(self, tokens: int, rows: int, columns: int) -> int:
@@ -329,14 +363,17 @@ class Gram(Statistic):
         other.factors = None  # of the old order
         return other
 
+    def merge(self, other: Self) -> None:
+        super().merge(other)
+        self.factors = None  # of fewer tokens
+
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         x_TI = x_TI.float()
         if self.unit_tokens:
             size_T1 = x_TI.norm(dim=1, keepdim=True)
             x_TI = x_TI / size_T1.masked_fill_(size_T1 == 0, float("inf"))
-        total_II = _symmetric(x_TI)
-        self.total_II = total_II if not self.tokens else self.total_II.add_(total_II)
-        self.tokens += len(x_TI)
+        self.add(len(x_TI), total_II=_symmetric(x_TI))
+        self.factors = None  # of fewer tokens
 
 
 #: Inputs of a part of a Gram matrix: few enough that little below the diagonal is computed, enough for a fast product.

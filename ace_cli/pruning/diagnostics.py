@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.methods.statistics import Statistic
+from ace_cli.methods.statistics import Statistic, accumulated
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,14 +83,20 @@ class Activations(Statistic):
     """The first ``most`` inputs of a slot: what it costs does not grow with the data."""
 
     most: int = 256
-    _chunks_TI: list[Tensor] = field(init=False, compare=False, repr=False)
+    _chunks_TI: list[Tensor] = accumulated("TI")
     _facts: ActivationFacts | None = field(default=None, init=False, compare=False, repr=False)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         if self.tokens < self.most:
             chunk_TI = x_TI[: self.most - self.tokens].clone()  # a view would keep the whole
-            self._chunks_TI = [*(self._chunks_TI if self.tokens else []), chunk_TI]
-            self.tokens += len(chunk_TI)
+            self.add(len(chunk_TI), _chunks_TI=[chunk_TI])
+
+    def merge(self, other: Activations) -> None:
+        """Those of ``other`` come after its own. ValueError once ``facts`` let go of the inputs."""
+        if self._facts is not None or other._facts is not None:
+            raise ValueError("the inputs are no longer there")
+        for chunk_TI in other._chunks_TI if other.tokens else []:
+            self.update(chunk_TI, chunk_TI, chunk_TI)
 
     def facts(self) -> ActivationFacts:
         """Computed once for all slots that read the same input."""

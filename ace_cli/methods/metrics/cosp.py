@@ -48,7 +48,6 @@ def cosine_loss(mode: Mode, weight_OI: Tensor, seen: Seen, rows: slice = slice(N
     ``weight_OI``, like the result, is these ``rows`` of the slot's.
     """
     term = seen[CosineTerm(_TERM[mode])]
-    assert term.total_OI is not None
     mean_OI = (term.total_OI if mode is Mode.tokwanda else term.total_OI[rows]) / term.tokens
     if mode is Mode.exact:
         return mean_OI.sqrt().float()
