@@ -73,18 +73,20 @@ def no_waiting(folder: Path, arguments: list[str]) -> bool:
     """Inside a block nothing may wait for the GPU: torch raises where something does."""
     from hydra import compose, initialize_config_dir
 
-    from ace_cli.pruning import engine
+    from ace_cli.pruning.orders import AllAtOnce, Order, Sublayer, WholeBlock
     from ace_cli.report.terminal import Terminal
     from ace_cli.run.config import config_folder, parse, store_schemas
     from ace_cli.run.pipeline import run
 
-    original: Any = engine._BlockJob.run
+    def watched(run: Any) -> Any:
+        def watch(order: Order) -> None:
+            with no_synchronising():
+                run(order)
 
-    def watched(job: Any, last: bool) -> None:
-        with no_synchronising():
-            original(job, last)
+        return watch
 
-    engine._BlockJob.run = watched  # type: ignore[method-assign]
+    for order in (AllAtOnce, WholeBlock, Sublayer):
+        order.run = watched(order.run)  # type: ignore[method-assign]
     store_schemas()
     fine = True
     for metric in ("wanda", "varp", "ace"):

@@ -24,7 +24,8 @@ from ace_cli.methods.statistics import SecondMoment
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.engine import BlockFacts, prune
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(6, 16)

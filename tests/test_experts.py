@@ -26,7 +26,8 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import verify
 from ace_cli.model.slots import Selection
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.engine import SlotFacts, prune
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(8, 16)

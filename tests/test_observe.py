@@ -104,6 +104,18 @@ def _after(model: torch.nn.Module, ids: torch.Tensor, index: int) -> torch.Tenso
     return caught[0]
 
 
+@pytest.mark.parametrize("propagate", ["sublayer", "dense"])
+def test_a_metric_without_statistics_is_compared_like_others(
+    llama: Path, tmp_path: Path, prune_here: Prune, propagate: str
+) -> None:
+    """The allocation looks at inputs, the metric does not: inputs must not be taken for outputs."""
+    given = ("metric=magnitude", "allocation=owl", f"propagate={propagate}")
+    little = prune_here(llama, tmp_path / "little", *given, "sparsity=0.01")
+    assert all(0 < block["output"]["error"] < 0.05 for block in little.blocks)
+    half = prune_here(llama, tmp_path / "half", *given, "sparsity=0.5")
+    assert all(0.05 < block["output"]["error"] < 0.9 for block in half.blocks)
+
+
 def test_looking_changes_no_weight(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
     from test_run import digests
 

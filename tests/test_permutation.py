@@ -26,10 +26,11 @@ from ace_cli.methods.patterns import NofM, Pattern, Ratio
 from ace_cli.methods.repair.none import NoRepair
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.links import Link, LinkFinder, Producer, reorder
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning import engine, permutation
+from ace_cli.pruning import permutation, slot_pruner
 from ace_cli.pruning.engine import prune, replay
-from ace_cli.pruning.permutation import Link, LinkFinder, Producer, assign, best_order, kept_score, permute, serpentine
+from ace_cli.pruning.permutation import assign, best_order, kept_score, serpentine
 from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(6, 16)
@@ -296,7 +297,7 @@ def test_the_function_is_preserved(model_of: Any, family: str) -> None:
         links, before = finder.links(0), model.forward(0, batch)
         old = {name: value.clone() for name, value in model.blocks[0].module.state_dict().items()}
         for link in links:
-            changed = permute(model.blocks[0], link, some_order(link, 1))
+            changed = reorder(model.blocks[0], link, some_order(link, 1))
             for name, order_O in changed.items():
                 axis = int(family == "gpt2" and old[name].dim() == 2)  # stored (I, O)
                 expected = old[name].index_select(axis, order_O)
@@ -344,7 +345,7 @@ def test_logits_are_those_of_the_masked_model(
         orders.append(some_order(Link("", (), channels_RWC), len(orders)))
         return orders[-1]
 
-    monkeypatch.setattr(engine, "best_order", choose)
+    monkeypatch.setattr(slot_pruner, "best_order", choose)
     folder, pattern = model_of(family), NofM(2, 4)
     run_engine(folder, tmp_path / "out", Magnitude(), pattern, Propagate.block)
     reference, plain = load(folder), load(folder)

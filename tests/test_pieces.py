@@ -270,7 +270,9 @@ def test_what_needs_the_whole_gets_it(
     by_rows: bool,
 ) -> None:  # fmt: skip
     called: list[str] = []
-    monkeypatch.setattr("ace_cli.pruning.engine.prune_rows", lambda weight, scores, pattern, what: called.append(what))
+    monkeypatch.setattr(
+        "ace_cli.pruning.slot_pruner.prune_rows", lambda weight, scores, pattern, what: called.append(what)
+    )
     _pruned(llama, tmp_path / "out", metric, sparsity, torch.float32, scope)
     assert len(called) == (14 if by_rows else 0)
 

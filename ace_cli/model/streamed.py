@@ -137,7 +137,7 @@ class StreamedModel:
         """
         step = max(1, (tokens or self.batch_tokens) // windows_NL.shape[1])
         first: Batch | None = None
-        with self._stem_loaded(head=False), torch.inference_mode():
+        with self._stem_loaded(head=False):
             pieces = torch.split(windows_NL.to(self.device), step)
             for ids_BL in (*pieces, windows_NL[:again].to(self.device)) if again else pieces:
                 batch = self._capture(ids_BL)
@@ -148,7 +148,7 @@ class StreamedModel:
 
     def embedded(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
         """Batches of any shapes, each token ids (B, L), ready for block 0."""
-        with self._stem_loaded(head=False), torch.inference_mode():
+        with self._stem_loaded(head=False):
             for ids_BL in batches:
                 yield self._capture(ids_BL.to(self.device))
 
@@ -178,7 +178,7 @@ class StreamedModel:
             _empty(block.module, block.module.state_dict())
 
     def forward(self, index: int, batch: Batch) -> Tensor:
-        """Run loaded block ``index`` on the batch: hidden states (B, L, H) out. Call inside inference mode."""
+        """Run loaded block ``index`` on the batch: hidden states (B, L, H) out. With gradients, unless they are off."""
         call = batch.calls[index]
         if call.args:
             out = self.blocks[index].module(batch.hidden_BLH, *call.args[1:], **call.kwargs)
@@ -351,7 +351,7 @@ class StreamedModel:
             calls.append(Call((None, *args[1:]) if args else (), rest))
             return hidden_BLH
 
-        with self._blocks_replaced(record, returned):
+        with self._blocks_replaced(record, returned), torch.no_grad():  # not in inference mode: blocks may be trained
             decoder_of(self.skeleton)(input_ids=ids_BL, use_cache=False)
         if len(calls) != len(self.blocks):
             raise _NotAlone(f"{len(calls)} of its {len(self.blocks)} blocks run")

@@ -24,7 +24,7 @@ from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint, read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.engine import BlockFacts, SlotFacts
+from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
 from ace_cli.run.config import RunConfig
 from ace_cli.run.machine_limit import Limit

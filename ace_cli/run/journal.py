@@ -21,7 +21,7 @@ from ace_cli.core.errors import AceError
 from ace_cli.model.files import read_json
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
-from ace_cli.pruning.engine import BlockFacts, SlotFacts
+from ace_cli.pruning.facts import BlockFacts, SlotFacts
 
 _JOURNAL = "progress.jsonl"
 

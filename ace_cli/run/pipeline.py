@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import hashlib
@@ -30,7 +31,8 @@ from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
-from ace_cli.pruning.engine import BlockFacts, prune, replay
+from ace_cli.pruning.engine import prune, replay
+from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.survey import survey
 from ace_cli.report import facts
@@ -223,7 +225,9 @@ def _prune(
             config.metric, patterns, config.repair, config.propagate, permute,
             config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
         )  # fmt: skip
-        if recipe.wanted and 0 < done < len(model.blocks):
+        if not recipe.wanted:  # nothing looks at inputs, but what compares blocks
+            batches = [copy.copy(compared)] if compared is not None else []
+        if batches and 0 < done < len(model.blocks):
             weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
             replay(model.reading(weights), batches, done, clock)
         slots = [slot for block in model.blocks for slot in block.slots]

@@ -1,0 +1,36 @@
+"""What the engine tells of its work: one fact per slot and per block. The journal keeps them, the report shows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
+
+
+@dataclass(frozen=True)
+class SlotFacts:
+    """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took.
+
+    ``routed``: of an expert, how many of the calibration tokens the model sends to it.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    tokens: int
+    diagnosis: dict[str, float]
+    notes: list[str]
+    seconds: float
+    routed: int | None = None
+    activations: ActivationFacts | None = None
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """One finished block; ``output`` is what pruning it did to what it puts out."""
+
+    index: int
+    name: str
+    slots: list[SlotFacts]
+    seconds: float
+    output: OutputChange | None = None

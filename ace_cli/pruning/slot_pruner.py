@@ -1,0 +1,196 @@
+"""What happens to one slot: score, permute, select, refine, repair, store.
+
+The weights of a loaded block are pruned in place, for what runs next, and kept as the files will have them, for the
+checkpoint. Shapes: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ace_cli.core.errors import AceError
+from ace_cli.core.timing import Clock
+from ace_cli.kernels.finite_checks import FiniteChecks
+from ace_cli.methods.patterns import NofM
+from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
+from ace_cli.methods.statistics import Seen
+from ace_cli.model.files import DTYPES
+from ace_cli.model.links import Link, reorder
+from ace_cli.model.slots import Slot, View
+from ace_cli.model.streamed import Block, StreamedModel
+from ace_cli.pruning.diagnostics import Activations
+from ace_cli.pruning.facts import SlotFacts
+from ace_cli.pruning.permutation import best_order, kept_score
+from ace_cli.pruning.recipe import Recipe
+
+
+class SlotPruner:
+    """Prunes the slots of one loaded block; ``facts`` has what became of each, in the order they were pruned.
+
+    ``links`` are the block's slots whose inputs may be reordered. ``finite`` is told of every score.
+    """
+
+    def __init__(
+        self, model: StreamedModel, block: Block, recipe: Recipe, clock: Clock, finite: FiniteChecks,
+        links: list[Link],
+    ) -> None:  # fmt: skip
+        self.facts: list[SlotFacts] = []
+        #: Slot name -> the order its inputs were put in; the tensor that is fed to it has not been reordered.
+        self.orders: dict[str, Tensor] = {}
+        self._model = model
+        self._block = block
+        self._recipe = recipe
+        self._clock = clock
+        self._finite = finite
+        self._links = self._permutable(links)
+        self._looked_at = Activations(recipe.observed_tokens) if recipe.observed_tokens else None
+        self._activations: dict[str, Activations] = {}
+        self._written: dict[str, Tensor] = {}  # file tensor -> its new content
+
+    def prune(self, slots: list[Slot], seen: Mapping[str, Seen], routed: int | None = None) -> None:
+        """Prune ``slots`` from what each of them has ``seen``. Raises AceError, by name, where that does not do."""
+        self.facts += [self._prune(slot, seen[slot.name], routed) for slot in slots]
+        for slot in slots:  # only now: a producer may be pruned after its consumer
+            if slot.name in self.orders:
+                self._reorder_producers(self._links[slot.name], self.orders[slot.name])
+
+    def take_weights(self) -> dict[str, Tensor]:
+        """File tensor -> its content with pruned weights in it, on the CPU; handed over once.
+
+        Here, once a block, a device is waited for: until now nothing has looked at what it computes.
+        """
+        self._finite.settle()
+        for fact in self.facts:
+            fact.diagnosis.update((name, float(value)) for name, value in fact.diagnosis.items())
+        looks = {name: seen.facts() for name, seen in self._activations.items()}
+        self.facts = [replace(fact, activations=looks.get(fact.name)) for fact in self.facts]
+        weights, self._written = self._written, {}
+        return {name: weight.cpu() for name, weight in weights.items()}
+
+    # --- one slot ------------------------------------------------------------------------------------------------
+
+    def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
+        start = time.perf_counter()
+        metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
+        tokens = max((statistic.tokens for statistic in seen), default=0)
+        if metric.needs() and not tokens:
+            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+        diagnosis: dict[str, Any] = {**metric.diagnose(seen)}
+        notes = self._by_rows(slot, seen) if self._goes_by_rows(slot) else self._whole(slot, seen, diagnosis)
+        seconds = time.perf_counter() - start
+        if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
+            self._activations[slot.name] = seen[self._looked_at]
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, notes, seconds, routed)
+
+    def _goes_by_rows(self, slot: Slot) -> bool:
+        """Whether the choices, the device and the slot's links let every row be pruned before the next is scored."""
+        whole = slot.name in self._links or self._model.device.type != "cpu"
+        return not whole and by_rows(self._recipe.metric, self._recipe.patterns[slot.name], self._recipe.repair)
+
+    def _by_rows(self, slot: Slot, seen: Seen) -> list[str]:
+        """Prune without anything of the weight's size beside it."""
+        metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
+        with self._clock("score"):
+            weight_OI = self._stored_weight(slot)
+            scores = metric.scores_of_rows(weight_OI, seen)
+        with self._clock("mask"):
+            prune_rows(weight_OI, scores, pattern, f"{slot.name} or the score of its weights")
+            if not self._exact(slot):
+                slot.put(weight_OI)
+            self._store(slot, weight_OI.to(self._stored_dtype(slot)))
+        return []
+
+    def _whole(self, slot: Slot, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
+        """Score, permute, select, refine, repair and mask, one after the other; what the repair noted."""
+        metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
+        with self._clock("score"):
+            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+            score_OI = metric.score(dense_OI, seen)
+            self._finite.expect(score_OI, f"{slot.name} or the score of its weights")
+        with self._clock("permute"):
+            order_I = self._better_order(slot, score_OI)
+            if order_I is not None:
+                self.orders[slot.name] = order_I
+                assert isinstance(pattern, NofM)
+                as_it_was = kept_score(score_OI, pattern)
+                dense_OI, score_OI, seen = dense_OI[:, order_I], score_OI[:, order_I], seen.reordered(order_I)
+                diagnosis["permutation_gain"] = kept_score(score_OI, pattern) / as_it_was - 1
+        with self._clock("select"):
+            keep_OI = pattern.keep(score_OI)
+        del score_OI
+        try:
+            with self._clock("refine"):
+                keep_OI = metric.refine(dense_OI, keep_OI, seen, pattern)
+            with self._clock("repair"):
+                repaired = self._recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
+        except ArithmeticError as fault:
+            hint = "Use more windows, or repair=none and a metric that looks at single weights."
+            raise AceError(f"{slot.name}: {fault}", hint) from fault
+        with self._clock("mask"):
+            new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
+            slot.put(new_OI)
+            self._store(slot, new_OI)
+        if repaired.loss_before is not None and repaired.loss_after is not None:
+            diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
+        return repaired.notes
+
+    # --- permutation ---------------------------------------------------------------------------------------------
+
+    def _permutable(self, links: list[Link]) -> dict[str, Link]:
+        """Consumer's slot -> its link, where the consumer's pattern is N:M and fits the link's regions."""
+        found = {}
+        for link in links:
+            name = self._block.parts[f"{link.consumer}.weight"][0].key
+            pattern = self._recipe.patterns[name]
+            if isinstance(pattern, NofM) and link.misfit(pattern) is None:
+                found[name] = link
+        return found
+
+    def _better_order(self, slot: Slot, score_OI: Tensor) -> Tensor | None:
+        """The order of the inputs that keeps more of the score; None to leave them as they are."""
+        pattern = self._recipe.patterns[slot.name]
+        if slot.name not in self._links or not isinstance(pattern, NofM):
+            return None
+        order_I = best_order(score_OI, self._links[slot.name].channels_RWC, pattern)
+        return None if torch.equal(order_I, order_I.sort().values) else order_I
+
+    def _reorder_producers(self, link: Link, order_I: Tensor) -> None:
+        """The rows of the producers, loaded and as they will be written; biases are written because of this."""
+        with self._clock("permute"):
+            slots = {slot.name: slot for slot in self._block.slots}
+            for name, order_O in reorder(self._block, link, order_I, columns=False).items():
+                key = self._block.parts[name][0].key
+                rows = slots[key].in_file(self._stored(key)) if key in slots else self._stored(key)
+                rows.copy_(rows[order_O])
+
+    # --- as the files have it --------------------------------------------------------------------------------------
+
+    def _stored(self, key: str) -> Tensor:
+        """A tensor of the files that will be written anew, as far as it is known."""
+        if key not in self._written:
+            self._written[key] = self._model.checkpoint.read(key).to(self._model.device)
+        return self._written[key]
+
+    def _store(self, slot: Slot, new_OI: Tensor) -> None:
+        if slot.in_file == View():
+            self._written[slot.key] = new_OI
+        else:
+            slot.in_file(self._stored(slot.key)).copy_(new_OI)
+
+    def _stored_dtype(self, slot: Slot) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, DTYPES[self._model.checkpoint.tensors[slot.key].dtype][0])
+        return dtype
+
+    def _stored_weight(self, slot: Slot) -> Tensor:
+        """The slot's weight as the file has it, (O, I): read again where the compute dtype has fewer digits."""
+        return slot.weight_OI if self._exact(slot) else slot.in_file(self._stored(slot.key))
+
+    def _exact(self, slot: Slot) -> bool:
+        """Whether the loaded weight has all digits of the file's."""
+        return self._model.dtype in (torch.float32, self._stored_dtype(slot))
