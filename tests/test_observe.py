@@ -110,8 +110,8 @@ def test_a_metric_without_statistics_is_compared_like_others(
 ) -> None:
     """The allocation looks at inputs, the metric does not: inputs must not be taken for outputs."""
     given = ("metric=magnitude", "allocation=owl", f"propagate={propagate}")
-    little = prune_here(llama, tmp_path / "little", *given, "sparsity=0.01")
-    assert all(0 < block["output"]["error"] < 0.05 for block in little.blocks)
+    little = prune_here(llama, tmp_path / "little", *given, "sparsity=0.1")
+    assert all(0 < block["output"]["error"] < 0.2 for block in little.blocks)
     half = prune_here(llama, tmp_path / "half", *given, "sparsity=0.5")
     assert all(0.05 < block["output"]["error"] < 0.9 for block in half.blocks)
 
