@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ace_cli import __version__
 from ace_cli.core.registry import name_of
-from ace_cli.core.timing import Clock, Phases
+from ace_cli.core.timing import Phases
 from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
@@ -27,10 +27,10 @@ from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
 from ace_cli.run.config import RunConfig
-from ace_cli.run.machine_limit import Limit
 from ace_cli.run.plan import Plan
 
 if TYPE_CHECKING:
+    from ace_cli.run.context import RunContext
     from ace_cli.run.journal import Work
 
 
@@ -45,19 +45,17 @@ class Measured:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def make_report(
-    config: RunConfig, command: str, start: datetime.datetime, model: StreamedModel, plan: Plan,
-    limit: Limit, windows_NL: Tensor | None, work: Work, measured: Measured, phases: Phases, inner: Clock,
-) -> facts.Report:  # fmt: skip
-    """The report of a run whose checkpoint is in place; ``inner`` holds the phases inside pruning and writing."""
+def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report:
+    """The report of a run whose checkpoint is in place."""
+    config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
     zeros = {slot["name"]: slot["zeros"] for slot in read_json(work.final / MANIFEST)["slots"]}
     pruned = sum(zeros.values())
-    seconds = _seconds(start, phases, inner)
+    seconds = _seconds(run)
     tokens = windows_NL.numel() if windows_NL is not None else 0
     return facts.Report(
-        command=command,
-        created=start.isoformat(timespec="seconds"),
+        command=run.command,
+        created=run.start.isoformat(timespec="seconds"),
         versions=versions(),
         hardware=_hardware(model.device),
         config={"yaml": config.text},
@@ -69,11 +67,11 @@ def make_report(
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
         seconds=seconds,
-        phases=dict(inner.seconds),
+        phases=dict(run.inner.seconds),
         tokens_per_second={"prune": tokens / seconds["prune"]} if tokens and not work.resumed else {},
-        efficiency=limit.efficiency(seconds["prune"] + seconds["write"]) if not work.resumed else {},
-        peak_memory_bytes=_peaks(model.device, phases),
-        timeline=_timeline(phases),
+        efficiency=run.limit.efficiency(seconds["prune"] + seconds["write"]) if not work.resumed else {},
+        peak_memory_bytes=_peaks(model.device, run.phases),
+        timeline=_timeline(run.phases),
         bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},
         checkpoint=str(work.final),
         slots=[_slot(slot, zeros[slot.name]) for slot in slots],
@@ -92,13 +90,12 @@ def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Pro
     )  # fmt: skip
 
 
-def _seconds(start: datetime.datetime, phases: Phases, inner: Clock) -> dict[str, float]:
-    seconds = {
-        name: phases.clock.seconds[name] for name in ("import", "calibrate", "prune", "write", "evaluate", "samples")
-    }
-    seconds["write"] = inner.seconds["write"] + inner.seconds["verify"]
+def _seconds(run: RunContext) -> dict[str, float]:
+    names = ("import", "calibrate", "prune", "write", "evaluate", "samples")
+    seconds = {name: run.phases.clock.seconds[name] for name in names}
+    seconds["write"] = run.inner.seconds["write"] + run.inner.seconds["verify"]
     seconds["prune"] -= seconds["write"]
-    seconds["total"] = (datetime.datetime.now(datetime.UTC) - start).total_seconds()
+    seconds["total"] = (datetime.datetime.now(datetime.UTC) - run.start).total_seconds()
     return seconds
 
 

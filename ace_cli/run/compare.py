@@ -16,21 +16,16 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
-from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import protocol_of
-from ace_cli.run.config import RunConfig
+from ace_cli.run.context import RunContext
 
 
-def evaluate(
-    config: RunConfig, model: StreamedModel, folder: Path, windows: Windows, terminal: Terminal, cache: DenseCache,
-    spill: Spill | None = None,
-) -> tuple[facts.Perplexity, facts.Fidelity]:  # fmt: skip
-    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew.
-
-    ``spill`` holds hidden states that are not to stay in memory.
-    """
-    assert isinstance(config.eval, Evaluation)
-    protocol = protocol_of(config.eval.dataset, windows, model.dtype)
+def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Perplexity, facts.Fidelity]:
+    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew."""
+    assert isinstance(run.config.eval, Evaluation)
+    model, terminal = run.model, run.terminal
+    spill = Spill(run.folder) if run.plan.spills(windows.ids_NL.numel()) else None
+    protocol = protocol_of(run.config.eval.dataset, windows, model.dtype)
     key = (
         model.checkpoint.fingerprint(),
         protocol.fingerprint,
@@ -38,7 +33,7 @@ def evaluate(
         protocol.dtype,
         str(model.device),
     )
-    dense = cache.windows.get(key)
+    dense = run.dense.windows.get(key)
     if dense is None:
         states = DenseStates()
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
@@ -48,7 +43,7 @@ def evaluate(
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
         losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
     found = _perplexity(dense.losses, losses, protocol)
-    cache.remember(key, dense)
+    run.dense.remember(key, dense)
     return found, _fidelity(comparison)
 
 

@@ -88,6 +88,11 @@ class RunConfig:
     output_dir_given: bool
     text: str
 
+    @property
+    def needs_data(self) -> bool:
+        """Whether any of the chosen methods looks at calibration windows."""
+        return any(part.needs() for part in (self.metric, self.repair, self.allocation))
+
 
 #: Options of their own that belong to no choice.
 SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gate}

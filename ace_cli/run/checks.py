@@ -1,0 +1,43 @@
+"""What can be known to go wrong before work begins, beside what the plan adds up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ace_cli.core import memory
+from ace_cli.core.errors import AceError
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.run.config import RunConfig
+
+
+def memory_budget(memory_gb: float | None, device: torch.device) -> float:
+    """Bytes of the memory that computes which the run may use: as told, or nine tenths of what is free."""
+    if memory_gb is not None:
+        return memory_gb * 1e9
+    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
+    return 0.9 * free
+
+
+def check_not_source(source: Checkpoint, output_dir: Path) -> None:
+    """Writing a checkpoint over the one being read would destroy it."""
+    folder = source.folder.resolve()
+    for name in ("checkpoint", "checkpoint.partial", "checkpoint.old"):
+        if folder.is_relative_to((output_dir / name).resolve()):
+            raise AceError(
+                f"The model lies in {output_dir / name}, where the result would go.", "Choose another output_dir."
+            )
+
+
+def check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:
+    """AceError if calibration or evaluation windows are longer than the model has positions."""
+    limit = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    lengths = {"calib.seq_len": config.calib.length if needs_data else 0}
+    if isinstance(config.eval, Evaluation):
+        lengths["eval.seq_len"] = config.eval.seq_len
+    for name, length in lengths.items():
+        if length > limit:
+            raise AceError(f"{name}={length}: the model has {limit} positions.", f"Use {name}={limit} or less.")

@@ -1,0 +1,54 @@
+"""What every step of one run reads: made once by the pipeline, handed from step to step."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from ace_cli.core.timing import Clock, Phases
+from ace_cli.evaluation.base import Windows
+from ace_cli.evaluation.dense import DenseCache
+from ace_cli.evaluation.zero_shot.harness import Tasks
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.report.terminal import Terminal
+from ace_cli.run.config import RunConfig
+from ace_cli.run.machine_limit import Limit
+from ace_cli.run.plan import Plan
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What goes through the models: calibration windows, int64 (N, L); evaluation windows; zero-shot tasks."""
+
+    windows_NL: Tensor | None
+    evaluation: Windows | None
+    tasks: Tasks | None
+
+
+@dataclass
+class RunContext:
+    """One run under way. ``command`` repeats it; ``dense`` is what this process knows of dense models.
+
+    ``phases`` are what a person waits for; ``inner`` is what happens inside pruning, without waiting for a device: what
+    it still computes counts where its result is needed.
+    """
+
+    config: RunConfig
+    command: str
+    terminal: Terminal
+    dense: DenseCache
+    phases: Phases
+    model: StreamedModel
+    plan: Plan
+    limit: Limit
+    texts: Texts
+    start: datetime.datetime
+    inner: Clock = field(default_factory=Clock)
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go."""
+        return self.config.output_dir

@@ -1,0 +1,142 @@
+"""From a dense checkpoint to a pruned one on disk: the step of a run that takes hours, and can be continued."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ace_cli.core.errors import AceError, TransientError
+from ace_cli.data.calibration.base import ExpertTokens
+from ace_cli.data.documents import fingerprint
+from ace_cli.methods.patterns import Pattern
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import Pruned, Rereading, manifest_entry, write_metadata
+from ace_cli.model.spill import Spill, kept
+from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.pruning.engine import prune, replay
+from ace_cli.pruning.facts import BlockFacts
+from ace_cli.pruning.recipe import Permute, Propagate, Recipe
+from ace_cli.pruning.survey import survey
+from ace_cli.report.markdown import model_card
+from ace_cli.report.terminal import Terminal
+from ace_cli.run.assemble import summary_of, versions, with_options
+from ace_cli.run.config import RunConfig
+from ace_cli.run.context import RunContext
+from ace_cli.run.journal import Work
+
+
+def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
+    """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
+    choices = {group: with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
+    found = versions()
+    return {
+        "model": model.checkpoint.fingerprint(),
+        **choices,
+        "sparsity": f"{config.pattern!r}",
+        "propagate": config.propagate.value,
+        "permute": config.permute.value,
+        "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
+        "experts": [config.calib.experts.value, config.calib.min_tokens],
+        "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
+        "device": str(model.device),
+        "dtype": str(model.dtype),
+        "threads": torch.get_num_threads(),
+        "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers")},
+    }
+
+
+def prune_checkpoint(run: RunContext, work: Work) -> None:
+    """Prune into ``checkpoint.partial``, verify what was written, and rename it into place."""
+    if work.news:
+        run.terminal.say(work.news)
+    if work.complete:
+        return
+    try:
+        _prune(run, work)
+        work.publish()
+    except TransientError:
+        raise
+    except AceError:
+        work.discard()  # the fault is in the model or the data: there is nothing to continue
+        raise
+
+
+def _prune(run: RunContext, work: Work) -> None:
+    model, clock = run.model, run.inner
+    with clock("write"):
+        writer = _writer(model, work, run.terminal)
+    done = len(work.finished)
+    batches, compared = _batches(run, work)
+    patterns = _allocate(run, batches)
+    recipe = _recipe(run.config, patterns)
+    if not recipe.wanted:  # nothing looks at inputs, but what compares blocks
+        batches = [copy.copy(compared)] if compared is not None else []
+    if batches and 0 < done < len(model.blocks):
+        weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
+        replay(model.reading(weights), batches, done, clock)
+    slots = [slot for block in model.blocks for slot in block.slots]
+    pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
+    with Rereading(work.partial, pruned) as written:
+
+        def on_disk(block: BlockFacts) -> None:
+            work.record(block)
+            written.check(slot.name for slot in block.slots)
+
+        with run.terminal.progress("pruning", len(model.blocks), done) as step:
+            for block in prune(model, batches, recipe, writer, clock, done, on_disk, compared):
+                work.finished.append(block)
+                step()
+        with clock("write"):
+            writer.finish()
+        with clock("verify"):
+            zeros = written.zeros()
+    with clock("write"):
+        entries = [manifest_entry(slot, patterns[slot.name], zeros[slot.name]) for slot in slots]
+        sparsity = sum(zeros.values()) / run.plan.slot_weights
+        summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
+        card = model_card(run.config.model.path, run.command, summary)
+        write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
+
+
+def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
+    """The calibration windows, embedded; and the first of them once more, to compare each block's outputs on."""
+    if run.texts.windows_NL is None:
+        return [], None
+    again = run.config.observe.windows
+    with run.inner("embed"):
+        spill = Spill(work.folder) if run.plan.spills(run.plan.tokens) else None
+        batches = kept(run.model.batches(run.texts.windows_NL, again), spill)
+        return batches, batches.pop() if again else None
+
+
+def _recipe(config: RunConfig, patterns: dict[str, Pattern]) -> Recipe:
+    return Recipe(
+        config.metric, patterns, config.repair, config.propagate, config.permute is not Permute.none,
+        config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
+    )  # fmt: skip
+
+
+def _writer(model: StreamedModel, work: Work, terminal: Terminal) -> CheckpointWriter:
+    """Begins the new checkpoint, or continues one whose finished blocks are on disk."""
+    writer = CheckpointWriter(model.checkpoint, work.partial)
+    if work.finished and not writer.continued:
+        terminal.say(f"{work.partial} is not as it was left: starting anew.")
+        work.restart()
+        writer = CheckpointWriter(model.checkpoint, work.partial)
+    writer.left -= {key for block in model.blocks[: len(work.finished)] for key in block.files}
+    return writer
+
+
+def _allocate(run: RunContext, batches: list[Batch]) -> dict[str, Pattern]:
+    """Slot name -> its pattern, after a look at the dense model if the allocation asks for one."""
+    model, allocation = run.model, run.config.allocation
+    blocks = [{slot.name: slot.shape for slot in block.slots} for block in model.blocks]
+    measures = [0.0] * len(blocks)
+    if allocation.surveys:
+        with run.inner("survey"), run.terminal.progress("surveying", len(blocks)) as step:
+            measures = survey(model, batches, allocation, lambda _: step())
+    return allocation.patterns(run.config.pattern, blocks, measures)
