@@ -45,9 +45,9 @@ def test_folder_in_folder_out_and_not_twice(source: Path, tmp_path: Path) -> Non
     stage, progress = Shout(), Terminal().progress
     facts = run_stage(stage, source, "a", tmp_path, progress)
     assert (tmp_path / "shouted" / "text").read_text() == "HELLO!"
-    assert (facts["letters"], facts["repeated"]) == (5, True)
+    assert (facts["letters"], facts["made"]) == (5, True)
     again = run_stage(stage, source, "a", tmp_path, progress)
-    assert (again["letters"], again["repeated"], stage.runs) == (5, False, 1)
+    assert (again["letters"], again["made"], stage.runs) == (5, False, 1)
     run_stage(stage, source, "another source", tmp_path, progress)
     run_stage(Shout("?"), source, "another source", tmp_path, progress)
     assert (stage.runs, (tmp_path / "shouted" / "text").read_text()) == (2, "HELLO?")

@@ -29,7 +29,7 @@ def run_stage(stage: Stage, source: Path, source_digest: str, folder: Path, prog
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     record = _record(final)
     if record is not None and record.get("identity") == digest:
-        return {**record["facts"], "repeated": False}
+        return {**record["facts"], "made": False}
     if final.exists() and record is None:
         raise AceError(f"{final} exists and was not made by ace-prune.", "Choose another output_dir.")
     shutil.rmtree(partial, ignore_errors=True)
@@ -45,7 +45,7 @@ def run_stage(stage: Stage, source: Path, source_digest: str, folder: Path, prog
     write_whole(partial / RECORD, json.dumps({"identity": digest, "facts": facts}, indent=1))
     shutil.rmtree(final, ignore_errors=True)
     os.rename(partial, final)
-    return {**facts, "repeated": True}
+    return {**facts, "made": True}
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
