@@ -12,7 +12,8 @@ from tiny_models import edit, load, make, weights
 
 from ace_cli.core.errors import AceError
 from ace_cli.model import disk, files
-from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter, copy_other_files, write_index
+from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
+from ace_cli.model.folder import INDEX, copy_other_files
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
           torch.int8, torch.uint8, torch.bool]  # fmt: skip

@@ -17,7 +17,8 @@ from tiny_models import edit, load, make, token_windows, weights
 from ace_cli.core import registry
 from ace_cli.core.errors import AceError
 from ace_cli.model import files, pruned
-from ace_cli.model.files import INDEX, Checkpoint, CheckpointWriter
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.folder import INDEX
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.report.facts import Report
 from ace_cli.run.journal import locked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -13,6 +14,7 @@ class AceError(Exception):
     """
 
     def __init__(self, problem: str, hint: str = "") -> None:
+        problem, hint = _printable(problem), _printable(hint)
         super().__init__(f"{problem.rstrip('. ')}. {hint}".strip())
         self.problem = problem
         self.hint = hint
@@ -23,8 +25,17 @@ class TransientError(AceError):
 
 
 def first_line(fault: BaseException) -> str:
-    """What an exception of another library says, in one line."""
-    return (str(fault).strip() or type(fault).__name__).splitlines()[0]
+    """What an exception of another library says, in one line; where that announces a cause, the cause with it."""
+    first, *rest = (str(fault).strip() or type(fault).__name__).splitlines()
+    while first.rstrip().endswith(":") and rest:
+        first = f"{first.rstrip()} {rest.pop(0).strip()}".rstrip()
+    return first
+
+
+def _printable(text: str) -> str:
+    """Names come from files of others: nothing in them may move a terminal's cursor, or fill its screen."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    return re.sub(r"\S{600,}", lambda found: f"{found[0][:200]}...", text)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,8 +1,7 @@
 """Safetensors folders: checked when opened, read and written one tensor at a time.
 
 Plain reads and writes at known offsets, not memory maps: pages of a map count as resident memory and a truncated file
-under a map ends the process. Format: 8 bytes little-endian header length, JSON header, data
-(https://github.com/huggingface/safetensors, "Format").
+under a map ends the process.
 """
 
 from __future__ import annotations
@@ -10,57 +9,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError, TransientError
+from ace_cli.core.json_reader import read_object
 from ace_cli.model import disk
+from ace_cli.model.folder import INDEX, check_folder, weight_map
+from ace_cli.model.header import DTYPES, TensorEntry, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # decimal gigabytes, as transformers' max_shard_size="5GB"
 _COPY_BYTES = 16 << 20
-#: safetensors' dtype names -> (name in torch, bytes per element). Others are copied, never decoded.
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-}
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where a tensor lies: ``start`` counts bytes from the beginning of ``file``."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    start: int
-    nbytes: int
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
 
 
 class Checkpoint:
@@ -72,6 +38,8 @@ class Checkpoint:
     def __init__(self, folder: Path, bare: bool = False) -> None:
         """``bare``: weights alone will do."""
         self.folder = folder
+        if not bare and folder.is_dir():
+            check_folder(folder)
         if not bare and not (folder / "config.json").is_file():
             raise AceError(
                 f"{folder} has no config.json.", "Give a Hugging Face model folder, a hub id or a GGUF file."
@@ -79,12 +47,12 @@ class Checkpoint:
         self._fingerprint: tuple[list[tuple[int, ...]], str] | None = None
         self.tensors: dict[str, TensorEntry] = {}
         for file in self._shards():
-            self.tensors.update((entry.name, entry) for entry in _read_header(file))
+            self.tensors.update((entry.name, entry) for entry in read_header(file))
         self._check_index()
 
     def config(self) -> dict[str, Any]:
         """config.json as it stands."""
-        return cast("dict[str, Any]", read_json(self.folder / "config.json"))
+        return read_object(self.folder / "config.json")
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own."""
@@ -163,8 +131,6 @@ class Checkpoint:
         shards = shards or sorted(self.folder.glob("*.safetensors"))
         if not shards:
             raise AceError(f"{self.folder} has no *.safetensors file.", "Is the download complete?")
-        if missing := [shard.name for shard in shards if not shard.is_file()]:
-            raise AceError(f"{self.folder} lacks {', '.join(missing)} named in {INDEX}.", "Fetch the files again.")
         return shards
 
     def _check_index(self) -> None:
@@ -172,50 +138,6 @@ class Checkpoint:
             lost := set(weight_map(self.folder / INDEX)) - set(self.tensors)
         ):
             raise AceError(f"{self.folder}: no shard holds {sorted(lost)[0]}.", "Fetch the files again.")
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name from an index; empty where there is no index."""
-    if not index.is_file():
-        return {}
-    content = read_json(index)
-    if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
-        raise AceError(f"{index} has no weight_map.", "Fetch the file again.")
-    return cast("dict[str, str]", content["weight_map"])
-
-
-def read_json(file: Path) -> Any:
-    """A JSON file; AceError if it is not one."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as fault:
-        raise AceError(f"{file} cannot be read as JSON: {fault}.", "Fetch the file again.") from None
-
-
-def _read_header(file: Path) -> list[TensorEntry]:
-    size = file.stat().st_size
-    broken = AceError(f"{file} is not a whole safetensors file ({size:,} bytes).", "Fetch the file again.")
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise broken
-        try:
-            header = json.loads(stream.read(length))
-            entries = [
-                TensorEntry(
-                    name, item["dtype"], tuple(item["shape"]), file, 8 + length + item["data_offsets"][0],
-                    item["data_offsets"][1] - item["data_offsets"][0],
-                )
-                for name, item in header.items() if name != "__metadata__"
-            ]  # fmt: skip
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise broken from None
-    known = [entry for entry in entries if entry.dtype in DTYPES]
-    if any(entry.start + entry.nbytes > size or entry.nbytes < 0 for entry in entries) or any(
-        entry.numel * DTYPES[entry.dtype][1] != entry.nbytes for entry in known
-    ):
-        raise broken
-    return entries
 
 
 class CheckpointWriter:
@@ -328,11 +250,3 @@ def write_index(source: Checkpoint, folder: Path) -> None:
             "weight_map": {entry.name: file for file, entries in plan.items() for entry in entries},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_other_files(source: Path, folder: Path) -> None:
-    """Tokenizer, chat template, generation config, licence: every top-level file that is not a weight."""
-    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".index.json")
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(weights) and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)

@@ -16,10 +16,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
 from ace_cli.kernels.selection import loops_for
 from ace_cli.kernels.threads import LARGEST_PIECE
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.model.files import Checkpoint, copy_other_files, read_json, write_index
+from ace_cli.model.files import Checkpoint, write_index
+from ace_cli.model.folder import copy_other_files
 from ace_cli.model.slots import Slot, View
 
 if TYPE_CHECKING:
@@ -152,7 +154,7 @@ def verify(folder: Path) -> int:
     """
     if not (folder / MANIFEST).is_file():
         raise AceError(f"{folder} has no {MANIFEST}.", "Give the checkpoint folder of an ace-prune run.")
-    slots = {slot["name"]: slot for slot in read_json(folder / MANIFEST)["slots"]}
+    slots = {slot["name"]: slot for slot in read_object(folder / MANIFEST)["slots"]}
     pruned = {name: Pruned(slot.get("tensor", name), _view(slot), _pattern(slot)) for name, slot in slots.items()}
     checkpoint = Checkpoint(folder)
     for name, slot in slots.items():

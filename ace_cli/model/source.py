@@ -17,7 +17,8 @@ from enum import Enum
 from pathlib import Path
 
 from ace_cli.core.errors import AceError, first_line
-from ace_cli.model.files import INDEX, Checkpoint, copy_other_files, weight_map
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.folder import INDEX, copy_other_files, weight_map
 
 
 class ImportDtype(Enum):
@@ -111,8 +112,6 @@ def _has_safetensors(folder: Path) -> bool:
 
 def _bin_files(folder: Path) -> list[Path]:
     named = sorted(set(weight_map(folder / "pytorch_model.bin.index.json").values()))
-    if missing := [name for name in named if not (folder / name).is_file()]:
-        raise AceError(f"{folder} lacks {', '.join(missing)} named in its index.", "Fetch the files again.")
     return [folder / name for name in named] or sorted(folder.glob("pytorch_model.bin"))
 
 

@@ -20,7 +20,7 @@ from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.methods.patterns import NofM
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
 from ace_cli.methods.statistics import Seen
-from ace_cli.model.files import DTYPES
+from ace_cli.model.header import DTYPES
 from ace_cli.model.links import Link, reorder
 from ace_cli.model.slots import Slot, View
 from ace_cli.model.streamed import Block, StreamedModel

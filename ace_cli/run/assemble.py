@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
+from ace_cli.core.json_reader import read_object
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Phases
 from ace_cli.data.calibration.base import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio
-from ace_cli.model.files import Checkpoint, read_json
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
@@ -49,7 +50,7 @@ def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report
     """The report of a run whose checkpoint is in place."""
     config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
-    zeros = {slot["name"]: slot["zeros"] for slot in read_json(work.final / MANIFEST)["slots"]}
+    zeros = {slot["name"]: slot["zeros"] for slot in read_object(work.final / MANIFEST)["slots"]}
     pruned = sum(zeros.values())
     seconds = _seconds(run)
     tokens = windows_NL.numel() if windows_NL is not None else 0

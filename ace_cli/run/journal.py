@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ace_cli.core.errors import AceError
-from ace_cli.model.files import read_json
+from ace_cli.core.json_reader import read_object
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
@@ -55,7 +55,7 @@ class Work:
         """This run's checkpoint was renamed into place; only evaluation and report are missing."""
         if self.partial.exists() or not (self.final / MANIFEST).is_file():
             return False
-        return bool(self.finished) and read_json(self.final / MANIFEST).get("identity") == self.digest
+        return bool(self.finished) and read_object(self.final / MANIFEST).get("identity") == self.digest
 
     def record(self, block: BlockFacts) -> None:
         """Note, durably, that a block's weights are on disk."""
