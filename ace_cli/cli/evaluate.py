@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ace_cli.cli.ending import command
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from ace_cli.report import facts
     from ace_cli.report.terminal import Terminal
 
-MEND = 2
 
-
+@command("ace-eval")
 def main() -> None:
     """Exits 0 when done, 2 for what the user can mend."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
@@ -34,12 +34,8 @@ def main() -> None:
         options, texts = _checked(arguments)
         models = {name: named_model(name) for name in arguments.models}
         _evaluate(arguments, models, options, texts)
-    except (AceError, OSError) as fault:
-        print(f"ace-eval: {fault}", file=sys.stderr)
-        sys.exit(MEND)
-    except KeyboardInterrupt:
-        print("ace-eval: Interrupted.", file=sys.stderr)
-        sys.exit(MEND)
+    except AceError as fault:
+        raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,13 +69,17 @@ def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluatio
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         faults.append(f"--json {arguments.json}: there is no such folder")
     if faults:
-        written = {"eval.tasks": "--tasks", "eval.limit": "--limit", "eval.task_data": "--task-data"}
-        written |= {"eval.seq_len": "--seq-len", "eval.max_windows": "--max-windows", "eval.path": "--text"}
-        line = "; ".join(dict.fromkeys(faults))
-        for option, flag in written.items():
-            line = line.replace(f"{option}=", f"{flag} ").replace(option, flag)
-        raise AceError(line)
+        raise AceError("; ".join(dict.fromkeys(faults)))
     return options, texts
+
+
+def _in_flags(text: str) -> str:
+    """The options of ``ace-prune`` that a sentence names, as this command's own."""
+    for name in ("tasks", "limit", "task_data", "seq_len", "max_windows", "path", "dtype", "device"):
+        flag = "--text" if name == "path" else f"--{name.replace('_', '-')}"
+        option = re.escape(name if name in ("dtype", "device") else f"eval.{name}")
+        text = re.sub(rf"(?<![\w.-]){option}(=|\b)", lambda found, to=flag: to + " " * bool(found[1]), text)  # type: ignore[misc]
+    return text
 
 
 def _text(name: str, seq_len: int, max_windows: int | None) -> Evaluation:

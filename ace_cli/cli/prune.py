@@ -14,6 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ace_cli.cli.arguments import as_typed, config_folders, for_hydra
+from ace_cli.cli.ending import MEND, command, mend, of_system
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import lasting
 from ace_cli.evaluation.dense import DenseCache
@@ -23,33 +25,31 @@ from ace_cli.run.config import CONFIGURATION_ERRORS, RunConfig, config_folder, e
 if TYPE_CHECKING:
     from ace_cli.report.facts import Report
 
-DONE, FAILED, MEND, WORSE = 0, 1, 2, 3
+FAILED, WORSE = 1, 3
 
 
+@command("ace-prune")
 def main() -> None:
     """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend, 3 at the gate."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages: fewer faults on fresh memory
-    sys.argv[1:] = _with_custom_model(sys.argv[1:])
+    sys.argv[1:] = for_hydra(sys.argv[1:])
     store_schemas()
     sweep = Sweep()
     dense_cache = DenseCache()
     faults: list[AceError] = []
     objections: list[str] = []
+    bugs: list[Exception] = []
     job = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(
-        lambda config: _job(config, sweep, dense_cache, faults, objections)
+        lambda config: _job(config, sweep, dense_cache, faults, objections, bugs)
     )
     try:
         job()
-    except CONFIGURATION_ERRORS as fault:
-        sys.exit(_mend(explain(fault)))
-    except FileExistsError as fault:  # a file where Hydra wants the folder of a sweep
-        sys.exit(_mend(AceError(f"output_dir={fault.filename} is a file", "Name a folder.")))
-    except ValueError as fault:
-        if "override must be a string" not in str(fault):
+    except Exception as fault:
+        if fault in bugs or (isinstance(fault, OSError) and not isinstance(fault, CONFIGURATION_ERRORS)):
             raise
-        sys.exit(_mend(AceError("A group is set to null", "Name a choice, or none where it is offered.")))
+        sys.exit(_mend(explain(fault)))  # before a job begins, all that fails is the configuration
     except KeyboardInterrupt:
         sys.exit(_mend(AceError("Interrupted", "Repeat the command to continue; finished blocks are kept.")))
     if faults and not sweep.jobs:
@@ -65,8 +65,9 @@ def main() -> None:
 
 
 def _job(
-    config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError], objections: list[str]
-) -> None:
+    config: DictConfig, sweep: Sweep, dense_cache: DenseCache, faults: list[AceError], objections: list[str],
+    bugs: list[Exception],
+) -> None:  # fmt: skip
     """One job: the whole run, or one of a sweep. A fault is kept here, so that Hydra does not print it its own way."""
     hydra_config = HydraConfig.get()
     many = hydra_config.mode is RunMode.MULTIRUN
@@ -87,8 +88,13 @@ def _job(
         faults.append(explain(fault))
         _mend(faults[-1])
         outcome = str(faults[-1])
+    except OSError as fault:
+        faults.append(of_system(fault))
+        _mend(faults[-1])
+        outcome = str(faults[-1])
     except Exception as fault:
         if not many:
+            bugs.append(fault)
             raise
         traceback.print_exc()  # a bug: the other jobs go on
         outcome = f"{type(fault).__name__}: {first_line(fault)}"
@@ -115,37 +121,16 @@ def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
     overrides = [override for override in _overrides() if not override.startswith("output_dir=")]
     if config.output_dir_given:
         overrides.append(f"output_dir={config.output_dir}")
-    return run(config, shlex.join(["ace-prune", *_config_folders(), *overrides]), Terminal(), dense_cache)
-
-
-def _with_custom_model(arguments: list[str]) -> list[str]:
-    """``model.path=...`` alone means no card: the default card's choices are for its own model."""
-    names = [argument.partition("=")[0] for argument in arguments]
-    if "model.path" not in names or "model" in names:
-        return arguments
-    place = names.index("model.path")
-    return [*arguments[:place], "model=custom", *arguments[place:]]
+    return run(config, shlex.join(["ace-prune", *config_folders(sys.argv[1:]), *overrides]), Terminal(), dense_cache)
 
 
 def _overrides() -> list[str]:
-    """The job's overrides as a person would type them: a sweep escapes what its grammar could mistake."""
-    return [override.replace("\\:", ":") for override in HydraConfig.get().overrides.task]
-
-
-def _config_folders() -> list[str]:
-    """The user's --config-dir, as given: part of the command that repeats a run."""
-    arguments = sys.argv[1:]
-    for index, argument in enumerate(arguments):
-        if argument in ("--config-dir", "-cd"):
-            return arguments[index : index + 2]
-        if argument.startswith("--config-dir="):
-            return [argument]
-    return []
+    """The job's overrides as a person would type them."""
+    return [as_typed(override) for override in HydraConfig.get().overrides.task]
 
 
 def _mend(fault: AceError) -> int:
-    print(f"ace-prune: {fault}", file=sys.stderr)
-    return MEND
+    return mend("ace-prune", fault)
 
 
 if __name__ == "__main__":

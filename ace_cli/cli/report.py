@@ -7,10 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ace_cli.core.errors import AceError
+from ace_cli.cli.ending import command
 from ace_cli.report.collect import Group, as_csv, as_json, as_markdown, find, groups
 
 
+@command("ace-report")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits 0 when done, 2 where a folder holds no report."""
     parser = argparse.ArgumentParser("ace-report", description="Runs side by side, a table for each protocol.")
@@ -18,14 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--format", choices=("terminal", "md", "csv", "json"), default="terminal", help="of the output")
     parser.add_argument("--out", type=Path, help="also write overview.html, .md, .csv, .json and the pictures here")
     options = parser.parse_args(arguments)
-    try:
-        _show(options.folders, options.format, options.out)
-    except AceError as fault:
-        print(f"ace-report: {fault}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as fault:
-        print(f"ace-report: {fault.strerror or fault}: {fault.filename or options.out}", file=sys.stderr)
-        sys.exit(2)
+    _show(options.folders, options.format, options.out)
 
 
 def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:

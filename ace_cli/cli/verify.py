@@ -6,9 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from ace_cli.core.errors import AceError
+from ace_cli.cli.ending import command
 
 
+@command("ace-verify")
 def main() -> None:
     """Exits 0 if every pruned weight holds its pattern, 1 at the first violation, 2 if the folder cannot be read."""
     parser = argparse.ArgumentParser(
@@ -23,9 +24,6 @@ def main() -> None:
     except Violation as violation:
         print(f"ace-verify: {violation}", file=sys.stderr)
         sys.exit(1)
-    except AceError as fault:
-        print(f"ace-verify: {fault}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

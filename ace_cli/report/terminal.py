@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ace_cli.core.console import unwritten
 from ace_cli.report.markdown import fidelity_line, gigabytes, perplexity_rows, protocol_line, windows_line
 from ace_cli.report.zero_shot import (
     comparison_head,
@@ -28,11 +30,24 @@ if TYPE_CHECKING:
     from ace_cli.run.plan import Plan
 
 
+class _Screen(Console):
+    """Standard output; what it does not take ends the run in a sentence of its own, not in one about other files."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as fault:
+            raise unwritten(fault) from fault
+
+    def on_broken_pipe(self) -> None:
+        raise unwritten(BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)))
+
+
 class Terminal:
     """Prints to standard output; a log file, once opened, gets the same text."""
 
     def __init__(self) -> None:
-        self._screen = Console(highlight=False, soft_wrap=True)
+        self._screen = _Screen(highlight=False, soft_wrap=True)
         self._log: Console | None = None
 
     @contextmanager

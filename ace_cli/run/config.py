@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -217,34 +217,74 @@ def _unknown_options(config: DictConfig) -> list[str]:
 
 
 def explain(fault: Exception) -> AceError:
-    """A composition error of Hydra or OmegaConf as one line with a suggestion."""
-    text = str(fault)
+    """What made a composition fail, of Hydra, OmegaConf or the YAML parser, as one line with what to do."""
+    text, cause = str(fault), _root(fault)
     if match := re.search(r"Could not find '([\w./]+?)/([^'/]*)'", text):
         group, name = match[1], match[2]
-        return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, _offered(group)))
-    cause: BaseException = fault
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
+        return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, offered(group)))
     if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", str(cause)):
         key = re.search(r"full_key: (\S+)", str(cause))
-        where = key[1] if key else match[1]
-        return AceError(f"{where}: there is no such option.", _known_keys(where, match[2]))
+        return _unknown_key(key[1] if key else match[1], match[2])
     if match := re.search(r"Could not override '([^']+)'", text):
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        reason = next((line for line in lines if not line.startswith(("full_key", "object_type", "reference"))), "")
+        reason = _words(cause)
         if cause is fault or "Could not override" in reason:
             return AceError(f"{match[1]}: there is no such option.", _known_keys(match[1]))
         return AceError(f"{match[1]}: {reason}.", "See ace-prune --help.")
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    keep = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type"))]
+    if match := re.search(
+        r"In '([^']+)':.*Merge error: \w+ is not a subclass of (\w+)\. value: (.*?)(?:\n|$)", text, re.S
+    ):
+        return _not_a_group(match[1], match[2], match[3])
+    if isinstance(fault, OverrideParseException):
+        return AceError(f"{fault.override} is no override that Hydra can read", "Quote its value: name='\"...\"'.")
+    if isinstance(cause, UnicodeDecodeError):
+        return AceError(f"A YAML file is not UTF-8: {cause}", "Save it as UTF-8; `file *.yaml` tells which one it is.")
+    if isinstance(cause, RecursionError):
+        return AceError("The configuration leads back into itself, or is nested too deep", "See ace-prune --help.")
     key = re.search(r"full_key: (\S+)", str(cause))
-    return AceError(f"{key[1] + ': ' if key else ''}{' '.join(keep)}", "See ace-prune --help.")
+    return AceError(f"{key[1] + ': ' if key else ''}{_words(cause)}", "See ace-prune --help.")
+
+
+def _root(fault: BaseException) -> BaseException:
+    while fault.__cause__ is not None:
+        fault = fault.__cause__
+    return fault
+
+
+def _words(cause: BaseException) -> str:
+    """A library's words in one line: without where its own objects are, and without a link to the grammar."""
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https:"))]
+    return " ".join(kept) or type(cause).__name__
+
+
+def _unknown_key(where: str, class_name: str) -> AceError:
+    """A key that no class has; as the name of a group, it is a file that landed there for want of a package."""
+    if where in ("experiment", "schema", "hydra"):
+        return AceError(
+            f"A file of {where}/ does not say where its options belong",
+            "Its very first line must be: # @package _global_ (with no byte order mark before it).",
+        )
+    return AceError(f"{where}: there is no such option.", _known_keys(where, class_name))
+
+
+def _not_a_group(file: str, class_name: str, value: str) -> AceError:
+    """``metric: wanda`` in a file, which is a choice on the command line and in a defaults list alone."""
+    groups = [group for group in registry.PACKAGES for cls in registry.choices(group).values() if
+              cls.__name__ == class_name]  # fmt: skip
+    if not groups:
+        return AceError(f"{file}.yaml: {value} where options are expected", "See ace-prune --cfg job.")
+    line = f"defaults: [{{override /{groups[0]}: {value}}}]"
+    return AceError(
+        f"{file}.yaml: '{groups[0]}: {value}' gives no option, it names a choice",
+        f"Write it as {line}, or give {groups[0]}={value} on the command line.",
+    )
 
 
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
 
 
-def _offered(group: str) -> list[str]:
+def offered(group: str) -> list[str]:
+    """The names that ``group=`` takes: registered choices and our own files."""
     names = set(registry.choices(group)) if group in registry.PACKAGES else set()
     return sorted(names | {file.stem for file in (config_folder() / group).glob("*.yaml")})
 

@@ -1,0 +1,227 @@
+"""What enters from the command line and from YAML files: a result, or one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from ace_cli.cli.arguments import as_typed, for_hydra
+from ace_cli.core.errors import AceError, first_line
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+LONG = "x" * 5000
+ODD = ["a=b", "a,b", "out(1)", "a#b", "café", "a b", "it's", 'say "hi"', "a\\", "a\\'b", "[x]", "{x}", "1e5", "007",
+       "true", "C:\\x\\y", "x:y", "größe/日本", "a;b&c|d", "-", "!x", "@x", "%", "^", "<>", " a ", "a\tb"]  # fmt: skip
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    assert len(done.stderr) < 1500
+    for text in expected:
+        assert text in done.stderr
+
+
+# --- paths -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ODD)
+def test_any_path_is_a_value(path: str) -> None:
+    (override,) = for_hydra([f"output_dir={path}"])
+    assert OverridesParser.create().parse_override(override).value() == path
+    assert as_typed(override) == f"output_dir={path}"
+    first, second = for_hydra(["-m", f"calib.path='{path}'" if "," in path else f"calib.path={path}", "x=y"])[1:]
+    assert OverridesParser.create().parse_override(first).value() == path
+    assert second == "x=y"
+
+
+def test_what_is_quoted_or_null_already_stays_as_it_is() -> None:
+    typed = ["calib.path='a,b'", 'output_dir="x y"', "eval.path=null", "calib.path=", "metric=wanda", "x", "--help"]
+    assert for_hydra(typed) == typed
+
+
+def test_commas_separate_paths_in_a_sweep_alone() -> None:
+    assert for_hydra(["calib.path=a.txt,b c.txt"]) == ["calib.path='a.txt,b c.txt'"]
+    assert for_hydra(["-m", "calib.path=a.txt,b c.txt,'d,e'"])[1] == "calib.path=a.txt,'b c.txt','d,e'"
+    assert for_hydra(["-m", "calib.path=glob(*)"])[1] == "calib.path=glob(*)"
+
+
+def test_a_home_folder_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert for_hydra(["output_dir=~/x"]) == ["output_dir=/home/me/x"]
+
+
+def test_paths_with_odd_letters_work(here: Command, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "models, a=b (1)").symlink_to(llama)
+    out = "out=1, (é) #2"
+    done = here("model.path=models, a=b (1)", "metric=magnitude", "eval=none", "html=false", f"output_dir={out}")
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((tmp_path / out / "report.json").read_text(encoding="utf-8"))
+    assert shlex.split(report["command"])[-1] == f"output_dir={tmp_path / out}"
+
+
+def test_a_hub_id_or_a_folder_may_stand_where_a_card_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "conf" / "model" / "org").mkdir(parents=True)
+    (tmp_path / "conf" / "model" / "org" / "card.yaml").write_text("path: org/name\n")
+    assert for_hydra(["model=org/name", "x=1"]) == ["model=custom", "model.path=org/name", "x=1"]
+    assert for_hydra(["model=mine"]) == ["model=custom", "model.path=mine"]
+    assert for_hydra(["model=m.gguf"]) == ["model=custom", "model.path=m.gguf"]
+    assert for_hydra(["-m", "model=a/b,c/d"]) == ["-m", "model=custom", "model.path=a/b,c/d"]
+    for card in (["model=smollm2"], ["-m", "model=smollm2,llama7b"], ["--config-dir", "conf", "model=org/card"]):
+        assert for_hydra(card) == card
+    with pytest.raises(AceError, match="mixes cards and paths"):
+        for_hydra(["-m", "model=smollm2,a/b"])
+
+
+# --- names and values that cannot be -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([f"metric={LONG}"], "there is no such metric"),
+        ([f"model={LONG}"], "there is no such model"),
+        ([f"{LONG}=1"], "there is no such option"),
+        (["allocation=[null]"], "takes one name"),
+        (["metric=[[]]"], "takes one name"),
+        (["metric=null"], "takes one name"),
+        (["--resolve"], "--resolve"),
+        (["--run", "--multirun"], "--multirun"),
+        (["metric.alpha=[", "metric=ria"], "metric.alpha=["),
+    ],
+)
+def test_arguments_that_hydra_would_choke_on(here: Command, arguments: list[str], expected: str) -> None:
+    base = [] if arguments[0].startswith("model=") else ["model.path=org/name"]
+    assert_one_line(here(*base, *arguments), expected)
+
+
+def test_bytes_that_are_no_utf_8() -> None:
+    with pytest.raises(AceError, match="not UTF-8"):
+        for_hydra([os.fsdecode(b"output_dir=caf\xe9")])
+
+
+def test_a_working_folder_that_was_removed(tmp_path: Path) -> None:
+    start = "import os; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone')\n"
+    start += "from ace_cli.cli.prune import main; main()"
+    done = subprocess.run([sys.executable, "-c", start], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert_one_line(done, "is gone")
+
+
+def test_a_sweep_where_no_folder_can_be_made(here: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("file/sweep", "file", "/proc/sweep"):
+        arguments = ["-m", "model.path=org/name", "sparsity=0.4,0.5", f"output_dir={folder}"]
+        assert_one_line(here(*arguments), folder.split("/sweep")[0])
+
+
+# --- standard output -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("last", ["dry_run=true", "--cfg"])
+def test_an_output_that_is_full_is_named(llama: Path, tmp_path: Path, last: str) -> None:
+    command = [sys.executable, "-m", "ace_cli", f"model.path={llama}", "metric=magnitude", "eval=none", last]
+    command += ["job"] if last == "--cfg" else []
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    done.stdout = ""
+    assert_one_line(done, "Standard output cannot be written: No space left on device")
+
+
+@pytest.mark.parametrize("last", ["dry_run=true", "--help"])
+def test_a_reader_that_went_away_is_told(llama: Path, tmp_path: Path, last: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ace_cli", f"model.path={llama}", "metric=magnitude", "eval=none", last]
+    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    done.stdout = ""
+    assert_one_line(done, "Standard output cannot be written: Broken pipe")
+
+
+# --- YAML files ------------------------------------------------------------------------------------------------------
+
+GLOBAL = b"# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (GLOBAL + b'sparsity:\t"0.5"\n', "line 2"),
+        (GLOBAL + b'sparsity: "0.5"\nsparsity: "0.6"\n', "duplicate key sparsity"),
+        (GLOBAL + b'sparsity: "0.5\0"\n', "#x0000"),
+        (GLOBAL + b"output_dir: caf\xe9\n", "not UTF-8"),
+        (GLOBAL + b"dry_run: true\n---\ndry_run: false\n", "another document"),
+        (b"\xef\xbb\xbf" + GLOBAL + b"dry_run: true\n", "byte order mark"),
+        (b"dry_run: true\n", "# @package _global_"),
+        (b"- a\n", "# @package _global_"),
+        (b"", "# @package _global_"),
+        (GLOBAL + b"metric: wanda\n", "defaults: [{override /metric: wanda}]"),
+        (GLOBAL + b"sparsty: 1\n", "Did you mean 'sparsity'?"),
+        (GLOBAL + b"calib: {n_samples: many}\n", "calib.n_samples"),
+        (GLOBAL + b"a: &a [*a]\n", "leads back into itself"),
+        (GLOBAL + b"x: " + b"[" * 20_000 + b"]" * 20_000 + b"\n", "nested too deep"),
+        (GLOBAL + b'dry_run: !!python/object/apply:os.system ["touch bad"]\n', "python/object"),
+        (GLOBAL + b"null: 1\n", "NoneType"),
+        (GLOBAL + b"? [a]\n: 6\n", "unhashable"),
+        (GLOBAL + b"defaults: 5\n", "defaults must be a list"),
+        (GLOBAL + b"defaults: [null]\n", "NoneType"),
+        (GLOBAL + b"sparsity: 2020-01-01\n", "sparsity=2020-01-01"),
+        (GLOBAL + b"sparsity: ${nothing}\n", "nothing"),
+    ],
+)  # fmt: skip
+def test_a_yaml_file_of_the_user_s(here: Command, tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "e.yaml").write_bytes(content)
+    assert_one_line(here("--config-dir", "mine", "experiment=e", "model.path=org/name"), expected)
+    assert not (tmp_path / "bad").exists()
+
+
+def test_a_folder_of_that_name(here: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment" / "e.yaml").mkdir(parents=True)
+    assert_one_line(here("--config-dir", "mine", "experiment=e", "model.path=org/name"), "experiment=e")
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_short_line_whatever_it_names() -> None:
+    text = str(AceError(f"a\nb\x1b[0m\0 {LONG}", "c\r\nd"))
+    assert text.isprintable()
+    assert len(text) < 300
+    assert str(AceError("Größe, 日本.", "Ok.")) == "Größe, 日本. Ok."
+
+
+def test_the_cause_that_a_first_line_announces_is_said() -> None:
+    assert first_line(ValueError("Validation error for field 'x':\n    TypeError: must be int\nmore")) == (
+        "Validation error for field 'x': TypeError: must be int"
+    )
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError("")) == "ValueError"
+    assert first_line(ValueError("all:\n")) == "all:"
+
+
+def test_ace_eval_hints_at_its_own_options(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from ace_cli.cli import evaluate
+
+    (tmp_path / "short.txt").write_text("w3 w4")
+    text = str(tmp_path / "short.txt")
+    monkeypatch.setattr(sys, "argv", ["ace-eval", str(llama), "--tasks", "none", "--text", text, "--seq-len", "64"])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main()
+    said = capsys.readouterr().err
+    assert "Lower --seq-len" in said
+    assert "eval." not in said
