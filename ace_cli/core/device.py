@@ -6,6 +6,7 @@ from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.torch_api import has_bfloat16_units
 
 if TYPE_CHECKING:
     import torch
@@ -20,13 +21,6 @@ class Dtype(Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
-
-
-def has_bfloat16_units() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices faster than float32 ones; without such units it is slower."""
-    import torch
-
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def choose_device(name: str) -> torch.device:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.core.device import has_bfloat16_units
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer
+from ace_cli.core.torch_api import has_bfloat16_units
 
 if TYPE_CHECKING:
     import torch

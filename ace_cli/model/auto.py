@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ace_cli.model.transformers_api import needs_images
+
 
 class LargeOnMeta(TorchFunctionMode):
     """Tensors of more than ``LIMIT`` elements are made on the meta device: those are weights, never tables.
@@ -29,14 +31,8 @@ class LargeOnMeta(TorchFunctionMode):
 def auto_class(config: Any) -> Any:
     """The auto class that builds a language model of ``config``, with images or without."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    )
 
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
+    return AutoModelForImageTextToText if needs_images(config) else AutoModelForCausalLM
 
 
 def decoder_of(skeleton: Any) -> Any:

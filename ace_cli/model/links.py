@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_cli.core.torch_api import own_parameters
 from ace_cli.methods.patterns import NofM
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
@@ -192,14 +193,14 @@ class LinkFinder:
         draw = _Noise(self._model)
         probe = replace(self._short, hidden_BLH=draw.normal(*self._short.hidden_BLH.shape))
         touched = [slots[name].module for name in {link.consumer, *(p.slot for p in link.producers)}]
-        kept = [dict(module._parameters) for module in touched]
+        kept = [dict(own_parameters(module)) for module in touched]
         before = self._outputs(index, probe, slots)
         try:
             reorder(block, link, _random_order(link, draw))
             after = self._outputs(index, probe, slots)
         finally:
             for module, parameters in zip(touched, kept, strict=True):
-                module._parameters.update(parameters)
+                own_parameters(module).update(parameters)
         producers = {producer.slot for producer in link.producers}
         return all(self._same(before[name], after[name]) for name in before if name not in producers)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.slots import Part, View
+from ace_cli.model.transformers_api import in_loading_order, only_stacks, rules_of
 
 
 @dataclass
@@ -44,21 +45,16 @@ class Mapping:
     """Which file tensors make which parameter of ``skeleton``. ``unused``: file tensors that make none."""
 
     def __init__(self, skeleton: Any, checkpoint: Checkpoint) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
-
         self._checkpoint = checkpoint
         self._parts: dict[str, list[Part]] = {}
         self._made: dict[str, Conversion] = {}
         self.unused: list[str] = []
         state = skeleton.state_dict()
-        rules = get_model_conversion_mapping(skeleton)
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        rules = rules_of(skeleton)
+        by_pattern = {pattern: rule for rule in rules.converters for pattern in rule.source_patterns}
         sources: dict[str, dict[str, list[str]]] = {}
-        for key in sorted(checkpoint.tensors, key=dot_natural_key):
-            name, pattern = _renamed(key, renamings, converters, skeleton.base_model_prefix, state)
+        for key in in_loading_order(checkpoint.tensors):
+            name, pattern = rules.name_of(key, state)
             if name not in state:
                 self.unused.append(key)
             elif pattern is None:
@@ -106,10 +102,7 @@ class Mapping:
 
     def _stacked(self, rule: Any, sources: dict[str, list[str]]) -> list[Part]:
         """One file tensor per expert, joined along their first axis; none if the rule does anything else."""
-        from transformers.core_model_loading import Concatenate, MergeModulelist
-
-        kinds = [(type(operation), operation.dim) for operation in rule.operations]
-        if kinds not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if not only_stacks(rule):
             return []
         parts, start = [], 0
         for pattern in rule.source_patterns:
@@ -119,15 +112,3 @@ class Mapping:
             parts += [Part(key, View(expert, False, start, joined)) for expert, key in enumerate(keys)]
             start += rows
         return parts
-
-
-def _renamed(
-    key: str, renamings: list[Any], converters: list[Any], prefix: str, state: dict[str, Any]
-) -> tuple[str, str | None]:
-    """A file tensor's parameter, and the pattern of the rule that converts it: what transformers' loader does."""
-    from transformers.core_model_loading import rename_source_key
-
-    name, pattern = rename_source_key(key, renamings, converters, prefix, state)
-    if name not in state and key in state:
-        name, pattern = rename_source_key(key, [], [], prefix, state)
-    return name, pattern

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.torch_api import is_convolution
 
 #: Classes that multiply by a matrix but are no nn.Linear, or that keep one matrix per expert without saying which way
 #: round (``is_transposed``): class name -> whether it is stored (I, O). A row here teaches a new one.
@@ -173,7 +174,7 @@ def _slots_of(module: nn.Module, leaf: str, weight: Tensor, parts: list[Part]) -
             return [], f"a matrix of {kind}"
         slots = [_slot(module, leaf, part, STORED_TRANSPOSED.get(kind, False)) for part in parts]
         return slots, "" if known else f"a matrix of {kind}"
-    if weight.dim() > 3 or isinstance(module, nn.modules.conv._ConvNd):
+    if weight.dim() > 3 or is_convolution(module):
         return [], "a convolution"
     turned: bool | None = getattr(module, "is_transposed", STORED_TRANSPOSED.get(kind))
     if turned is None:
@@ -212,7 +213,7 @@ def _routers(block: nn.Module) -> set[str]:
 
 def _stacked(module: nn.Module) -> list[Tensor]:
     """The parameters of ``module`` that hold one matrix per expert."""
-    if isinstance(module, nn.modules.conv._ConvNd):
+    if is_convolution(module):
         return []
     return [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.folder import INDEX, copy_other_files, weight_map
+from ace_cli.model.transformers_api import save_as_plain
 
 
 class ImportDtype(Enum):
@@ -160,11 +161,7 @@ def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
     except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
         reason = first_line(fault)
         raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault
-    # The weights are plain now; these two make transformers refuse to save them as such.
-    model.hf_quantizer = None
-    model._weight_conversions = None  # those of the GGUF file: save under the names that the family has elsewhere
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
+    save_as_plain(model)
     model.save_pretrained(folder, max_shard_size="5GB")
     tokenizer.save_pretrained(folder)
 

@@ -8,7 +8,6 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,11 +18,13 @@ from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer, off_the_heap
+from ace_cli.core.torch_api import own_buffers, own_parameters
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
 from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
+from ace_cli.model.transformers_api import PLAIN_EXPERTS, block_classes, kept_in_float32, tied_weights
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
 #: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
@@ -222,7 +223,7 @@ class StreamedModel:
 
     def faults(self) -> list[str]:
         """Where the files do not hold what the model needs, one line each."""
-        tied = self.skeleton.all_tied_weights_keys
+        tied = tied_weights(self.skeleton)
         state = self._state()
         missing = [f"no weight for {name}" for name in state if name not in self._mapping and name not in tied]
         return missing + self._mapping.misfits(state)
@@ -233,7 +234,7 @@ class StreamedModel:
         return dict(self.skeleton.state_dict(keep_vars=True))
 
     def _find_blocks(self, selection: Selection) -> list[Block]:
-        kind, names = type(self.skeleton).__name__, set(self.skeleton._no_split_modules or ())
+        kind, names = type(self.skeleton).__name__, block_classes(self.skeleton)
         outside = tuple(f"{path}." for path in self.others)
         lists = [
             (name, module)
@@ -294,7 +295,7 @@ class StreamedModel:
         output = self.skeleton.get_output_embeddings()
         skipped = {f"{name}." for name, module in self.skeleton.named_modules() if module is output and not head}
         names = [name for name in self._stem if not name.startswith(tuple(skipped))]
-        tied = dict(self.skeleton.all_tied_weights_keys)
+        tied = tied_weights(self.skeleton)
         for name in names:
             if name in self._mapping and name not in tied:
                 parts = self._mapping.parts(name)
@@ -411,7 +412,7 @@ def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     config = AutoConfig.from_pretrained(checkpoint.folder)
     with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta():
-        return auto_class(config).from_config(config, dtype=dtype, experts_implementation="eager")
+        return auto_class(config).from_config(config, dtype=dtype, **PLAIN_EXPERTS)
 
 
 def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:
@@ -421,11 +422,10 @@ def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) 
     """
     if dtype == torch.float32:
         return lambda _: False
-    names = set(skeleton._keep_in_fp32_modules_strict or ())
-    names |= set(skeleton._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
-    named = re.compile("|".join(name.replace("*", ".*") for name in sorted(names)) or "$^")
-    made = {name for name, value in _built(checkpoint, dtype).state_dict().items() if value.dtype == torch.float32}
-    return lambda name: name in made or named.search(name) is not None
+    named = kept_in_float32(skeleton, dtype)
+    with torch.device("meta"):  # a second model, but of names alone: the first one was made in float32
+        made = {name for name, value in _built(checkpoint, dtype).state_dict().items() if value.dtype == torch.float32}
+    return lambda name: name in made or named(name)
 
 
 def _quantisation(checkpoint: Checkpoint) -> str | None:
@@ -454,18 +454,19 @@ def _lists(skeleton: nn.Module) -> str:
 
 def _move_buffers(root: nn.Module, device: torch.device) -> None:
     for module in root.modules():
-        for name, buffer in module._buffers.items():
+        buffers = own_buffers(module)
+        for name, buffer in buffers.items():
             if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
+                buffers[name] = buffer.to(device)
 
 
 def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = root.get_submodule(path)
-    if leaf in module._buffers:
-        module._buffers[leaf] = tensor
+    if leaf in own_buffers(module):
+        own_buffers(module)[leaf] = tensor
     else:
-        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        own_parameters(module)[leaf] = nn.Parameter(tensor, requires_grad=False)
 
 
 def _empty(root: nn.Module, names: Any) -> None:

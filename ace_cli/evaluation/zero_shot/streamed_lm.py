@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
 from ace_cli.data.documents import load_tokenizer
+from ace_cli.evaluation.zero_shot.lm_eval_api import Request, TokenModel
 from ace_cli.model.streamed import Batch, StreamedModel
 
 #: Hidden states held at once: a bound that does not depend on the number of items; the blocks are read anew for each
@@ -28,8 +27,6 @@ LOGIT_ROWS = 256
 
 #: Opens a progress bar of so many steps and gives the function to call after each.
 Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
-#: ((context, answer) as text, context ids, answer ids), as lm-eval hands requests over.
-Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
 @dataclass
@@ -40,31 +37,21 @@ class _Row:
     answers: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
-class StreamedLM(HFLM):  # type: ignore[misc]
-    """lm-eval's own treatment of texts and tokens (``HFLM``) over a model that is never whole in memory.
+class StreamedLM(TokenModel):
+    """lm-eval's own treatment of texts and tokens over a model that is never whole in memory.
 
     Batches are made of sequences of like length, as many as the streamed model takes at once: nothing to set. Only
     likelihoods are computed; tasks that write text are refused before (``harness.load``).
     """
 
     def __init__(self, model: StreamedModel, progress: Progress) -> None:
-        super().__init__(pretrained=model.skeleton, tokenizer=load_tokenizer(model.checkpoint), backend="causal")
-        self._device = model.device
+        super().__init__(model.skeleton, load_tokenizer(model.checkpoint), model.device)
         self._streamed = model
         self._progress = progress
         self._batch_tokens = min(BATCH_TOKENS, model.plain_tokens)
 
-    def loglikelihood(self, requests: Any, disable_tqdm: bool = True) -> Any:
-        """As in lm-eval, without its bars."""
-        return super().loglikelihood(requests, disable_tqdm=True)
-
-    def _loglikelihood_tokens(
-        self, requests: list[Request], disable_tqdm: bool = True, override_bs: int | None = None
-    ) -> list[tuple[float, bool]]:
-        """(log-probability of the answer, whether each of its tokens is the most likely), in the requests' order.
-
-        Log-probabilities are taken in float32. A sequence longer than the model is cut on the left, as in lm-eval.
-        """
+    def score_tokens(self, requests: list[Request]) -> list[tuple[float, bool]]:
+        """As in ``TokenModel``, in float32. A sequence longer than the model is cut on the left, as in lm-eval."""
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         parts = list(self._parts(_rows(requests, self.max_length)))
         with self._progress(len(parts) * len(self._streamed.blocks)) as step:

@@ -1,0 +1,199 @@
+"""What is used of other libraries though no release promises to keep it: one line says what broke when one moves it.
+
+Such names live in ``*_api.py`` files alone, each in the room that needs it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+import ace_cli
+from ace_cli.core import torch_api
+from ace_cli.model import transformers_api
+
+PACKAGE = Path(ace_cli.__file__).parent
+CONTRACTS: dict[str, Callable[[], bool]] = {}
+
+
+def contract(what: str) -> Callable[[Callable[[], bool]], Callable[[], bool]]:
+    def keep(check: Callable[[], bool]) -> Callable[[], bool]:
+        CONTRACTS[what] = check
+        return check
+
+    return keep
+
+
+@pytest.mark.parametrize("what", CONTRACTS)
+def test_contract(what: str) -> None:
+    try:
+        fine, why = CONTRACTS[what](), "it is there, but says something else"
+    except Exception as fault:
+        fine, why = False, f"{type(fault).__name__}: {fault}"
+    if not fine:
+        pytest.fail(f"MOVED in {what} ({why})", pytrace=False)
+
+
+def tiny(family: str, **options: Any) -> Any:
+    settings = {**tiny_models.COMMON, **tiny_models.FAMILIES[family], **options}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(family, **settings), **transformers_api.PLAIN_EXPERTS
+        )
+
+
+# --- transformers ---------------------------------------------------------------------------------------------------
+
+
+@contract("transformers: _no_split_modules names the classes of decoder blocks, used by block_classes")
+def _() -> bool:
+    return transformers_api.block_classes(tiny("llama")) == {"LlamaDecoderLayer"}
+
+
+@contract("transformers: _keep_in_fp32_modules(_strict) of a class, used by kept_in_float32")
+def _() -> bool:
+    known = all(hasattr(PreTrainedModel, name) for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"))
+    model = tiny("llama")
+    model._keep_in_fp32_modules, model._keep_in_fp32_modules_strict = {"q_proj"}, {"norm"}
+    half, brain = (transformers_api.kept_in_float32(model, dtype) for dtype in (torch.float16, torch.bfloat16))
+    return known and half("x.q_proj.weight") and not brain("x.q_proj.weight") and brain("x.norm.weight")
+
+
+@contract("transformers: all_tied_weights_keys maps a tied weight to the stored one, used by tied_weights")
+def _() -> bool:
+    tied = transformers_api.tied_weights(tiny("llama", tie_word_embeddings=True))
+    return tied == {"lm_head.weight": "model.embed_tokens.weight"} and not transformers_api.tied_weights(tiny("llama"))
+
+
+@contract("transformers: the auto classes' tables MODEL_FOR_..._MAPPING, used by needs_images")
+def _() -> bool:
+    text, images = AutoConfig.for_model("llama"), AutoConfig.for_model("llava")
+    return transformers_api.needs_images(images) and not transformers_api.needs_images(text)
+
+
+@contract("transformers: conversion_mapping and core_model_loading tell a file's tensors, used by rules_of")
+def _() -> bool:
+    model = tiny("mixtral")
+    rules, state = transformers_api.rules_of(model), model.state_dict()
+    plain = rules.name_of("model.layers.0.self_attn.q_proj.weight", state)
+    expert, pattern = rules.name_of("model.layers.0.block_sparse_moe.experts.1.w1.weight", state)
+    return plain == ("model.layers.0.self_attn.q_proj.weight", None) and expert in state and pattern is not None
+
+
+@contract("transformers: MergeModulelist and Concatenate are how experts are stacked, used by only_stacks")
+def _() -> bool:
+    return all(map(transformers_api.only_stacks, transformers_api.rules_of(tiny("mixtral")).converters))
+
+
+@contract("transformers: dot_natural_key sorts numbers in names as numbers, used by in_loading_order")
+def _() -> bool:
+    return transformers_api.in_loading_order(["e.10.w", "e.9.w"]) == ["e.9.w", "e.10.w"]
+
+
+@contract("transformers: experts_implementation='eager' of from_config, used by PLAIN_EXPERTS")
+def _() -> bool:
+    return bool(tiny("mixtral").config._experts_implementation == "eager")
+
+
+@contract("transformers: save_pretrained asks for hf_quantizer and _weight_conversions, set by save_as_plain")
+def _() -> bool:
+    from transformers import core_model_loading
+
+    saving, loading = (inspect.getsource(where) for where in (PreTrainedModel.save_pretrained, core_model_loading))
+    return "hf_quantizer" in saving and '"_weight_conversions"' in loading
+
+
+# --- torch ----------------------------------------------------------------------------------------------------------
+
+
+@contract("torch: torch.cpu tells of units for bfloat16, used by has_bfloat16_units")
+def _() -> bool:
+    return isinstance(torch_api.has_bfloat16_units(), bool)
+
+
+@contract("torch: a module computes with what is put into its _parameters and _buffers, used by own_parameters")
+def _() -> bool:
+    layer = torch.nn.Linear(2, 3, bias=False)
+    torch_api.own_parameters(layer)["weight"] = torch.nn.Parameter(torch.ones(1, 2))
+    layer.register_buffer("table", torch.zeros(1))
+    torch_api.own_buffers(layer)["table"] = torch.ones(2)
+    return layer(torch.ones(2)).tolist() == [2.0] and layer.table.tolist() == [1, 1]
+
+
+@contract("torch: every convolution is a _ConvNd, used by is_convolution")
+def _() -> bool:
+    kinds = [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.ConvTranspose2d]
+    return all(torch_api.is_convolution(kind(1, 1, 1)) for kind in kinds) and not torch_api.is_convolution(
+        torch.nn.Linear(1, 1)
+    )
+
+
+# --- lm-eval --------------------------------------------------------------------------------------------------------
+
+
+@contract("lm-eval: HFLM scores through _loglikelihood_tokens, overridden by TokenModel")
+def _() -> bool:
+    from lm_eval.models.huggingface import HFLM
+
+    wanted = ["self", "requests", "disable_tqdm", "override_bs"]
+    return list(inspect.signature(HFLM._loglikelihood_tokens).parameters) == wanted
+
+
+@contract("lm-eval: HFLM takes a model made before, and says its device by _device, used by TokenModel")
+def _() -> bool:
+    from lm_eval.models.huggingface import HFLM
+
+    taken = inspect.signature(HFLM.__init__).parameters
+    said = "self._device" in inspect.getsource(HFLM.device.fget)
+    return said and {"pretrained", "tokenizer", "backend"} <= set(taken)
+
+
+@contract("lm-eval: what harness reads of a task and of TaskManager.load")
+def _() -> bool:
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks import TaskManager
+
+    functions = ["has_test_docs", "get_config", "set_config", "set_fewshot_seed"]
+    names = ["OUTPUT_TYPE", "VERSION", "instances", "eval_docs", "config", *functions]
+    return all(hasattr(ConfigurableTask, name) for name in names) and hasattr(TaskManager, "load")
+
+
+# --- where they live ------------------------------------------------------------------------------------------------
+
+FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if not file.name.endswith("_api.py")]
+
+
+def own_names() -> set[str]:
+    """Every name with an underscore in front that this package gives to something of its own."""
+    names = set()
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+            elif (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.ctx, ast.Store)
+                and ast.unparse(node.value) == "self"
+            ):
+                names.add(node.attr)
+    return names
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_names_of_libraries_live_in_one_place(file: Path) -> None:
+    own = own_names()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            assert node.attr in own, f"line {node.lineno}: {node.attr} is no name of ours: put it in an *_api.py"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
+            pytest.fail(f"line {node.lineno}: {node.module} is no promise: put it in model/transformers_api.py")
