@@ -69,11 +69,11 @@ def save_windows(options: argparse.Namespace, file: Path) -> str:
     import torch
 
     from ace_cli.core.device import Dtype, choose_dtype
-    from ace_cli.data.calibration.text import Text
+    from ace_cli.core.registry import choices
     from ace_cli.model.files import Checkpoint
 
     source = Checkpoint(options.model)
-    calib = Text(n_samples=options.n_samples, seq_len=options.seq_len, path=str(options.pages))
+    calib = choices("calib")["text"](n_samples=options.n_samples, seq_len=options.seq_len, path=str(options.pages))
     file.write_text(json.dumps(calib.windows(source, "cpu").tolist()))
     return str(choose_dtype(Dtype.auto, torch.device("cpu"), source)).removeprefix("torch.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,15 +12,16 @@ from tiny_models import load
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from ace_cli.data.calibration.base import text_start
-from ace_cli.data.calibration.self_written import SelfWritten
-from ace_cli.data.calibration.text import Text
+from ace_cli.core.registry import choices
+from ace_cli.data.documents import text_start
 from ace_cli.methods.patterns import Ratio, Scope
 from ace_cli.methods.repair.sparsegpt import SparseGPT
 from ace_cli.model.files import Checkpoint
 from ace_cli.report.facts import Report
 from ace_cli.run.config import RunConfig, config_folder
 
+Text: Any = choices("calib")["text"]
+SelfWritten: Any = choices("calib")["self"]
 Configure = Callable[..., RunConfig]
 
 

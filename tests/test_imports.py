@@ -70,7 +70,8 @@ def test_imports_point_one_way(file: Path) -> None:
 
 def is_configuration(file: Path) -> bool:
     name = name_of(file)
-    return name.removeprefix("ace_cli.") in CONFIGURATION or name.rpartition(".")[0] in registry.PACKAGES.values()
+    offered = {*registry.PACKAGES.values(), *registry.SHARED.values()}
+    return name.removeprefix("ace_cli.") in CONFIGURATION or not offered.isdisjoint({name, name.rpartition(".")[0]})
 
 
 @pytest.mark.parametrize("file", [*filter(is_configuration, FILES)], ids=name_of)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import random
@@ -13,17 +14,17 @@ import torch
 from tiny_models import VOCABULARY
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.registry import choices
 from ace_cli.data import generation as sampling
 from ace_cli.data.documents import (
     consecutive_windows,
+    fingerprint,
     load_tokenizer,
     local_documents,
     local_file_fault,
     random_windows,
 )
 from ace_cli.data.generation import CALIBRATION, EVALUATION, sample_windows, start_token
-from ace_cli.evaluation.self_written import SelfWritten
-from ace_cli.evaluation.text import Text as EvaluationText
 from ace_cli.model.files import Checkpoint
 
 TEXTS = ["w3 w4 w5", "w6 w7\nw8", "w9"]
@@ -151,15 +152,64 @@ def test_a_text_with_no_more_windows_is_measured_whole(
     llama: Path, tmp_path: Path, most: int | None, count: int, whole: bool
 ) -> None:
     (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in range(3, 26)))
-    windows = EvaluationText(path=str(tmp_path / "text.txt"), seq_len=5, max_windows=most).windows(
+    windows = choices("eval")["text"](path=str(tmp_path / "text.txt"), seq_len=5, max_windows=most).windows(
         Checkpoint(llama), "cpu"
     )
     assert windows.ids_NL.tolist() == torch.arange(3, 23).view(4, 5)[:count].tolist()
     assert windows.whole is whole
 
 
+#: What the stand-in documents give: 128 windows of 16 tokens to calibrate on, all of 32 tokens to evaluate on.
+FINGERPRINTS = {
+    ("c4", "calib"): "1617b4d6ab2132c7", ("c4", "eval"): "5c146cc8b00d4fe5",
+    ("wikitext2", "calib"): "a95ddf6acf712376", ("wikitext2", "eval"): "5c146cc8b00d4fe5",
+    ("text", "calib"): "1617b4d6ab2132c7", ("text", "eval"): "5c146cc8b00d4fe5",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "group"), FINGERPRINTS)
+def test_every_source_gives_the_windows_it_always_gave(
+    llama: Path, documents: Path, configure: Any, monkeypatch: pytest.MonkeyPatch, name: str, group: str
+) -> None:
+    asked: list[Any] = []
+    given = local_documents(str(documents), "text")
+    if name != "text":
+        monkeypatch.setattr("ace_cli.data.documents._column", lambda *args, **options: asked.append(options) or given)
+    option = {"calib": "calib=self", "eval": "eval=none"} | {group: f"{group}={name}"}
+    more = [f"{group}.path={documents}"] if name == "text" else []
+    more += ["eval.seq_len=32"] if group == "eval" else []
+    choice = getattr(configure(f"model.path={llama}", *option.values(), *more), group)
+    windows = choice.windows(Checkpoint(llama), "cpu")
+    ids_NL = windows if group == "calib" else windows.ids_NL
+    assert fingerprint(ids_NL.contiguous())[:16] == FINGERPRINTS[name, group]
+    splits = {"c4": ("train", "validation"), "wikitext2": ("train", "test")}
+    assert [options["split"] for options in asked] == ([splits[name][group == "eval"]] if name in splits else [])
+
+
+def test_one_file_offers_a_source_to_calibration_and_to_evaluation() -> None:
+    """Its own fields come after those of the group; its defaults are those of the windows."""
+    for group in ("calib", "eval"):
+        assert set(choices("source")) == set(choices(group)) - {"none"}
+    calib, evaluation = choices("calib")["text"], choices("eval")["text"]
+    assert [field.name for field in dataclasses.fields(calib)][-3:] == ["min_tokens", "path", "field"]
+    assert [field.name for field in dataclasses.fields(evaluation)][-3:] == ["max_windows", "path", "field"]
+    evaluated = {name: choices("eval")[name]() for name in choices("source")}
+    assert [(choice.seq_len, choice.max_windows) for choice in evaluated.values()] == [
+        (2048, 256), (128, 32), (2048, None), (2048, None),
+    ]  # fmt: skip
+    assert {choice.seq_len for choice in (cls() for cls in choices("calib").values())} == {16}
+
+
+def test_faults_of_a_source_name_the_option_they_came_from() -> None:
+    assert choices("calib")["text"]().faults()[0].startswith("calib.path is missing")
+    assert choices("eval")["text"]().faults()[0].startswith("eval.path is missing")
+    assert choices("calib")["self"](seed=-1).faults() == ["calib.seed=-1: must not be negative"]
+    assert choices("eval")["self"](seed=-1).faults() == ["eval.seed=-1: must not be negative"]
+    assert "eval=self writes" in choices("eval")["self"](max_windows=None).faults()[0]
+
+
 def test_what_the_model_wrote_is_measured_whole(llama: Path) -> None:
-    windows = SelfWritten(seq_len=4, max_windows=3).windows(Checkpoint(llama), "cpu")
+    windows = choices("eval")["self"](seq_len=4, max_windows=3).windows(Checkpoint(llama), "cpu")
     assert (windows.ids_NL.shape, windows.whole) == ((3, 4), True)
 
 

@@ -12,11 +12,9 @@ from ace_cli.cli.ending import command
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
+from ace_cli.core.registry import choices
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.evaluation.c4 import C4
 from ace_cli.evaluation.task_options import SEVEN, TaskOptions
-from ace_cli.evaluation.text import Text
-from ace_cli.evaluation.wikitext2 import WikiText2
 from ace_cli.run.config import named_model
 
 if TYPE_CHECKING:
@@ -83,11 +81,13 @@ def _in_flags(text: str) -> str:
 
 
 def _text(name: str, seq_len: int, max_windows: int | None) -> Evaluation:
-    if name == "c4":
-        return C4(seq_len=seq_len, max_windows=max_windows or 256)
-    if name == "wikitext2":
-        return WikiText2(seq_len=seq_len, max_windows=max_windows)
-    return Text(seq_len=seq_len, max_windows=max_windows, path=name)
+    """The source of this name, if it is all that is to be said of it, or else the text file of this name."""
+    sources: dict[str, Any] = choices("source")
+    options: dict[str, Any] = {"seq_len": seq_len} | ({} if max_windows is None else {"max_windows": max_windows})
+    if name not in sources or sources[name].endless or sources[name]().faults("eval"):
+        name, options["path"] = "text", name
+    text: Evaluation = choices("eval")[name](**options)
+    return text
 
 
 def _evaluate(

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-#: Command-line group -> package whose modules offer its choices.
+#: Command-line group -> package whose modules, or module that, offers its choices.
 PACKAGES = {
     "metric": "ace_cli.methods.metrics",
     "allocation": "ace_cli.methods.allocation",
@@ -22,7 +22,9 @@ PACKAGES = {
     "eval": "ace_cli.evaluation",
     "tracker": "ace_cli.report.trackers",
 }
-_choices: dict[str, dict[str, type]] = {group: {} for group in PACKAGES}
+#: What is found the same way, but is a choice of several groups at once: a text source is one of calib and of eval.
+SHARED = {"source": "ace_cli.data.sources"}
+_choices: dict[str, dict[str, type]] = {group: {} for group in [*PACKAGES, *SHARED]}
 
 
 def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -39,9 +41,9 @@ def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
 
 def choices(group: str) -> dict[str, type]:
     """All choices of ``group`` by name, after importing every module of its package."""
-    package = importlib.import_module(PACKAGES[group])
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{PACKAGES[group]}.{module.name}")
+    package = importlib.import_module({**PACKAGES, **SHARED}[group])
+    for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+        importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_choices[group].items()))
 
 

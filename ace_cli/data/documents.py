@@ -107,6 +107,14 @@ def _tokenizer(folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
         raise AceError(f"{folder} has no usable tokenizer: {reason}", "Only calib=self needs none.") from fault
 
 
+def text_start(checkpoint: Checkpoint) -> int | None:
+    """The token that the tokenizer puts before every text; None if it puts none."""
+    tokenizer = load_tokenizer(checkpoint)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    return int(whole[0]) if bare and whole[1 : 1 + len(bare)] == bare else None
+
+
 def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
     """Windows drawn as SparseGPT and Wanda draw them: int64 (count, length).
 

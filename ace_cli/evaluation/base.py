@@ -1,10 +1,12 @@
-"""What an evaluation text is."""
+"""Evaluation windows: how many of a text source, and how long."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from ace_cli.core.registry import name_of
+from ace_cli.data.sources.base import FromSource, offer
 from ace_cli.evaluation.task_options import TaskOptions
 
 if TYPE_CHECKING:
@@ -21,14 +23,16 @@ class Windows(NamedTuple):
 
 
 @dataclass
-class Evaluation(TaskOptions):
+class Evaluation(TaskOptions, FromSource):
     """Windows of ``seq_len`` tokens, at most ``max_windows`` of them (all when null), for perplexity."""
 
     seq_len: int = 2048
     max_windows: int | None = None
 
-    #: Data set and split, as the report names them.
-    dataset = ""
+    @property
+    def dataset(self) -> str:
+        """Data set and split, as the report names them."""
+        return self.source.dataset
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
@@ -37,13 +41,15 @@ class Evaluation(TaskOptions):
             faults.append(f"eval.seq_len={self.seq_len}: must be at least 2")
         if self.max_windows is not None and self.max_windows < 1:
             faults.append(f"eval.max_windows={self.max_windows}: must be at least 1, or null for all")
-        return faults
+        if self.max_windows is None and self.source.endless:
+            name = name_of("eval", self)
+            faults.append(f"eval.max_windows=null: eval={name} writes as many windows as it is told; give a number")
+        return faults + self.source.faults("eval")
 
     def windows(self, checkpoint: Checkpoint, device: str) -> Windows:
-        """The windows to be measured; ``checkpoint`` is the dense model."""
-        ids_NL = self.cut(checkpoint, device)
+        """The windows to be measured; ``checkpoint`` is the dense model. Raises AceError when there are none."""
+        ids_NL = self.source.cut(checkpoint, self.seq_len, self.max_windows, device)
         return Windows(ids_NL[: self.max_windows].clone(), self.max_windows is None or len(ids_NL) <= self.max_windows)
 
-    def cut(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        """All windows of the text, int64 (n, seq_len), on the CPU."""
-        raise NotImplementedError
+
+offer("eval", Evaluation)

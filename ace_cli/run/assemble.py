@@ -18,7 +18,7 @@ from ace_cli import __version__
 from ace_cli.core.json_reader import read_object
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Phases
-from ace_cli.data.calibration.base import ExpertTokens
+from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ace_cli.core import registry
 from ace_cli.core.device import Dtype
 from ace_cli.core.errors import AceError, did_you_mean
-from ace_cli.data.calibration.base import Calibration
+from ace_cli.data.calibration import Calibration
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation

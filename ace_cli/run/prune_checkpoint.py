@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError, TransientError
-from ace_cli.data.calibration.base import ExpertTokens
+from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.methods.patterns import Pattern
 from ace_cli.model.files import Checkpoint, CheckpointWriter

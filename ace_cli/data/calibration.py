@@ -1,4 +1,4 @@
-"""What a calibration source is."""
+"""Calibration windows: how many of a text source, how long, and what the model adds to them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.generation import CALIBRATION, continue_windows
+from ace_cli.data.sources.base import FromSource, offer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ class ExpertTokens(Enum):
 
 
 @dataclass
-class Calibration:
+class Calibration(FromSource):
     """``n_samples`` token windows of ``seq_len``; the same seed gives the same windows.
 
     ``start_token`` puts the text-start token first in every window, where the tokenizer adds one to every text: a model
@@ -58,7 +58,7 @@ class Calibration:
             faults.append(f"calib.continue_to={self.continue_to}: must be more than calib.seq_len={self.seq_len}")
         if self.pack is not None and (self.pack < 2 or self.tokens % self.pack):
             faults.append(f"calib.pack={self.pack}: must divide the {self.tokens} tokens of all windows")
-        return faults
+        return list(dict.fromkeys([*faults, *self.source.faults("calib")]))  # both may know the seed
 
     @property
     def tokens(self) -> int:
@@ -72,25 +72,13 @@ class Calibration:
 
     def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
         """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them."""
-        ids_NL = self.draw(checkpoint, device)
+        source = self.source
+        ids_NL = source.draw(checkpoint, self.n_samples, self.seq_len, self.seed, device)
+        if self.start_token:
+            ids_NL = source.begin(ids_NL, checkpoint)
         if self.continue_to:
             ids_NL = continue_windows(checkpoint, ids_NL, self.continue_to, self.seed, CALIBRATION, device)
         return ids_NL.reshape(-1, self.length)
 
-    def draw(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        """The windows as the source has them, int64 (n_samples, seq_len)."""
-        raise NotImplementedError
 
-    def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
-        """``ids_NL`` with the start token in place of each first token, where the tokenizer begins texts with one."""
-        if self.start_token and (start := text_start(checkpoint)) is not None:
-            ids_NL[:, 0] = start
-        return ids_NL
-
-
-def text_start(checkpoint: Checkpoint) -> int | None:
-    """The token that the tokenizer puts before every text; None if it puts none."""
-    tokenizer = load_tokenizer(checkpoint)
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("a")["input_ids"]
-    return int(whole[0]) if bare and whole[1 : 1 + len(bare)] == bare else None
+offer("calib", Calibration)

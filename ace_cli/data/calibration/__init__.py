@@ -1,1 +1,0 @@
-"""Where calibration windows come from, one file per source."""
