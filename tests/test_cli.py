@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_models import edit, make, write_documents
 
+from ace_cli.cli import verify
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -241,3 +243,51 @@ def test_flags_may_follow_the_path(command: Command, tmp_path: Path) -> None:
     done = command("__main__", "model.path=org/name", "metric=wanda", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0
     assert "path: org/name" in done.stdout
+
+
+def test_verify_finds_the_checkpoint_of_a_run_folder(
+    here: Command, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], llama: Path, tmp_path: Path
+) -> None:
+    assert here(f"model.path={llama}", "metric=magnitude", "eval=none", "output_dir=out").returncode == 0
+    monkeypatch.setattr(sys, "argv", ["ace-verify", str(tmp_path / "out")])
+    verify.main()
+    assert f"{tmp_path / 'out' / 'checkpoint'}: 14 pruned weights" in capfd.readouterr().out
+
+
+NOTHING = "Interrupted. No block was finished: nothing is kept."
+BLOCKS = "Interrupted. Repeat the command to continue: finished blocks are kept."
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("ace_cli.run.pipeline.open_model", NOTHING),
+        (
+            "ace_cli.run.prune_checkpoint.replay",
+            BLOCKS,
+        ),
+        ("ace_cli.run.pipeline.make_report", BLOCKS),
+    ],
+)
+def test_what_ctrl_c_leaves_is_said(
+    here: Command, monkeypatch: pytest.MonkeyPatch, llama: Path, where: str, said: str
+) -> None:
+    arguments = [
+        f"model.path={llama}",
+        "metric=wanda",
+        "calib=self",
+        "calib.n_samples=4",
+        "eval=none",
+        "output_dir=out",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stopped)
+        if "replay" in where:
+            patch.setattr("ace_cli.model.files.CheckpointWriter.finish", stopped)
+            assert_one_line(here(*arguments), said)
+        done = here(*arguments)
+    assert_one_line(done, said)
+
+
+def stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,16 @@ from tiny_models import edit, load, make, token_windows, weights
 
 from ace_cli.core import registry
 from ace_cli.core.errors import AceError
+from ace_cli.core.locks import locked
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.model import files, pruned
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.folder import INDEX
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.report.facts import Report
-from ace_cli.run.journal import locked
+from ace_cli.report.terminal import Terminal
+from ace_cli.run.config import RunConfig
+from ace_cli.run.pipeline import run
 
 Prune = Callable[..., Report]
 
@@ -302,6 +307,18 @@ def test_two_runs_do_not_share_a_folder(llama: Path, tmp_path: Path, prune_here:
         prune_here(llama, tmp_path / "out", "metric=magnitude")
     assert str(tmp_path / "out") in str(caught.value)
     assert [file.name for file in (tmp_path / "out").iterdir()] == [".lock"]
+
+
+def test_two_runs_of_the_same_second_have_two_folders(
+    llama: Path, tmp_path: Path, configure: Callable[..., RunConfig]
+) -> None:
+    """Nobody named the folder, and the dated one is there when the second run comes."""
+    options = ("model=custom", f"model.path={llama}", "metric=magnitude", "eval=none", "html=false", "device=cpu")
+    for sparsity in ("0.3", "0.5"):
+        config = configure(*options, f"sparsity={sparsity}", f"output_dir={tmp_path / 'outputs' / 'now'}")
+        run(replace(config, output_dir_given=False), "test", Terminal(), DenseCache())
+    found = [json.loads((tmp_path / "outputs" / name / "report.json").read_text()) for name in ("now", "now-2")]
+    assert [report["sparsity"]["requested"] for report in found] == ["0.3", "0.5"]
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder where nobody may write")

@@ -50,8 +50,11 @@ def main() -> None:
         if fault in bugs or (isinstance(fault, OSError) and not isinstance(fault, CONFIGURATION_ERRORS)):
             raise
         sys.exit(_mend(explain(fault)))  # before a job begins, all that fails is the configuration
-    except KeyboardInterrupt:
-        sys.exit(_mend(AceError("Interrupted", "Repeat the command to continue; finished blocks are kept.")))
+    except KeyboardInterrupt as stop:  # a run that has something to lose says what becomes of it
+        jobs = (
+            "Repeat the command: finished jobs are kept." if sweep.jobs else "No block was finished: nothing is kept."
+        )
+        sys.exit(_mend(AceError("Interrupted", str(stop) or jobs)))
     if faults and not sweep.jobs:
         sys.exit(MEND)
     if sweep.jobs:

@@ -15,10 +15,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="ace-verify", description="Re-read a pruned checkpoint and check its pattern."
     )
-    parser.add_argument("folder", type=Path, help="the checkpoint folder of an ace-prune run")
-    folder = parser.parse_args().folder
-    from ace_cli.model.pruned import Violation, verify
+    parser.add_argument("folder", type=Path, help="of an ace-prune run, or its checkpoint")
+    folder: Path = parser.parse_args().folder
+    from ace_cli.model.pruned import MANIFEST, Violation, verify
 
+    if not (folder / MANIFEST).exists() and (folder / "checkpoint" / MANIFEST).exists():
+        folder /= "checkpoint"
     try:
         print(f"{folder}: {verify(folder)} pruned weights hold their pattern.")
     except Violation as violation:

@@ -6,19 +6,17 @@ every block whose weights are safely in ``checkpoint.partial``. A run of the sam
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
+from ace_cli.core.locks import is_locked
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
@@ -56,6 +54,13 @@ class Work:
         if self.partial.exists() or not (self.final / MANIFEST).is_file():
             return False
         return bool(self.finished) and read_object(self.final / MANIFEST).get("identity") == self.digest
+
+    @property
+    def kept(self) -> str:
+        """What becomes of an interrupted run, for the user."""
+        if self.finished:
+            return "Repeat the command to continue: finished blocks are kept."
+        return ""
 
     def record(self, block: BlockFacts) -> None:
         """Note, durably, that a block's weights are on disk."""
@@ -110,36 +115,9 @@ class Work:
 def find_unfinished(parent: Path, identity: dict[str, Any]) -> Path | None:
     """A folder in ``parent`` with an unfinished run of this identity that no other process works on."""
     for journal in sorted(parent.glob(f"*/{_JOURNAL}")):
-        if _read_journal(journal.parent)[0] == identity and not _is_locked(journal.parent):
+        if _read_journal(journal.parent)[0] == identity and not is_locked(journal.parent):
             return journal.parent
     return None
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock dies with the process. AceError if another run holds it."""
-    with open(folder / ".lock", "w") as stream:
-        if not _try_lock(stream):
-            raise AceError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
-        yield  # the file stays: unlinking it would let two others lock two different files
-
-
-def _is_locked(folder: Path) -> bool:
-    if not (folder / ".lock").exists():
-        return False
-    with open(folder / ".lock", "a") as stream:
-        return not _try_lock(stream)
-
-
-def _try_lock(stream: IO[str]) -> bool:
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return True
-    with contextlib.suppress(OSError):
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    return False
 
 
 def _slot(entry: dict[str, Any]) -> SlotFacts:

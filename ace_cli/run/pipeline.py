@@ -6,12 +6,14 @@ import dataclasses
 import datetime
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ace_cli.core import memory
 from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.locks import fresh_folder, locked
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.evaluation.base import Evaluation
@@ -33,7 +35,7 @@ from ace_cli.run.checks import check_length, check_not_source, memory_budget
 from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
-from ace_cli.run.journal import Work, find_unfinished, locked
+from ace_cli.run.journal import Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
@@ -68,23 +70,32 @@ def _run(
         return None
     texts = _texts(config, model.checkpoint, device, terminal, phases)
     identity = identity_of(config, model, texts.windows_NL)
-    if not config.output_dir_given and (unfinished := find_unfinished(config.output_dir.parent, identity)):
-        config = dataclasses.replace(config, output_dir=unfinished)
-    config.output_dir.mkdir(parents=True, exist_ok=True)
+    config = dataclasses.replace(config, output_dir=_output_folder(config, identity))
     run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, start)
-    with locked(run.folder), terminal.logging_to(run.folder / "run.log"):
+    with locked(run.folder) as alone, terminal.logging_to(run.folder / "run.log"):
         terminal.say(f"$ {command}")
+        if not alone:
+            terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
         work = Work(run.folder, identity)
-        with phases("prune"):
-            prune_checkpoint(run, work)
-        report = make_report(run, work, _measured(run, work.final))
-        _write(config, report)
-        _track(config, report, terminal)
-        work.close()
-        if not config.keep_checkpoint:
-            shutil.rmtree(work.final)
+        try:
+            report = _do(run, work)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(work.kept) from None
         terminal.result(report)
         terminal.say(f"Results: {run.folder}")
+    return report
+
+
+def _do(run: RunContext, work: Work) -> facts.Report:
+    """Prune, measure, report: what can be interrupted and continued."""
+    with run.phases("prune"):
+        prune_checkpoint(run, work)
+    report = make_report(run, work, _measured(run, work.final))
+    _write(run.config, report)
+    _track(run.config, report, run.terminal)
+    work.close()
+    if not run.config.keep_checkpoint:
+        shutil.rmtree(work.final)
     return report
 
 
@@ -116,6 +127,14 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
     return plan, limit
+
+
+def _output_folder(config: RunConfig, identity: dict[str, Any]) -> Path:
+    """The folder that was named; else one where the same run was interrupted, or a new one that no other run has."""
+    if config.output_dir_given:
+        config.output_dir.mkdir(parents=True, exist_ok=True)
+        return config.output_dir
+    return find_unfinished(config.output_dir.parent, identity) or fresh_folder(config.output_dir)
 
 
 def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal: Terminal, phases: Phases) -> Texts:

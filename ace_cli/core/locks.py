@@ -1,0 +1,62 @@
+"""Locks on folders between processes. A lock ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ace_cli.core.errors import AceError
+
+#: What the system says where another process holds the lock. Anything else: this place knows no such locks.
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
+_FILE = ".lock"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold ``folder`` for this process. AceError if another one holds it.
+
+    Gives False where the system or the file system has no locks: then nothing is held, and nobody is kept out.
+    """
+    with open(folder / _FILE, "a") as stream:
+        state = try_lock(stream.fileno())
+        if state is False:
+            raise AceError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
+        yield state is True  # the file stays: unlinking it would let two others lock two different files
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds ``folder``."""
+    if not (folder / _FILE).exists():
+        return False
+    with open(folder / _FILE, "a") as stream:
+        return try_lock(stream.fileno()) is False
+
+
+def try_lock(opened: int) -> bool | None:
+    """Lock an open file or folder until it is closed. False if another holds it, None where there are no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as fault:
+        return False if fault.errno in _HELD else None
+    return True
+
+
+def fresh_folder(wanted: Path) -> Path:
+    """Make the folder ``wanted``, or where it exists the first of ``wanted``-2, -3, ... that does not."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    number, folder = 1, wanted
+    while True:
+        try:
+            folder.mkdir()  # two processes cannot both succeed
+        except FileExistsError:
+            number += 1
+            folder = wanted.with_name(f"{wanted.name}-{number}")
+        else:
+            return folder
