@@ -16,8 +16,8 @@ from ace_cli.core import registry
 PACKAGE = Path(ace_cli.__file__).parent
 #: The floors of the house, from the ground up. A module imports from its own room and from those below.
 FLOORS = [
-    "core", "kernels", "methods", "model", "data", "export", "recovery", "pruning", "report", "evaluation", "run",
-    "cli",
+    "core", "kernels", "methods", "model", "data", "export", "sparse", "recovery", "pruning", "report", "evaluation",
+    "run", "cli",
 ]  # fmt: skip
 #: Rooms and files that are imported for --help and for every configuration error.
 CONFIGURATION = [

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import load, make, weights
 
+from ace_cli.core.cache import cache_folder
 from ace_cli.core.errors import AceError
 from ace_cli.model import source
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.source import ImportDtype, ModelConfig, cache_folder, open_model
+from ace_cli.model.source import ImportDtype, ModelConfig, open_model
 from ace_cli.model.streamed import StreamedModel
 
 CPU = torch.device("cpu")

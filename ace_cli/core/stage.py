@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+#: In a stage's folder: what made it and what it found, so that it can be recognised and replaced.
+RECORD = "stage.json"
+
 
 class Progress(Protocol):
     """Shows a bar of ``total`` steps; gives a function to call after each."""

@@ -154,7 +154,7 @@ class CheckpointWriter:
         #: False if a file had to be begun: whatever an earlier writer put there is gone.
         self.continued = True
         self._place: dict[str, tuple[Path, int]] = {}
-        for file, entries in _shard_plan(source).items():
+        for file, entries in shard_plan(source).items():
             self._begin(folder / file, entries)
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -229,7 +229,7 @@ def _reserve(file: Path, start: bytes, size: int) -> None:
         stream.truncate(size)
 
 
-def _shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
+def shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
     """File name -> its tensors; in the source's order, a new shard where 5 GB would be passed."""
     shards: list[list[TensorEntry]] = [[]]
     for entry in sorted(source.tensors.values(), key=lambda e: (str(e.file), e.start)):
@@ -243,7 +243,7 @@ def _shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
 
 def write_index(source: Checkpoint, folder: Path) -> None:
     """The index that several shards need; none for one file."""
-    plan = _shard_plan(source)
+    plan = shard_plan(source)
     if len(plan) > 1:
         index = {
             "metadata": {"total_size": source.nbytes},

@@ -22,6 +22,7 @@ from ace_cli.kernels.threads import LARGEST_PIECE
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.model.files import Checkpoint, write_index
 from ace_cli.model.folder import copy_other_files
+from ace_cli.model.packed import open_folder
 from ace_cli.model.slots import Slot, View
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ def verify(folder: Path) -> int:
         raise AceError(f"{folder} has no {MANIFEST}.", "Give the checkpoint folder of an ace-prune run.")
     slots = {slot["name"]: slot for slot in read_object(folder / MANIFEST)["slots"]}
     pruned = {name: Pruned(slot.get("tensor", name), _view(slot), _pattern(slot)) for name, slot in slots.items()}
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_folder(folder)
     for name, slot in slots.items():
         found = _shape(checkpoint, pruned[name])
         if found is not None and list(found) != slot["shape"]:

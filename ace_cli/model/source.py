@@ -1,6 +1,6 @@
 """``model.path`` -> a folder of safetensors: a local folder, a hub id, a GGUF file, or a file inside a Python package.
 
-What must be converted (GGUF, ``.bin``) is converted once into the cache and found there by the next run.
+What must be converted (GGUF, ``.bin``, packed) is converted once into the cache and found there by the next run.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from ace_cli.core.cache import cache_folder
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.folder import INDEX, copy_other_files, weight_map
+from ace_cli.model.packed import PackedCheckpoint, is_packed, unpack_folder
 from ace_cli.model.transformers_api import save_as_plain
 
 
@@ -65,15 +67,12 @@ def open_model(config: ModelConfig) -> Checkpoint:
         return Checkpoint(_cached(_gguf_key(path, config.import_dtype), lambda to: _import_gguf(path, config, to)))
     if not path.is_dir():
         path = _download(config)
+    if is_packed(path):
+        key = _key(path.name, PackedCheckpoint(path).fingerprint())
+        return Checkpoint(_cached(key, lambda to: unpack_folder(path, to)))
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
         return Checkpoint(_cached(_bin_key(bins), lambda to: _import_bin(path, bins, to)))
     return Checkpoint(path)
-
-
-def cache_folder() -> Path:
-    """Where imports are kept: $ACE_PRUNE_CACHE, or ``ace-prune`` under the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "ace-prune"
-    return Path(os.environ.get("ACE_PRUNE_CACHE", default))
 
 
 def _package_file(config: ModelConfig) -> Path:

@@ -8,7 +8,7 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -220,6 +220,23 @@ class StreamedModel:
         with self._blocks_replaced(replace, self._returned), torch.inference_mode():
             logits: Tensor = self.skeleton(input_ids=ids_BL.to(self.device), use_cache=False).logits
         return logits
+
+    def whole(self, without: Collection[str] = ()) -> Any:
+        """The model itself with all its weights in memory; parameters named in ``without`` stay on the meta device."""
+        state, tied = self._state(), tied_weights(self.skeleton)
+        for name in state:
+            if name not in tied and name not in without and (parts := self._mapping.parts(name)):
+                self._fill(name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
+        for conversion in self._mapping.conversions(""):
+            self._convert([conversion], {key: self.checkpoint.read(key) for key in conversion.keys})
+        for name, source in tied.items():
+            _assign(self.skeleton, name, self._state()[source])
+        return self.skeleton
+
+    def stored_as(self, name: str) -> str | None:
+        """The file tensor that is the parameter ``name``, as it stands; None where it is put together."""
+        parts = self._mapping.parts(name)
+        return parts[0].key if len(parts) == 1 and parts[0].place == View() else None
 
     def faults(self) -> list[str]:
         """Where the files do not hold what the model needs, one line each."""

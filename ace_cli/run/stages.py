@@ -12,11 +12,8 @@ from typing import Any
 
 from ace_cli import __version__
 from ace_cli.core.errors import AceError
-from ace_cli.core.stage import Progress, Stage
+from ace_cli.core.stage import RECORD, Progress, Stage
 from ace_cli.report.facts import write_whole
-
-#: In a stage's folder: what made it and what it found, so that it can be recognised and replaced.
-RECORD = "stage.json"
 
 
 def run_stage(stage: Stage, source: Path, source_digest: str, folder: Path, progress: Progress) -> dict[str, Any]:

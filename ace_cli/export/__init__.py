@@ -1,0 +1,1 @@
+"""Other forms of a finished checkpoint: folder in, folder out."""

@@ -1,0 +1,196 @@
+"""``pack=true``: a checkpoint with many zeros in fewer bytes, exact to unpack.
+
+Every matrix that takes fewer bytes as a bit mask and values is stored so, every other tensor as it is. What was
+written is read again and compared bit for bit before it gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ace_cli.core.errors import AceError
+from ace_cli.core.stage import Progress, Stage
+from ace_cli.model import disk
+from ace_cli.model.files import Checkpoint, shard_plan
+from ace_cli.model.folder import copy_other_files
+from ace_cli.model.header import DTYPES, TensorEntry
+from ace_cli.model.packed import PACKED, PLAIN_CARD, PackedCheckpoint, compressed, is_packed, told, zstandard
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PACKABLE = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True)
+class Pack(Stage):
+    """The packed form of a checkpoint; with ``zstd`` compressed on top of it."""
+
+    name: ClassVar[str] = "packed"
+    zstd: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        return {"zstd": self.zstd}
+
+    def refusal(self, source: Path) -> str | None:
+        if self.zstd:
+            zstandard()
+        return None
+
+    def disk_bytes(self, source_bytes: int) -> int:
+        return source_bytes  # at most: it may all be dense
+
+    def run(self, source: Path, target: Path, progress: Progress) -> dict[str, Any]:
+        checkpoint = Checkpoint(source)
+        with progress("packing", len(checkpoint.tensors)) as step:
+            for file, entries in shard_plan(checkpoint).items():
+                name = file.replace("model", "packed", 1)
+                _write_shard(checkpoint, entries, target / name, self.zstd, step)
+        _write_rest(checkpoint, target)
+        return _facts(checkpoint, target, self.zstd)
+
+    def verify(self, source: Path, target: Path) -> None:
+        import torch
+
+        checkpoint, written = Checkpoint(source), PackedCheckpoint(target)
+        for name in checkpoint.tensors:
+            again, once = (each.read(name).contiguous().view(-1).view(torch.uint8) for each in (written, checkpoint))
+            if not torch.equal(again, once):
+                raise AceError(f"{name} did not read back from {target} as it was written.", "Is the disk sound?")
+
+
+def pack_folder(source: Path, target: Path, zstd: bool = False) -> dict[str, Any]:
+    """Pack the checkpoint in ``source`` into the folder ``target``, replacing a packed one; what came of it.
+
+    Bytes of all weight files, and of the ``matrices`` that are packed, before and after. Memory is two tensors. Raises
+    AceError for a source that cannot be read or is packed already, a target that is something else, too little disk,
+    and a file that does not read back as it was written: then ``target`` is as it was.
+    """
+    from contextlib import nullcontext
+
+    stage = Pack(zstd)
+    _check(source, target)
+    stage.refusal(source)
+    work = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        facts = stage.run(source, work, lambda *_: nullcontext(lambda: None))
+        stage.verify(source, work)
+    except AceError:
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(target, ignore_errors=True)
+    os.rename(work, target)
+    return facts
+
+
+def _check(source: Path, target: Path) -> None:
+    if is_packed(source):
+        raise AceError(f"{source} is packed already.", "Give the plain checkpoint.")
+    if target.exists() and not is_packed(target):
+        raise AceError(f"{target} exists and was not made by packing.", "Choose another folder.")
+    needed, free = Checkpoint(source).nbytes, shutil.disk_usage(target.parent).free
+    if free < needed:
+        raise AceError(
+            f"Packing may take {needed / 1e9:.1f} GB of disk, {target.parent} has {free / 1e9:.1f} GB free.",
+            "Free some space, or choose another folder.",
+        )
+
+
+def _write_shard(
+    checkpoint: Checkpoint, entries: list[TensorEntry], file: Path, zstd: bool, step: Callable[[], None]
+) -> None:
+    """One safetensors file of these tensors, packed.
+
+    Its header, which tells where each tensor ends, comes before them: room is left for the longest that it can be.
+    """
+    parts = [f"{entry.name}{end}" for entry in entries for end in (".bitmask", ".values")]
+    longest = _header((part, "BF16", (*[10**12] * 8,), 10**12) for part in parts)
+    start = -(-len(longest) // disk.PAGE) * disk.PAGE
+    stored = []
+    with open(file, "wb") as stream:
+        stream.seek(start)
+        for entry in entries:
+            for end, tensor in _parts(checkpoint, entry, zstd):
+                raw = _bytes(tensor)
+                stored.append((f"{entry.name}{end}", _dtype_name(tensor), tuple(tensor.shape), len(raw)))
+                stream.write(raw)
+            step()
+        header = _header(stored)
+        stream.seek(0)
+        stream.write((start - 8).to_bytes(8, "little") + header.ljust(start - 8))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _parts(checkpoint: Checkpoint, entry: TensorEntry, zstd: bool) -> Iterable[tuple[str, Tensor]]:
+    """What is stored of a tensor: the end of its name -> the part."""
+    from ace_cli.kernels.bitmask import bits_of, pack, packed_bytes
+
+    tensor = checkpoint.read(entry.name)
+    if entry.dtype not in _PACKABLE or len(entry.shape) < 2 or not entry.numel:
+        return [("", tensor)]
+    matrix = tensor.view(-1, entry.shape[-1])
+    nonzeros, width = int(bits_of(matrix).count_nonzero()), DTYPES[entry.dtype][1]
+    if packed_bytes(matrix.shape, nonzeros, width) >= entry.nbytes:
+        return [(".zstd", compressed(tensor))] if zstd else [("", tensor)]
+    packed = pack(matrix)
+    return [(".bitmask", packed.mask), (".zstd", compressed(packed.values)) if zstd else (".values", packed.values)]
+
+
+def _header(stored: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape, nbytes in stored:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
+        at += nbytes
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return next(name for name, (kind, _) in DTYPES.items() if str(tensor.dtype) == f"torch.{kind}")
+
+
+def _write_rest(checkpoint: Checkpoint, target: Path) -> None:
+    copy_other_files(checkpoint.folder, target)
+    if (card := target / "README.md").is_file():
+        card.replace(target / PLAIN_CARD)
+    held = set(Checkpoint(target).tensors)
+    packed = {name for name in checkpoint.tensors if f"{name}.bitmask" in held}
+    (target / PACKED).write_text(json.dumps(told(checkpoint.tensors, packed), indent=1) + "\n", encoding="utf-8")
+    (target / "README.md").write_text(_CARD, encoding="utf-8")
+
+
+_CARD = """# A packed checkpoint
+
+Matrices are stored as a bit mask and the values that are not zero (packed.json tells which). No other engine reads
+this folder: `ace_cli.sparse.load(FOLDER)` gives a transformers model that computes with the packed matrices,
+`ace_cli.model.packed.unpack_folder(FOLDER, NEW_FOLDER)` the plain checkpoint, bit for bit.
+"""
+
+
+def _facts(checkpoint: Checkpoint, target: Path, zstd: bool) -> dict[str, Any]:
+    packed = PackedCheckpoint(target)
+    names = [name for name in packed.tensors if packed.holds_packed(name)]
+    ends = (".bitmask", ".zstd" if zstd else ".values")
+    return {
+        "matrices": len(names),
+        "dense_bytes": checkpoint.file_bytes,
+        "packed_bytes": packed.file_bytes,
+        "dense_matrix_bytes": sum(packed.tensors[name].nbytes for name in names),
+        "packed_matrix_bytes": sum(packed.stored[f"{name}{end}"].nbytes for name in names for end in ends),
+        "zstd": zstd,
+    }

@@ -1,0 +1,171 @@
+"""Packed checkpoints, read as if they were plain ones.
+
+A Hugging Face folder but for its weights: ``packed*.safetensors``, a name that no other loader takes for a model's
+(one that did would leave the packed matrices random). A matrix W is there as ``W.bitmask`` and ``W.values``, as
+``ace_cli.kernels.bitmask`` has them; another tensor as it was. Values compressed further are ``W.zstd``.
+packed.json tells the shape and dtype of every tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
+from ace_cli.core.stage import RECORD
+from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
+from ace_cli.model.folder import copy_other_files
+from ace_cli.model.header import DTYPES, TensorEntry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.kernels.bitmask import Bitmask
+
+PACKED = "packed.json"
+FORMAT = "ace-bitmask-1"
+#: The source's model card, which tells how to load a plain checkpoint.
+PLAIN_CARD = "README.plain.md"
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder holds a packed checkpoint."""
+    return (folder / PACKED).is_file()
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, packed or plain."""
+    return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
+
+
+def zstandard() -> ModuleType:
+    """The library of that name. Raises AceError where it is not installed."""
+    try:
+        import zstandard as library
+    except ImportError:
+        raise AceError("zstd needs the package zstandard, which is not installed.", "pip install zstandard") from None
+    return library
+
+
+class PackedCheckpoint(Checkpoint):
+    """``tensors`` are those that were packed, as they were; ``stored`` what the files hold of them.
+
+    Raises AceError where the folder is not whole, or of another version's format.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        content = read_object(folder / PACKED, "Pack the checkpoint again.")
+        if content.get("format") != FORMAT:
+            raise AceError(f"{folder} is packed as {content.get('format')}.", f"This version reads {FORMAT}.")
+        self.stored = self.tensors
+        try:
+            self.tensors = {name: self._entry(name, **told) for name, told in content["tensors"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise AceError(
+                f"{folder / PACKED} does not tell shapes and dtypes.", "Pack the checkpoint again."
+            ) from None
+
+    def _entry(self, name: str, dtype: str, shape: list[int], packed: bool) -> TensorEntry:
+        ends = (".values", ".zstd") if packed else ("", ".zstd")
+        held = next((f"{name}{end}" for end in ends if f"{name}{end}" in self.stored), None)
+        if held is None or (packed and f"{name}.bitmask" not in self.stored):
+            raise AceError(f"{self.folder}: no file holds {name}.", "Pack the checkpoint again.")
+        at = self.stored[held]
+        return TensorEntry(name, dtype, tuple(shape), at.file, at.start, math.prod(shape) * DTYPES[dtype][1])
+
+    def holds_packed(self, name: str) -> bool:
+        """Whether the tensor is a packed matrix."""
+        return f"{name}.bitmask" in self.stored
+
+    def bitmask(self, name: str) -> Bitmask:
+        """The packed matrix ``name``, all axes but the last being rows. Raises AceError where its parts do not fit."""
+        from ace_cli.kernels.bitmask import from_parts
+
+        *rows, columns = self.tensors[name].shape
+        mask = self._raw(f"{name}.bitmask")
+        try:
+            return from_parts((math.prod(rows), columns), mask, self._values(name))
+        except ValueError as fault:
+            raise AceError(f"{self.folder}: {name} is damaged: {fault}.", "Pack the checkpoint again.") from None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[Callable[[int, int], Tensor]]:
+        """As of a plain checkpoint; a packed matrix is unpacked whole."""
+        from ace_cli.kernels.bitmask import unpack
+
+        if name in self.stored:
+            with super().opened(name) as read:
+                yield read
+            return
+        flat = unpack(self.bitmask(name)).view(-1) if self.holds_packed(name) else self._values(name)
+        yield lambda first, count: flat[first : first + count]
+
+    @cached_property
+    def _plain(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    def _raw(self, name: str) -> Tensor:
+        return self._plain.read(name)
+
+    def _values(self, name: str) -> Tensor:
+        if f"{name}.values" in self.stored:
+            return self._raw(f"{name}.values")
+        return decompressed(self._raw(f"{name}.zstd"), self.tensors[name].dtype)
+
+    def _read_fingerprint(self) -> str:
+        told = (self.folder / PACKED).read_bytes()
+        return hashlib.sha256(told + self._plain.fingerprint().encode()).hexdigest()
+
+
+def compressed(values: Tensor) -> Tensor:
+    """zstd of the values' first bytes, then their second ones, ...: the exponents are much alike. uint8 (bytes,)."""
+    import numpy
+    import torch
+
+    planes = values.view(torch.uint8).view(-1, values.element_size()).T.contiguous().numpy()
+    frame = zstandard().ZstdCompressor(level=3).compress(planes.data)
+    return torch.from_numpy(numpy.frombuffer(frame, numpy.uint8).copy())
+
+
+def decompressed(frame: Tensor, dtype: str) -> Tensor:
+    """The values that ``compressed`` took."""
+    import numpy
+    import torch
+
+    kind, width = DTYPES[dtype]
+    raw = zstandard().ZstdDecompressor().decompress(frame.numpy().tobytes())
+    planes = torch.from_numpy(numpy.frombuffer(raw, numpy.uint8).copy()).view(width, -1)
+    return planes.T.contiguous().view(-1).view(getattr(torch, kind))
+
+
+def unpack_folder(source: Path, target: Path) -> None:
+    """The plain checkpoint again, into a new folder. Memory is one tensor."""
+    packed = PackedCheckpoint(source)
+    target.mkdir(parents=True, exist_ok=True)
+    writer = CheckpointWriter(packed, target)
+    for name in packed.tensors:
+        writer.write(name, packed.read(name))
+    writer.finish()
+    write_index(packed, target)
+    copy_other_files(source, target)
+    for name in (PACKED, "README.md", RECORD):
+        (target / name).unlink(missing_ok=True)
+    if (target / PLAIN_CARD).is_file():
+        (target / PLAIN_CARD).replace(target / "README.md")
+
+
+def told(entries: dict[str, TensorEntry], packed: set[str]) -> dict[str, Any]:
+    """packed.json."""
+    tensors = {
+        name: {"dtype": entry.dtype, "shape": list(entry.shape), "packed": name in packed}
+        for name, entry in entries.items()
+    }
+    return {"format": FORMAT, "tensors": tensors}
