@@ -225,3 +225,75 @@ def test_ace_eval_hints_at_its_own_options(
     said = capsys.readouterr().err
     assert "Lower --seq-len" in said
     assert "eval." not in said
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+SELF = ["calib=self", "calib.n_samples=4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["exclude=*"], "leaves no weight to prune"),
+        (["allocation=owl", "allocation.mo=inf"], "allocation.mo=inf"),
+        (["calib.seed=99999999999999999999999"], "calib.seed=99999999999999999999999: must fit in 64 bits"),
+        (["eval=self", "eval.max_windows=9999999999"], "at most 100,000,000 tokens"),
+        (["eval.tasks=[[[[]]]]"], "eval.tasks"),
+        (["samples.prompts=[[[[]]]]"], "samples.prompts"),
+        (["sparsity='1e-1000000000'"], "not a sparsity"),
+        ([f"sparsity='{10**40}:4'"], "not a sparsity"),
+        (["metric=ace", "metric.sweeps=100000000000"], "metric.sweeps=100000000000"),
+        (["repair=swaps", "repair.sweeps=100000000000"], "repair.sweeps is 100000000000"),
+        (["repair=sparsegpt", "repair.refit_steps=100000000000"], "repair.refit_steps"),
+        (["repair=admm", "repair.iterations=100000000000"], "repair.iterations"),
+        (["samples.tokens=100000000000"], "samples.tokens"),
+        (["memory_gb=nan"], "memory_gb=nan"),
+        (["model.path=~nobody-of-this-name/m"], "no user of this name"),
+        (["output_dir=a\nb"], "output_dir=a\\nb"),
+        ([f"model.path={LONG}"], "too long"),
+        (["calib=text", f"calib.path={LONG}.jsonl"], "too long"),
+        (["eval.tasks=[boolq]", f"eval.task_data={LONG}"], "too long"),
+        (["calib.continue_to=129"], "calib.continue_to=129: the model has 128 positions"),
+        (["calib.n_samples=16", "calib.seq_len=16", "calib.pack=256"], "calib.pack=256: the model has 128 positions"),
+    ],
+)
+def test_values_out_of_range(here: Command, llama: Path, arguments: list[str], expected: str) -> None:
+    model = [] if arguments[0].startswith("model.path") else [f"model.path={llama}"]
+    assert_one_line(here(*model, *SELF, "eval=none", "metric=wanda", *arguments, "dry_run=true"), expected)
+
+
+@pytest.mark.parametrize("group", ["metric", "calib", "tracker"])
+def test_a_group_that_a_file_empties(here: Command, tmp_path: Path, group: str) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "e.yaml").write_text(f"# @package _global_\n{group}: null\n")
+    assert_one_line(
+        here("--config-dir", "mine", "experiment=e", "model.path=org/name"), f"{group}=None: must be one of"
+    )
+
+
+def test_a_home_folder_in_a_file(here: Command, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "e.yaml").write_text("# @package _global_\noutput_dir: ~/x\n")
+    arguments = ["--config-dir", "mine", "experiment=e", f"model.path={llama}", "metric=magnitude", "eval=none"]
+    assert here(*arguments, "-m").returncode == 0
+    assert (tmp_path / "home" / "x" / "sweep.json").is_file()
+
+
+def test_the_probe_measures_once_however_late_it_is(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine so busy that all of the probe's time passes before its first turn."""
+    import torch
+
+    from ace_cli.methods.patterns import NofM
+    from ace_cli.model.files import Checkpoint
+    from ace_cli.run import machine_limit
+
+    monkeypatch.setattr(machine_limit, "_PROBE_SECONDS", -1.0)
+    rates = machine_limit.probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path, NofM(2, 4))
+    assert min(rates.matmul, rates.read, rates.write, rates.memory) > 0
+
+
+# --- junk ------------------------------------------------------------------------------------------------------------

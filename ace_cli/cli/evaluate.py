@@ -15,7 +15,7 @@ from ace_cli.core.memory import lasting
 from ace_cli.core.registry import choices
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.task_options import SEVEN, TaskOptions
-from ace_cli.run.config import named_model
+from ace_cli.run.config import named_model, unfit
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
@@ -61,7 +61,7 @@ def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluatio
     names = [] if arguments.tasks == "none" else [name.strip() for name in arguments.tasks.split(",")]
     options = TaskOptions(names, arguments.limit, arguments.task_data)
     texts = [_text(name, arguments.seq_len, arguments.max_windows) for name in arguments.text]
-    faults = [*options.faults(), *(fault for text in texts for fault in text.faults())]
+    faults = [fault for each in (options, *texts) for fault in unfit("eval", each) or each.faults()]
     if not names and not texts:
         faults.append("nothing to measure: give --tasks or --text")
     if arguments.json and not arguments.json.absolute().parent.is_dir():

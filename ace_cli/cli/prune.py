@@ -78,7 +78,7 @@ def _job(
     try:
         folder = hydra_config.runtime.output_dir if many else config.output_dir
         given = many or any(o.startswith("output_dir=") for o in hydra_config.overrides.task)
-        job = parse(config, Path(folder).absolute(), given)
+        job = parse(config, Path(folder), given)
         outcome = (_kept(job) if many else None) or _run(job, dense_cache)
         if outcome is not None and (objection := job.gate.objection(outcome.perplexity.ratio)):
             objections.append(objection)

@@ -70,6 +70,11 @@ class Calibration(FromSource):
         """Tokens that go through the model in one row."""
         return self.pack or self.continue_to or self.seq_len
 
+    @property
+    def length_option(self) -> str:
+        """The option that decides ``length``."""
+        return f"calib.{'pack' if self.pack else 'continue_to' if self.continue_to else 'seq_len'}"
+
     def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
         """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them."""
         source = self.source

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from ace_cli.model.files import Checkpoint
 
 
+#: Of a text that the model writes itself, a pass through the whole of it each: more would outlast all else.
+MOST_WRITTEN = 100_000_000
+
+
 class Windows(NamedTuple):
     """Token ids, int64 (n, seq_len), on the CPU; and whether the text has no more windows than these."""
 
@@ -44,6 +48,8 @@ class Evaluation(TaskOptions, FromSource):
         if self.max_windows is None and self.source.endless:
             name = name_of("eval", self)
             faults.append(f"eval.max_windows=null: eval={name} writes as many windows as it is told; give a number")
+        if self.source.endless and (self.max_windows or 0) * self.seq_len > MOST_WRITTEN:
+            faults.append(f"eval.max_windows={self.max_windows}: at most {MOST_WRITTEN:,} tokens are written in all")
         return faults + self.source.faults("eval")
 
     def windows(self, checkpoint: Checkpoint, device: str) -> Windows:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from ace_cli.model.files import Checkpoint
 
+#: Somebody is to read them.
+MOST_TOKENS = 10_000
 PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time there was a")
 
 
@@ -38,6 +40,8 @@ class Samples:
             for name, low in least.items()
             if not getattr(self, name) >= low
         ]
+        if self.tokens > MOST_TOKENS:
+            faults.append(f"samples.tokens={self.tokens}: must be at most {MOST_TOKENS:,}")
         if not 0 < self.temperature < float("inf"):
             faults.append(f"samples.temperature={self.temperature}: must be above 0")
         if any(not prompt.strip() for prompt in self.prompts):

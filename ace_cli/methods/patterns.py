@@ -155,12 +155,14 @@ def parse_sparsity(value: object, scope: Scope) -> Pattern:
             f'Write it as "{n}:{m}"; a percentage as {value}%.',
         )
     text = str(value).strip()
-    if group := re.fullmatch(r"(\d+):(\d+)", text):
+    if group := re.fullmatch(r"(\d{1,9}):(\d{1,9})", text):
         n, m = int(group[1]), int(group[2])
         if not 0 < n < m:
             raise AceError(f"sparsity={text}: N:M keeps N of every M weights, so 0 < N < M.", hint)
         return NofM(n, m)
     try:
+        if len(text) > 40 or re.search(r"[eE][+-]?\d{4}", text):
+            raise ValueError("more digits than a number of weights has, and hours to work them out")
         p = Fraction(text[:-1]) / 100 if text.endswith("%") else Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise AceError(f"sparsity={text}: not a sparsity.", hint) from None

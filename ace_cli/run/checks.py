@@ -32,10 +32,16 @@ def check_not_source(source: Checkpoint, output_dir: Path) -> None:
             )
 
 
+def check_left(model: StreamedModel, config: RunConfig) -> None:
+    """AceError if ``exclude`` leaves nothing to prune."""
+    if config.exclude and not any(block.slots for block in model.blocks):
+        raise AceError(f"exclude={','.join(config.exclude)} leaves no weight to prune.", "Exclude fewer.")
+
+
 def check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:
     """AceError if calibration or evaluation windows are longer than the model has positions."""
     limit = getattr(model.skeleton.config.get_text_config(), "max_position_embeddings", None) or float("inf")
-    lengths = {"calib.seq_len": config.calib.length if needs_data else 0}
+    lengths = {config.calib.length_option: config.calib.length if needs_data else 0}
     if isinstance(config.eval, Evaluation):
         lengths["eval.seq_len"] = config.eval.seq_len
     for name, length in lengths.items():

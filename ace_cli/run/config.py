@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,7 @@ SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gat
 
 def store_schemas() -> None:
     """Make every registered choice, and the schema of the whole, known to Hydra."""
+    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # for folders that Hydra makes
     store = ConfigStore.instance()
     store.store(group="schema", name="prune", node=Schema, package="_global_")
     for group in registry.PACKAGES:
@@ -121,7 +124,7 @@ def named_model(name: str) -> ModelConfig:
     if name in cards:
         card: Any = OmegaConf.load(cards[name])
         model = ModelConfig(**OmegaConf.to_container(card.get("model", card)))  # type: ignore[arg-type]
-    if faults := model.faults():
+    if faults := unfit("model", model) or model.faults():
         raise AceError(faults[0], "" if "/" in name else did_you_mean(name, cards))
     return model
 
@@ -131,9 +134,11 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
 
     ``output_dir_given``: the user named the folder; otherwise it is a new dated one.
     """
-    if faults := _unknown_options(config):
+    if faults := _unchosen(config) or _unknown_options(config):
         raise AceError("; ".join(faults))
     parts: Any = OmegaConf.to_object(config)
+    if faults := unfit("", parts):  # what is asked of a value next takes it for what it should be
+        raise AceError("; ".join(faults))
     faults = _faults(parts)
     pattern: Pattern | None = None
     try:
@@ -165,7 +170,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         memory_gb=parts.memory_gb,
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
-        output_dir=output_dir,
+        output_dir=output_dir.expanduser().absolute(),
         output_dir_given=output_dir_given,
         text=OmegaConf.to_yaml(config),
     )
@@ -205,6 +210,46 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
 def _globs(value: Any) -> tuple[Any, ...]:
     """One glob or a list of them."""
     return () if value is None else tuple(value) if isinstance(value, list) else (value,)
+
+
+def unfit(group: str, options: Any) -> list[str]:
+    """Values that no option has, whatever it means, one line each; of a dataclass, and of those inside it."""
+    faults = []
+    for each in fields(options):
+        value, name = getattr(options, each.name), f"{group}.{each.name}".lstrip(".")
+        if is_dataclass(value):
+            faults += unfit(name, value)
+        elif isinstance(value, list) and each.type != "Any":
+            odd = [item for item in value if not isinstance(item, str)]
+            faults += [f"{name}={value}: every item must be text"] if odd else []
+        elif problem := _problem(value):
+            faults.append(f"{name}={value}: {problem}")
+    return faults
+
+
+def _problem(value: object) -> str | None:
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "must fit in 64 bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, str) and re.search(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", value):
+        return "must be one line of text, without control characters"
+    if isinstance(value, str) and value.startswith("~"):
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            return "there is no user of this name"
+    return None
+
+
+def _unchosen(config: DictConfig) -> list[str]:
+    """Groups that a file set to something that is none of their choices."""
+    return [
+        f"{group}={config[group]}: must be one of {', '.join(registry.choices(group))}"
+        for group in registry.PACKAGES
+        if OmegaConf.is_missing(config, group)
+        or OmegaConf.get_type(config, group) not in registry.choices(group).values()
+    ]
 
 
 def _unknown_options(config: DictConfig) -> list[str]:

@@ -123,7 +123,7 @@ def existing(folder: Path) -> Path:
 def _matmul(device: torch.device, dtype: torch.dtype, wait: Callable[[], None]) -> float:
     """The best square product in 0.1 s, of growing size while they are quick: small ones do not fill every unit."""
     size, best, deadline = 256, 0.0, time.perf_counter() + _PROBE_SECONDS
-    while time.perf_counter() < deadline:
+    while not best or time.perf_counter() < deadline:  # once at least, however long nobody gave it a turn
         a = torch.ones(size, size, device=device, dtype=dtype)
         seconds = _shortest(partial(torch.mm, a, a), wait)
         best = max(best, 2 * size**3 / seconds)
@@ -200,7 +200,7 @@ def _write(folder: Path, around: bool) -> float:
     piece, done = memoryview(b"\x55" * _PIECE), 0
     with _unnamed(folder) as (number, path):
         start = time.perf_counter()
-        while done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2:
+        while not done or (done < 12 * _PIECE and time.perf_counter() - start < _PROBE_SECONDS / 2):
             for _ in range(4):
                 disk.write(path, done, piece, around)
                 done += len(piece)

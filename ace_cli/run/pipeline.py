@@ -31,7 +31,7 @@ from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
-from ace_cli.run.checks import check_length, check_not_source, memory_budget
+from ace_cli.run.checks import check_left, check_length, check_not_source, memory_budget
 from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
@@ -107,6 +107,7 @@ def _open(config: RunConfig, device: torch.device) -> StreamedModel:
 
 def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
+    check_left(model, config)
     tokens = config.calib.tokens if config.needs_data else 0
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
     alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none

@@ -12,6 +12,7 @@ from ace_cli.methods.metrics.cosp import Mode, cosine_loss, cosine_needs, cosine
 from ace_cli.methods.metrics.relative import RelativeWeight
 from ace_cli.methods.metrics.varp import Form, Norm, variance_factor, variance_needs
 from ace_cli.methods.repair.exchange import exchange_flops, exchanged
+from ace_cli.methods.repair.least_squares import MOST_STEPS
 from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ class ACE(Metric):
     shrinkage: float | None = None
 
     def faults(self) -> list[str]:
-        found = [] if self.sweeps >= 0 else [f"metric.sweeps={self.sweeps}: must be 0 or more"]
-        if self.shrinkage is not None and not 0 <= self.shrinkage < float("inf"):
-            found.append(f"metric.shrinkage={self.shrinkage}: must be 0 or more, or null for what the tokens ask for")
+        most = f"metric.sweeps={self.sweeps}: must be 0 or more, up to {MOST_STEPS:,}"
+        found = [] if 0 <= self.sweeps <= MOST_STEPS else [most]
+        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1e9:
+            found.append(f"metric.shrinkage={self.shrinkage}: must be 0 up to 1e9, or null for what the tokens ask for")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
+    MOST_STEPS,
     factor_flops,
     factors_of,
     finish,
@@ -67,8 +68,10 @@ class Admm(Repair):
             found.append(
                 f"repair.mask_iterations is {self.mask_iterations}: give 0 to repair.iterations ({self.iterations})"
             )
-        if self.polish < 0:
-            found.append(f"repair.polish is {self.polish}: give 0 or more, such as 30")
+        if self.iterations > MOST_STEPS:
+            found.append(f"repair.iterations is {self.iterations}: give 0 up to {MOST_STEPS:,}")
+        if not 0 <= self.polish <= MOST_STEPS:
+            found.append(f"repair.polish is {self.polish}: give 0 up to {MOST_STEPS:,}, such as 30")
         if self.iterations + self.polish < 1:
             found.append("repair.iterations and repair.polish are both 0: raise one, or use repair=none")
         return found

@@ -37,11 +37,15 @@ _SOLVED = 256
 LADDER = (1.0, 10.0, 100.0, 1000.0)
 
 
+#: Of anything that is repeated until it is good enough: more is a slip of the keyboard that nobody would wait for.
+MOST_STEPS = 10_000
+
+
 def pull_faults(name: str, pull: float | None, tolerance: float) -> list[str]:
     """Faults of the knobs every repair here has: the pull towards the original weights, and when a fit is enough."""
     found = []
-    if pull is not None and not 0 <= pull < float("inf"):
-        found.append(f"repair.{name} is {pull}: give 0 or more, such as 0.01, or null for inputs / tokens")
+    if pull is not None and not 0 <= pull <= 1e9:
+        found.append(f"repair.{name} is {pull}: give 0 up to 1e9, such as 0.01, or null for inputs / tokens")
     if not 0 <= tolerance < 1:
         found.append(f"repair.tolerance is {tolerance}: give 0 up to 1, such as 0.01")
     return found

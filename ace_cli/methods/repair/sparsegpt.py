@@ -17,6 +17,7 @@ from ace_cli.kernels.threads import HEAVY, each_piece
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
+    MOST_STEPS,
     Factors,
     factor_flops,
     factors_of,
@@ -83,8 +84,8 @@ class SparseGPT(Repair):
         found = pull_faults("damping", self.damping, self.tolerance)
         if self.block_columns < 1:
             found.append(f"repair.block_columns is {self.block_columns}: give 1 or more, such as 128")
-        if self.refit_steps < 0:
-            found.append(f"repair.refit_steps is {self.refit_steps}: give 0 or more, such as 30")
+        if not 0 <= self.refit_steps <= MOST_STEPS:
+            found.append(f"repair.refit_steps is {self.refit_steps}: give 0 up to {MOST_STEPS:,}, such as 30")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:

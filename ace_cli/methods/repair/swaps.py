@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.exchange import exchange_flops, exchanged
-from ace_cli.methods.repair.least_squares import factors_of, finish, pull_faults, refit, refit_flops
+from ace_cli.methods.repair.least_squares import MOST_STEPS, factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class Swaps(Repair):
         """Every field out of range, in words."""
         found = pull_faults("shrinkage", self.shrinkage, self.tolerance)
         for name, least in (("sweeps", 1), ("refit_steps", 0)):
-            if getattr(self, name) < least:
-                found.append(f"repair.{name} is {getattr(self, name)}: give {least} or more")
+            if not least <= getattr(self, name) <= MOST_STEPS:
+                found.append(f"repair.{name} is {getattr(self, name)}: give {least} or more, up to {MOST_STEPS:,}")
         return found
 
     def needs(self) -> tuple[Statistic, ...]:
