@@ -136,6 +136,15 @@ def _() -> bool:
     )
 
 
+@contract("torch: too little memory is an OutOfMemoryError, on a CPU a text, used by lacks_memory")
+def _() -> bool:
+    try:
+        torch.empty(1 << 55)
+    except RuntimeError as fault:
+        return torch_api.lacks_memory(fault) and torch_api.lacks_memory(torch.OutOfMemoryError())
+    return False
+
+
 # --- lm-eval --------------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from transformers import LlamaConfig
 
 from ace_cli.core import memory
 from ace_cli.core.memory import Trimmer
+from ace_cli.model.streamed import StreamedModel
 
 WIDTH, INNER, VOCABULARY, N_SAMPLES, SEQ_LEN = 384, 1024, 512, 16, 16
 MEGABYTE = 1_000_000
@@ -75,17 +76,13 @@ def test_peak_memory_does_not_grow_with_depth(
     assert deep - shallow < 2 * BLOCK + Trimmer.SLACK, f"30 more blocks cost {deep - shallow:,} bytes"
 
 
-def test_a_control_group_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its pages of files are given back when asked for."""
-    group = tmp_path / "sys" / "fs" / "cgroup"
-    group.mkdir(parents=True)
+def test_a_control_group_s_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = memory.free()
-    monkeypatch.setattr(memory, "Path", lambda path: tmp_path / path.lstrip("/"))
-    (group / "memory.current").write_text("700\n")
-    (group / "memory.stat").write_text("anon 500\ninactive_file 150\nactive_file 50\n")
-    (group / "memory.max").write_text("1000\n")
-    assert memory.free() == 1000 - 700 + 200
-    (group / "memory.max").write_text("max\n")
+    monkeypatch.setattr(memory.control_group, "room", lambda: 500.0)
+    assert memory.free() == 500
+    monkeypatch.setattr(memory.control_group, "room", lambda: -20.0)
+    assert memory.free() == 0
+    monkeypatch.setattr(memory.control_group, "room", lambda: float("inf"))
     assert memory.free() > whole / 2
 
 
@@ -124,3 +121,39 @@ def test_where_nothing_is_imported_nothing_is_frozen() -> None:
         pass
     assert gc.get_freeze_count() == frozen
     assert gc.isenabled()
+
+
+def cuda_lack(*_: object) -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 14.58 GiB of which 9 is free."
+    )
+
+
+def cpu_lack(*_: object) -> None:
+    torch.empty(1 << 55)
+
+
+@pytest.mark.parametrize("where", ["_capture", "forward", "_fill", "logits"])
+@pytest.mark.parametrize(
+    ("lack", "said"),
+    [
+        (cuda_lack, "The GPU has no memory left: 20.00 GiB more"),
+        (cpu_lack, "This machine has no memory left: 14411518"),
+    ],
+)
+def test_too_little_memory_is_one_line_that_says_what_to_lower(
+    here: Callable[..., subprocess.CompletedProcess[str]], llama: Path, documents: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, where: str, lack: Callable[..., None], said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(StreamedModel, where, lack)
+    options = [f"model.path={llama}", "calib=self", "calib.n_samples=2", "eval=text", f"eval.path={documents}"]
+    done = here(*options, "eval.seq_len=32", f"output_dir={tmp_path / 'out'}", "device=cpu")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert said in done.stderr
+    assert "Lower calib.n_samples" in done.stderr
+
+
+def test_other_faults_of_torch_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="sizes"), memory.lack_in_one_line("a hint"):
+        raise RuntimeError("sizes of tensors must match")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ace_cli.cli.ending import command
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError
-from ace_cli.core.memory import lasting
+from ace_cli.core.memory import lack_in_one_line, lasting
 from ace_cli.core.registry import choices
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.task_options import SEVEN, TaskOptions
@@ -31,7 +31,8 @@ def main() -> None:
     try:
         options, texts = _checked(arguments)
         models = {name: named_model(name) for name in arguments.models}
-        _evaluate(arguments, models, options, texts)
+        with lack_in_one_line("Lower --seq-len, or use --dtype bfloat16 or --device cpu."):
+            _evaluate(arguments, models, options, texts)
     except AceError as fault:
         raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ace_cli.core import control_group
+from ace_cli.core.errors import TransientError
+from ace_cli.core.torch_api import lacks_memory
 
 #: From so many bytes on an allocation is a mapping of its own, fresh whenever it is made: weights, not activations.
 MAPPED = 64 << 20
@@ -41,22 +46,29 @@ def peak() -> int:
 
 
 def free() -> int:
-    """Bytes that the system, or this process's control group, still gives."""
+    """Bytes that the system, and this process's control groups, still give."""
     import psutil
 
-    left = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, KeyError):
-        group = Path("/sys/fs/cgroup")
-        most = int((group / "memory.max").read_text())  # "max", no limit, is no number
-        parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = int(parts["inactive_file"]) + int(parts["active_file"])  # given back when it is asked for
-        left = min(left, most - int((group / "memory.current").read_text()) + cached)
-    return left
+    return max(0, int(min(psutil.virtual_memory().available, control_group.room())))
 
 
 def available() -> int:
     """Bytes this process may take in all: what it has, and what is still free."""
     return resident() + free()
+
+
+@contextmanager
+def lack_in_one_line(hint: str) -> Iterator[None]:
+    """What fails inside for want of memory, a device's or the host's, is a TransientError that says ``hint``."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as fault:
+        if not lacks_memory(fault):
+            raise
+        where = "The GPU" if "CUDA" in str(fault) else "This machine"
+        asked = re.search(r"tried to allocate ([\d.]+ \w+)", str(fault), re.IGNORECASE)
+        more = f": {asked[1]} more were asked for" if asked else ""
+        raise TransientError(f"{where} has no memory left{more}.", hint) from fault
 
 
 class Trimmer:

@@ -25,6 +25,15 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     return module._buffers
 
 
+def lacks_memory(fault: BaseException) -> bool:
+    """Whether a device, or the host, had no memory left: torch says so by several types, one of them by its words."""
+    return (
+        isinstance(fault, MemoryError)
+        or type(fault).__name__ == "OutOfMemoryError"
+        or (isinstance(fault, RuntimeError) and "DefaultCPUAllocator" in str(fault))
+    )
+
+
 def is_convolution(module: nn.Module) -> bool:
     """Of any number of axes, transposed or not."""
     from torch.nn.modules.conv import _ConvNd

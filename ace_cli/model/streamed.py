@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer, off_the_heap
-from ace_cli.core.torch_api import own_buffers, own_parameters
+from ace_cli.core.torch_api import lacks_memory, own_buffers, own_parameters
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
@@ -344,6 +344,8 @@ class StreamedModel:
             except _NotAlone as fault:
                 raise AceError(f"{kind} cannot be run block by block: {fault}.", "Choose another model.") from None
             except Exception as fault:  # whatever the model's code makes of a value too many or too few
+                if lacks_memory(fault):
+                    raise
                 why = why or first_line(fault)
                 continue
             self._returned = returned

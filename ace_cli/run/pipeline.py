@@ -40,12 +40,18 @@ from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
 
+#: What to do where there is too little of it.
+LESS_MEMORY = (
+    "Lower calib.n_samples, calib.seq_len or eval.seq_len, set memory_gb so that hidden states go to disk, or use "
+    "repair=none, dtype=bfloat16 or device=cpu. Finished blocks are kept."
+)
+
 
 def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
     """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
     memory.one_heap()
     try:
-        with MemorySampler() as sampler:
+        with MemorySampler() as sampler, memory.lack_in_one_line(LESS_MEMORY):
             return _run(config, command, terminal, dense_cache, sampler)
     except OSError as fault:
         where = fault.filename or config.output_dir
