@@ -18,6 +18,7 @@ PACKAGES = {
     "metric": "ace_cli.methods.metrics",
     "allocation": "ace_cli.methods.allocation",
     "repair": "ace_cli.methods.repair",
+    "recover": "ace_cli.recovery",
     "calib": "ace_cli.data.calibration",
     "eval": "ace_cli.evaluation",
     "tracker": "ace_cli.report.trackers",

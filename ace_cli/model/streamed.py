@@ -289,7 +289,7 @@ class StreamedModel:
             _assign(self.skeleton, name, self._cast(name, tensors.pop(parts[0].key)))
             return
         shape = self.skeleton.get_parameter(name).shape
-        whole = torch.empty(shape, dtype=self._dtype_of(name), device=self.device)
+        whole = torch.empty(shape, dtype=self.dtype_of(name), device=self.device)
         for part in parts:
             part.place(whole).copy_(tensors.pop(part.key), non_blocking=True)
         _assign(self.skeleton, name, whole)
@@ -301,9 +301,10 @@ class StreamedModel:
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self.device, non_blocking=True)
-        return tensor.to(self._dtype_of(name)) if tensor.is_floating_point() else tensor
+        return tensor.to(self.dtype_of(name)) if tensor.is_floating_point() else tensor
 
-    def _dtype_of(self, name: str) -> torch.dtype:
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that a parameter is computed in."""
         return torch.float32 if self._in_float32(name) else self.dtype
 
     @contextmanager

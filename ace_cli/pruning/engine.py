@@ -4,9 +4,10 @@
 2. load them into the model;
 3. run a few windows through the dense block, to be compared with;
 4. observe its inputs, prune its slots and move the hidden states on, in the order that the recipe asks for;
-5. run the same windows through the pruned block;
-6. write the new weights, on the background thread, while the next block is computed;
-7. yield what became of the block.
+5. train what was kept, if a recovery is chosen;
+6. run the same windows through the pruned block;
+7. write the new weights, on the background thread, while the next block is computed;
+8. yield what became of the block.
 
 Knows the base types of metrics, patterns and repairs, never a concrete one; prints nothing.
 """
@@ -29,6 +30,7 @@ from ace_cli.pruning.diagnostics import BlockComparison
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.orders import order_of
 from ace_cli.pruning.recipe import Propagate, Recipe
+from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.slot_pruner import SlotPruner
 
 
@@ -41,12 +43,15 @@ def prune(
     finished: int = 0,
     on_disk: Callable[[BlockFacts], None] = lambda _: None,
     compared: Batch | None = None,
+    recovering: Recovering | None = None,
 ) -> Iterator[BlockFacts]:
     """Prune every slot of ``model`` from block ``finished`` on; replaces the hidden states in ``batches``.
 
     ``batches`` hold what goes into block ``finished``; ``compared`` is the first batch's first windows once more, on
     which each block's dense and pruned outputs are compared. ``on_disk`` is called, from the background thread, when a
-    block's weights have been forced to disk. Raises AceError when weights or activations are not finite.
+    block's weights have been forced to disk. ``recovering`` trains each pruned block.
+
+    Raises AceError when weights or activations are not finite.
     """
     with ThreadPoolExecutor(1) as background:
         written: Future[None] | None = None
@@ -73,7 +78,17 @@ def prune(
                 pruner = SlotPruner(model, block, recipe, clock, finite, links)
                 with clock("compare"):
                     comparison.before(index, batches)
-                order_of(recipe)(model, index, batches, recipe, clock, finite, pruner, last).run()
+                if recovering is not None:
+                    with clock("recover"):
+                        recovering.before(index, batches)
+                outputs_wanted = not last and recovering is None
+                order_of(recipe)(model, index, batches, recipe, clock, finite, pruner, not outputs_wanted).run()
+                recovered = None
+                if recovering is not None:
+                    with clock("recover"):
+                        recovered = recovering.after(index, batches, pruner)
+                    with clock("forward"):
+                        model.advance(index, batches if not last else [])
                 with clock("compare"):
                     moved = recipe.propagate is not Propagate.dense and not last
                     output = comparison.after(index, batches[0].hidden_BLH if moved and batches else None)
@@ -82,7 +97,7 @@ def prune(
             trimmer()
             with clock("mask"):
                 weights = pruner.take_weights()
-            facts = BlockFacts(index, block.name, pruner.facts, sum(clock.seconds.values()) - before, output)
+            facts = BlockFacts(index, block.name, pruner.facts, sum(clock.seconds.values()) - before, output, recovered)
             written = background.submit(_write_block, writer, block, weights, facts, on_disk)
             del weights, pruner
             yield facts

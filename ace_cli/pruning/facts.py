@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
+from ace_cli.recovery.base import RecoveryFacts
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class SlotFacts:
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """One finished block; ``output`` is what pruning it did to what it puts out."""
+    """One finished block; ``output`` is what pruning it did to what it puts out, ``recovery`` what training it did."""
 
     index: int
     name: str
     slots: list[SlotFacts]
     seconds: float
     output: OutputChange | None = None
+    recovery: RecoveryFacts | None = None

@@ -7,12 +7,12 @@ checkpoint. Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
@@ -72,6 +72,19 @@ class SlotPruner:
         self.facts = [replace(fact, activations=looks.get(fact.name)) for fact in self.facts]
         weights, self._written = self._written, {}
         return {name: weight.cpu() for name, weight in weights.items()}
+
+    def take_loaded(self, names: Iterable[str]) -> None:
+        """The loaded parameters of these names are what will be written, rounded to the files' dtypes."""
+        parameters = dict(self._block.module.named_parameters())
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            new = parameters[name].detach()
+            for part in self._block.parts[name]:
+                place = part.place(new)
+                self._written[part.key] = place.to(self._file_dtype(part.key)).clone()
+                place.copy_(self._written[part.key])
+            rounded = new.to(self._model.dtype_of(f"{self._block.name}.{name}"))
+            self._block.module.get_submodule(owner)._parameters[leaf] = nn.Parameter(rounded, requires_grad=False)
 
     # --- one slot ------------------------------------------------------------------------------------------------
 
@@ -184,7 +197,10 @@ class SlotPruner:
             slot.in_file(self._stored(slot.key)).copy_(new_OI)
 
     def _stored_dtype(self, slot: Slot) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, DTYPES[self._model.checkpoint.tensors[slot.key].dtype][0])
+        return self._file_dtype(slot.key)
+
+    def _file_dtype(self, key: str) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, DTYPES[self._model.checkpoint.tensors[key].dtype][0])
         return dtype
 
     def _stored_weight(self, slot: Slot) -> Tensor:

@@ -26,13 +26,13 @@ NUMBERS = {
 #: Columns of zero-shot tasks -> the model whose mean accuracy they show.
 _TASKS = {"tasks": "pruned", "dense tasks": "dense"}
 #: Choices with options of their own: "metric", "metric.alpha".
-_GROUPS = ("metric", "repair", "allocation")
+_GROUPS = ("metric", "repair", "allocation", "recover")
 #: Choices about the calibration windows -> their names in report.json. A run without calibration has none of them.
 _WINDOWS = {"calib": "source", "calib.n_samples": "n_samples", "calib.seq_len": "seq_len", "calib.seed": "seed"}
 #: Choices by the names of their overrides, in the order of the columns; what else was typed comes last.
 _ORDER = (
-    "job", "experiment", "model", "metric", "repair", "allocation", "sparsity", "scope", "propagate", "permute",
-    "dtype", "calib",
+    "job", "experiment", "model", "metric", "repair", "allocation", "recover", "sparsity", "scope", "propagate",
+    "permute", "dtype", "calib",
 )  # fmt: skip
 #: Overrides that say how a run is measured, shown or kept, not what is done to the model.
 _ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples", "gate", "tracker")
@@ -201,8 +201,8 @@ def _choices(report: Mapping[str, Any], calibration: Mapping[str, Any], typed: M
     method, path = report["method"], report["model"]["path"]
     choices = {"model": path if "model.path" in typed else typed.get("model", path)}
     for group in _GROUPS:
-        choices[group] = method[group]
-        choices |= {f"{group}.{name}": str(value) for name, value in method[f"{group}_options"].items()}
+        choices[group] = method.get(group, "none")  # a report of before there was such a choice
+        choices |= {f"{group}.{name}": str(value) for name, value in method.get(f"{group}_options", {}).items()}
     done = {"sparsity": "pattern", **{name: name for name in ("scope", "propagate", "permute", "dtype")}}
     choices |= {name: str(method[key]) for name, key in done.items() if method[key] is not None}
     choices |= {name: str(calibration[key]) for name, key in _WINDOWS.items() if key in calibration}

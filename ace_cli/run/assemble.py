@@ -111,7 +111,7 @@ def _model(config: RunConfig, model: StreamedModel, plan: Plan) -> dict[str, Any
 
 def _method(config: RunConfig, plan: Plan) -> dict[str, Any]:
     choices: dict[str, Any] = {}
-    for group in ("metric", "repair", "allocation"):
+    for group in ("metric", "repair", "allocation", "recover"):
         choice = getattr(config, group)
         choices |= {group: name_of(group, choice), f"{group}_options": _options(choice)}
     return {
@@ -136,7 +136,8 @@ def _peaks(device: torch.device, phases: Phases) -> dict[str, int]:
 
 def _block(block: BlockFacts) -> dict[str, Any]:
     output = dataclasses.asdict(block.output) if block.output is not None else None
-    return {"name": block.name, "seconds": block.seconds, "output": output}
+    recovery = dataclasses.asdict(block.recovery) if block.recovery is not None else None
+    return {"name": block.name, "seconds": block.seconds, "output": output, "recovery": recovery}
 
 
 def _gate(config: RunConfig, measured: Measured) -> facts.GateFacts | None:
@@ -178,6 +179,11 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
         warnings.append(
             f"Fewer than {config.calib.min_tokens} tokens are routed to the experts of {len(few)} of {len(slots)} "
             f"weights: they were observed on all tokens of their layer (first: {few[0]})."
+        )
+    same = [block.name for block in blocks if block.recovery is not None and not block.recovery.epochs]
+    if same:
+        warnings.append(
+            f"{len(same)} of {len(blocks)} blocks got no better by training and stay as they were (first: {same[0]})."
         )
     if plan.copied:
         warnings.append(f"Copied as it was: {'; '.join(plan.copied)}.")
@@ -233,7 +239,7 @@ def with_options(group: str, choice: Any) -> str:
 def method_line(config: RunConfig) -> str:
     """Metric, pattern, repair, allocation and orders in one line."""
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
-    others = [f"{group} {with_options(group, getattr(config, group))}" for group in ("repair", "allocation")]
+    others = [f"{group} {with_options(group, getattr(config, group))}" for group in ("repair", "allocation", "recover")]
     parts = [with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
     return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
 
@@ -257,6 +263,7 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
         "command": command,
         "method": name_of("metric", config.metric),
         "repair": name_of("repair", config.repair),
+        "recover": name_of("recover", config.recover),
         "allocation": name_of("allocation", config.allocation),
         "permute": config.permute.value,
         "pattern": str(config.pattern),

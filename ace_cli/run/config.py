@@ -29,6 +29,7 @@ from ace_cli.methods.repair.base import Repair
 from ace_cli.model.source import ModelConfig
 from ace_cli.pruning.diagnostics import Observe
 from ace_cli.pruning.recipe import Permute, Propagate
+from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
 
 
@@ -40,6 +41,7 @@ class Schema:
     metric: Any = MISSING
     allocation: Any = MISSING
     repair: Any = MISSING
+    recover: Any = MISSING
     calib: Any = MISSING
     eval: Any = MISSING
     sparsity: Any = "0.5"
@@ -69,6 +71,7 @@ class RunConfig:
     metric: Metric
     allocation: Allocation
     repair: Repair
+    recover: Recovery
     calib: Calibration
     eval: Evaluation | NoEvaluation
     pattern: Pattern
@@ -93,7 +96,7 @@ class RunConfig:
     @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
-        return any(part.needs() for part in (self.metric, self.repair, self.allocation))
+        return any(part.needs() for part in (self.metric, self.repair, self.allocation)) or self.recover.acts
 
 
 #: Options of their own that belong to no choice.
@@ -153,6 +156,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         metric=parts.metric,
         allocation=parts.allocation,
         repair=parts.metric.with_repair(parts.repair),
+        recover=parts.recover,
         calib=parts.calib,
         eval=parts.eval,
         pattern=pattern,
@@ -204,6 +208,8 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"scope=layer means nothing for sparsity={pattern}: N:M compares within groups of {pattern.m}")
     if parts.permute is not Permute.none and isinstance(pattern, Ratio):
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
+    if parts.recover.acts and parts.propagate is Propagate.dense:
+        faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
     return faults
 
 

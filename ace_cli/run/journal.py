@@ -20,6 +20,7 @@ from ace_cli.core.locks import is_locked
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
+from ace_cli.recovery.base import RecoveryFacts
 
 _JOURNAL = "progress.jsonl"
 
@@ -138,8 +139,11 @@ def _read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[BlockFacts]
         try:
             entry = json.loads(line)
             slots = [_slot(slot) for slot in entry.pop("slots")]
-            output = entry.pop("output", None)
-            block = BlockFacts(slots=slots, output=output and OutputChange(**output), **entry)
+            output, recovery = entry.pop("output", None), entry.pop("recovery", None)
+            block = BlockFacts(
+                slots=slots, output=output and OutputChange(**output), recovery=recovery and RecoveryFacts(**recovery),
+                **entry,
+            )  # fmt: skip
         except (ValueError, TypeError, KeyError):
             break
         if block.index != len(blocks):

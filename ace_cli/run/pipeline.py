@@ -122,7 +122,10 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     def flops(rows: int, columns: int) -> int:
         return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
 
-    demand = Demand(tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone, flops)
+    demand = Demand(
+        tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone, flops,
+        config.recover.forwards(), config.recover.bytes_per_weight(),
+    )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, demand, memory_budget(config.memory_gb, model.device))

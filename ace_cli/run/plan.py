@@ -34,7 +34,8 @@ class Demand:
     """What the chosen methods ask for: statistics, forwards through every block, and a look ahead at the dense model.
 
     ``length`` is the tokens in one row; ``by_rows``: see ``masking``; ``flops``: what refining and repairing a weight
-    (rows, columns) costs.
+    (rows, columns) costs. ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all
+    tokens and in bytes for each weight of a block.
     """
 
     tokens: int = 1
@@ -44,12 +45,14 @@ class Demand:
     surveys: bool = False
     by_rows: bool = True
     flops: Callable[[int, int], int] = lambda rows, columns: 0
+    training_forwards: float = 0.0
+    training_bytes: int = 0
 
     def forwards(self, batch_tokens: int) -> float:
         """Forwards of all tokens; several batches in sublayer order stop at the first, the second, ... input."""
         several = self.tokens > max(1, batch_tokens // self.length) * self.length
         orders = {Propagate.sublayer: 2.5 if several else 1.0, Propagate.block: 2.0, Propagate.dense: 1.0}
-        return orders[self.propagate] + self.surveys
+        return orders[self.propagate] + self.surveys + self.training_forwards
 
 
 @dataclass(frozen=True)
@@ -243,6 +246,8 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     on_host = _LIBRARIES + stored + converted + 2 * kept  # the heap keeps about as much again as is used
     hidden = demand.tokens * _hidden_size(model) * width
     held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
+    if demand.training_bytes:  # what goes into a block and what should come out of it are held in memory
+        held += 3 * hidden + demand.training_bytes * max(sum(entry.numel for entry in block) for block in blocks)
     fixed = max(embeddings, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
     whole = fixed + (0 if fixed + hidden > budget else hidden)
     return (fixed, whole, 0) if model.device.type == "cpu" else (fixed, on_host, whole)

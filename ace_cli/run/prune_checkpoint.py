@@ -20,6 +20,7 @@ from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.engine import prune, replay
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
+from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.survey import survey
 from ace_cli.report.markdown import model_card
 from ace_cli.report.terminal import Terminal
@@ -31,7 +32,9 @@ from ace_cli.run.journal import Work
 
 def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
     """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
-    choices = {group: with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair")}
+    choices = {
+        group: with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair", "recover")
+    }
     found = versions()
     return {
         "model": model.checkpoint.fingerprint(),
@@ -78,6 +81,7 @@ def _prune(run: RunContext, work: Work) -> None:
     if batches and 0 < done < len(model.blocks):
         weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
+    recovering = _recovering(run, done)
     slots = [slot for block in model.blocks for slot in block.slots]
     pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
     with Rereading(work.partial, pruned) as written:
@@ -87,7 +91,7 @@ def _prune(run: RunContext, work: Work) -> None:
             written.check(slot.name for slot in block.slots)
 
         with run.terminal.progress("pruning", len(model.blocks), done) as step:
-            for block in prune(model, batches, recipe, writer, clock, done, on_disk, compared):
+            for block in prune(model, batches, recipe, writer, clock, done, on_disk, compared, recovering):
                 work.finished.append(block)
                 step()
         with clock("write"):
@@ -111,6 +115,18 @@ def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
         spill = Spill(work.folder) if run.plan.spills(run.plan.tokens) else None
         batches = kept(run.model.batches(run.texts.windows_NL, again), spill)
         return batches, batches.pop() if again else None
+
+
+def _recovering(run: RunContext, done: int) -> Recovering | None:
+    """What trains each block, its windows in batches of a training step; None if nothing is trained."""
+    recovery, model, windows_NL = run.config.recover, run.model, run.texts.windows_NL
+    if not recovery.acts or windows_NL is None:
+        return None
+    with run.inner("embed"):
+        steps = list(model.batches(windows_NL, tokens=recovery.batch))
+    dense = [copy.copy(step) for step in steps] if recovery.carries_dense else []
+    replay(model, dense, done if dense else 0, run.inner)
+    return Recovering(model, recovery, steps, dense)
 
 
 def _recipe(config: RunConfig, patterns: dict[str, Pattern]) -> Recipe:

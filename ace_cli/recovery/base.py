@@ -1,0 +1,58 @@
+"""What a recovery is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from ace_cli.model.streamed import Batch, StreamedModel
+
+
+@dataclass(frozen=True)
+class RecoveryFacts:
+    """What training one block did: its error on held-out windows before and after, and the epochs that were kept.
+
+    0 epochs: it did not get better, and keeps the weights it had.
+    """
+
+    before: float
+    after: float
+    epochs: int
+
+
+@dataclass
+class Recovery:
+    """Trains the weights that pruning kept; pruned positions stay exactly zero."""
+
+    #: False for one that does nothing.
+    acts = True
+    #: Tokens of one training step.
+    batch: int = 512
+    #: Whether targets are the dense model's own hidden states, which then have to be carried along.
+    carries_dense = False
+
+    def faults(self) -> list[str]:
+        """What is wrong with the knobs, one line each; empty when all is well."""
+        return []
+
+    def forwards(self) -> float:
+        """What it costs beside pruning, in forwards of all calibration tokens through the model."""
+        return 0.0
+
+    def bytes_per_weight(self) -> int:
+        """Bytes beside each weight of the block that is trained: its copies, gradient and moments."""
+        return 0
+
+    def recover(
+        self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor], keep: Mapping[str, Tensor]
+    ) -> RecoveryFacts:
+        """Train the loaded block ``index`` in place until it makes ``targets`` (B, L, H) of ``batches``.
+
+        ``keep``: name inside the block of every parameter that is trained -> bool of its shape, what may change.
+        """
+        raise NotImplementedError
