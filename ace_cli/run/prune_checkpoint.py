@@ -76,7 +76,7 @@ def _prune(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = _recipe(run.config, patterns)
-    if not recipe.wanted:  # nothing looks at inputs, but what compares blocks
+    if not recipe.wanted and not run.config.recover.acts:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
         weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)

@@ -1,0 +1,145 @@
+"""recover=blocks: pruned positions stay zero, blocks come closer to the dense ones, and nothing is left to chance."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import make
+
+from ace_cli.core.errors import AceError
+from ace_cli.model.files import CheckpointWriter
+from ace_cli.recovery.blocks import Blocks, relative_error
+from ace_cli.report.facts import Report
+
+Prune = Callable[..., Report]
+TRAINED = ("metric=wanda", "recover=blocks", "recover.batch=32", "recover.lr=3e-3", "calib.n_samples=16")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoint" / "model.safetensors")
+
+
+def digest(run: Path) -> str:
+    return hashlib.sha256((run / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_error_is_relative_to_each_tokens_size() -> None:
+    torch.manual_seed(0)
+    out, target = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    slow = [
+        sum((float(o) - float(t)) ** 2 for o, t in zip(out[b, i], target[b, i], strict=True))
+        / sum(float(t) ** 2 for t in target[b, i])
+        for b in range(2)
+        for i in range(3)
+    ]
+    assert float(relative_error(out, target)) == pytest.approx(sum(slow) / len(slow), rel=1e-6)
+
+
+@pytest.mark.parametrize("target", ["block", "model"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "bloom", "opt", "mixtral", "gpt_oss"])
+def test_blocks_come_closer_and_what_was_pruned_stays_zero(
+    tmp_path: Path, prune_here: Prune, family: str, target: str
+) -> None:
+    model = make(tmp_path / "m", family)
+    options = ("sparsity=2:4", "metric=wanda", "calib.n_samples=16")
+    pruned = prune_here(model, tmp_path / "pruned", *options)
+    trained = prune_here(model, tmp_path / "trained", *TRAINED, f"recover.target={target}", "sparsity=2:4")
+    before, after = weights(tmp_path / "pruned"), weights(tmp_path / "trained")
+    assert all(block["recovery"] is None for block in pruned.blocks)
+    for block in trained.blocks:
+        assert block["recovery"]["after"] < block["recovery"]["before"]
+    assert trained.sparsity.achieved == pruned.sparsity.achieved
+    first = trained.blocks[0]["name"]
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert any(name.endswith("weight") and before[name].dim() > 1 for name in changed)
+    assert any(before[name].dim() == 1 for name in changed)  # norms and biases, too
+    for name in before:  # in the first block, the masks are those of the same pruning
+        if first in name or first.removeprefix("model.") in name:
+            assert (
+                torch.equal(after[name][before[name] == 0], before[name][before[name] == 0]) or before[name].dim() == 1
+            )
+
+
+def test_what_is_no_slot_is_not_trained(tmp_path: Path, prune_here: Prune) -> None:
+    model = make(tmp_path / "m", "mixtral")
+    prune_here(model, tmp_path / "out", *TRAINED, "exclude=*.self_attn.*")
+    dense, after = load_file(model / "model.safetensors"), weights(tmp_path / "out")
+    same = [name for name in dense if torch.equal(dense[name], after[name])]
+    assert {name for name in dense if "gate.weight" in name or "self_attn" in name or "embed" in name} <= set(same)
+
+
+def test_a_block_that_gets_no_better_keeps_every_bit(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    prune_here(llama, tmp_path / "pruned", "metric=wanda", "calib.n_samples=16")
+    report = prune_here(llama, tmp_path / "trained", *TRAINED, "recover.lr=1e6")
+    assert [block["recovery"]["epochs"] for block in report.blocks] == [0, 0]
+    assert any("got no better by training" in warning for warning in report.warnings)
+    assert digest(tmp_path / "pruned") == digest(tmp_path / "trained")
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_others(
+    llama: Path, tmp_path: Path, prune_here: Prune
+) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        prune_here(llama, tmp_path / name, *TRAINED, f"recover.seed={seed}")
+    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
+
+
+@pytest.mark.parametrize("target", ["block", "model"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    model = make(tmp_path / "m", "llama", num_hidden_layers=4)
+    options = (*TRAINED, f"recover.target={target}")
+    straight = prune_here(model, tmp_path / "straight", *options)
+    write, left = CheckpointWriter.write, [9 * 2 + 3]  # 7 matrices and 2 norms a block: inside the third
+
+    def stop(writer: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        write(writer, name, tensor)
+
+    monkeypatch.setattr(CheckpointWriter, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(model, tmp_path / "broken", *options)
+    monkeypatch.undo()
+    report = prune_here(model, tmp_path / "broken", *options)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "straight")
+    assert [block["recovery"] for block in report.blocks] == [block["recovery"] for block in straight.blocks]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_in_16_bits_and_several_batches(tmp_path: Path, prune_here: Prune, dtype: str) -> None:
+    model = make(tmp_path / "m", "gemma2", dtype=torch.bfloat16)
+    report = prune_here(model, tmp_path / "out", *TRAINED, f"dtype={dtype}", "recover.lr=1e-3")
+    assert all(block["recovery"]["after"] < block["recovery"]["before"] for block in report.blocks)
+    assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
+
+
+def test_a_metric_without_statistics_recovers_too(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    report = prune_here(llama, tmp_path / "out", *TRAINED, "metric=magnitude")
+    assert all(block["recovery"]["after"] < block["recovery"]["before"] for block in report.blocks)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("recover.epochs=0", "must be at least 1"), ("recover.lr=0", "above 0"), ("recover.lr=nan", "above 0"),
+        ("recover.batch=0", "at least 1"), ("recover.held_out=1", "between 0 and 1"), ("recover.seed=-1", "between"),
+        ("propagate=dense", "recover needs"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_one_line(configure: Callable[..., object], override: str, said: str) -> None:
+    with pytest.raises(AceError, match=said):
+        configure("model.path=x", "model=custom", "recover=blocks", override)
+
+
+def test_the_split_keeps_something_to_train_on() -> None:
+    assert Blocks()._split(1) == ([0], [0])
+    assert Blocks()._split(2) == ([0], [1])
+    assert Blocks()._split(32) == (list(range(29)), [29, 30, 31])
