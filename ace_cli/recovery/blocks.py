@@ -169,7 +169,7 @@ def _half_precision(device: torch.device) -> AbstractContextManager[object]:
     """Products in bfloat16 where the machine is faster at them; weights and sums stay in float32."""
     import torch
 
-    from ace_cli.core.device import has_bfloat16_units
+    from ace_cli.core.torch_api import has_bfloat16_units
 
     fast = has_bfloat16_units() if device.type == "cpu" else device.type == "cuda"
     return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
