@@ -129,7 +129,7 @@ def test_a_metric_without_statistics_recovers_too(llama: Path, tmp_path: Path, p
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("recover.epochs=0", "must be at least 1"), ("recover.lr=0", "above 0"), ("recover.lr=nan", "above 0"),
+        ("recover.epochs=0", "must be at least 1"), ("recover.lr=0", "above 0"), ("recover.lr=nan", "finite"),
         ("recover.batch=0", "at least 1"), ("recover.held_out=1", "between 0 and 1"), ("recover.seed=-1", "between"),
         ("propagate=dense", "recover needs"),
     ],
