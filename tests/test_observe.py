@@ -148,7 +148,8 @@ def test_an_interrupted_run_keeps_what_it_saw(
 
 def test_fidelity_is_that_of_the_whole_models(llama: Path, tmp_path: Path, prune_here: Prune, documents: Path) -> None:
     """With transformers alone, softmax in float64."""
-    from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents
+    from ace_cli.data.documents import consecutive_windows, load_tokenizer
+    from ace_cli.data.text_files import local_documents
     from ace_cli.model.files import Checkpoint
 
     options = ("eval=text", f"eval.path={documents}", "eval.seq_len=32", "eval.max_windows=4")

@@ -10,7 +10,8 @@ import torch
 from conftest import composed
 from tiny_models import load
 
-from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents
+from ace_cli.data.documents import consecutive_windows, load_tokenizer
+from ace_cli.data.text_files import local_documents
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model.files import Checkpoint

@@ -69,7 +69,8 @@ def test_perplexities_are_those_of_the_files(finished: tuple[Report, Path], llam
     from test_streamed import perplexity_of
     from tiny_models import load
 
-    from ace_cli.data.documents import consecutive_windows, load_tokenizer, local_documents
+    from ace_cli.data.documents import consecutive_windows, load_tokenizer
+    from ace_cli.data.text_files import local_documents
     from ace_cli.model.files import Checkpoint
 
     text = "\n\n".join(local_documents(str(documents), "text"))

@@ -20,11 +20,10 @@ from ace_cli.data.documents import (
     consecutive_windows,
     fingerprint,
     load_tokenizer,
-    local_documents,
-    local_file_fault,
     random_windows,
 )
 from ace_cli.data.generation import CALIBRATION, EVALUATION, sample_windows, start_token
+from ace_cli.data.text_files import local_documents, local_file_fault
 from ace_cli.model.files import Checkpoint
 
 TEXTS = ["w3 w4 w5", "w6 w7\nw8", "w9"]

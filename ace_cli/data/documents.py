@@ -1,4 +1,4 @@
-"""Documents: from local files or the hub, through ``datasets``; and how windows are cut from them.
+"""Documents from the hub, through ``datasets``; and how windows are cut from documents.
 
 Shared by calibration and evaluation.
 """
@@ -19,35 +19,6 @@ if TYPE_CHECKING:
 
     from ace_cli.model.files import Checkpoint
 
-#: File ending -> loader of ``datasets`` and its options.
-_LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".json.gz": ("json", {}),
-    ".jsonl.gz": ("json", {}),
-    ".parquet": ("parquet", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-}
-
-
-def local_file_fault(path: str | None, name: str) -> str | None:
-    """Why ``path`` cannot be read as documents, before anything is loaded; ``name`` is the override it came from."""
-    if not path:
-        return f"{name} is missing: give a {', '.join(_LOADERS)} file"
-    if not Path(path).expanduser().is_file():
-        return f"{name}={path}: no such file"
-    if not any(path.endswith(ending) for ending in _LOADERS):
-        return f"{name}={path}: must end in {', '.join(_LOADERS)}"
-    return None
-
-
-def local_documents(path: str, field: str) -> list[str]:
-    """The documents of a local file: column ``field`` of a table, or the whole of a .txt file."""
-    file = Path(path).expanduser()
-    loader, options = next(_LOADERS[ending] for ending in _LOADERS if file.name.endswith(ending))
-    column = "text" if loader == "text" else field
-    return _column(str(file), column, loader, data_files=str(file), split="train", streaming=True, **options)
-
 
 def wikitext2_documents(split: str) -> list[str]:
     """The lines of WikiText-2 (raw) from the hub, joined by two line breaks for the usual perplexity."""
@@ -61,33 +32,17 @@ def c4_documents(split: str) -> list[str]:
 
 
 def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
+    """Column ``column`` of a data set of the hub."""
     import datasets
 
     datasets.utils.logging.disable_progress_bar()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would call a server to count the reading of local files
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # it would tell a server of every reading
     try:
         rows = datasets.load_dataset(*args, **kwargs)
-        if kwargs.get("streaming"):
-            rows = list(rows)
-            names = list(rows[0]) if rows else []
-            found = [row.get(column) for row in rows]
-        else:
-            names = rows.column_names
-            found = rows[column] if column in names else []
     except Exception as fault:  # files, hub and network each fail with errors of their own
-        reason = first_line(fault)
-        hint = (
-            "Is it a whole file of the kind its name says?"
-            if Path(what).exists()
-            else "The hub cannot be reached: use calib=text or calib=self (eval=text or eval=self)."
-        )
-        raise AceError(f"Cannot read {what}: {reason}.", hint) from fault
-    texts = [text for text in found if isinstance(text, str)]
-    if not texts:
-        raise AceError(
-            f"{what} has no column '{column}' with text; found: {', '.join(names) or 'nothing'}.", "Name it."
-        )
-    return texts
+        hint = "The hub cannot be reached: use calib=text or calib=self (eval=text or eval=self)."
+        raise AceError(f"Cannot read {what}: {first_line(fault)}.", hint) from fault
+    return [text for text in rows[column] if isinstance(text, str)]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

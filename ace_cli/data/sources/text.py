@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ace_cli.core.registry import register
-from ace_cli.data.documents import local_documents, local_file_fault
 from ace_cli.data.sources.base import DocumentSource
+from ace_cli.data.text_files import local_documents, local_file_fault
 
 
 @register("source", "text")
