@@ -27,6 +27,7 @@ from ace_cli.model.pruned import MANIFEST
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
+from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.plan import Plan
 
@@ -54,11 +55,12 @@ def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report
     pruned = sum(zeros.values())
     seconds = _seconds(run)
     tokens = windows_NL.numel() if windows_NL is not None else 0
+    loops = loops_of(config, model)
     return facts.Report(
         command=run.command,
         created=run.start.isoformat(timespec="seconds"),
         versions=versions(),
-        hardware=_hardware(model.device),
+        hardware=_hardware(model.device) | {"loops": loops},
         config={"yaml": config.text},
         model=_model(config, model, plan),
         method=_method(config, plan),
@@ -79,7 +81,7 @@ def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report
         blocks=[_block(block) for block in work.finished],
         samples=measured.samples,
         gate=_gate(config, measured),
-        warnings=[*_warnings(config, work.finished, plan, work), *measured.notes],
+        warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
     )
 
 
@@ -163,9 +165,11 @@ def _like_magnitude(slot: SlotFacts) -> bool:
     return slot.diagnosis.get("spread", 2.0) < 1.05
 
 
-def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work) -> list[str]:
+def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work, loops: str) -> list[str]:
     slots = [slot for block in blocks for slot in block.slots]
     warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
+    if loops.startswith("not compiled"):
+        warnings.append(f"Loops were {loops}. Pruning took longer than it has to: install numba.")
     if work.resumed:
         warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
     flat = [slot.name for slot in slots if _like_magnitude(slot)]
@@ -194,12 +198,19 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
 
 def versions() -> dict[str, str]:
     """Of this tool, Python and the libraries that decide results."""
-    names = ("torch", "transformers", "datasets", "safetensors", "hydra-core", "numpy")
+    names = ("torch", "transformers", "datasets", "safetensors", "hydra-core", "numpy", "numba", "scipy")
     return {
         "ace-prune": __version__,
         "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in names},
+        **{name: _version(name) for name in names},
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

@@ -9,8 +9,12 @@ import torch
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.base import Evaluation
+from ace_cli.kernels import loops
+from ace_cli.kernels.selection import LARGE
+from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.recipe import Permute
 from ace_cli.run.config import RunConfig
 
 
@@ -20,6 +24,21 @@ def memory_budget(memory_gb: float | None, device: torch.device) -> float:
         return memory_gb * 1e9
     free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
     return 0.9 * free
+
+
+def pruned_by_rows(config: RunConfig, model: StreamedModel) -> bool:
+    """Whether every slot is scored and pruned row by row, with nothing of a weight's size beside it."""
+    alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
+    return alone and model.device.type == "cpu"
+
+
+def loops_of(config: RunConfig, model: StreamedModel) -> str:
+    """How this run prunes on a CPU, for its identity and report: other loops round other sums."""
+    largest = max(slot.shape[0] * slot.shape[1] for block in model.blocks for slot in block.slots)
+    if model.device.type != "cpu" or (pruned_by_rows(config, model) and largest < LARGE):
+        return "not needed"
+    why = loops.why_not()
+    return f"not compiled: {why}" if why else "compiled"
 
 
 def check_not_source(source: Checkpoint, output_dir: Path) -> None:

@@ -19,19 +19,17 @@ from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
-from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.slots import Selection
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.recipe import Permute
 from ace_cli.report import facts
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
-from ace_cli.run.checks import check_left, check_length, check_not_source, memory_budget
+from ace_cli.run.checks import check_left, check_length, check_not_source, loops_of, memory_budget, pruned_by_rows
 from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
@@ -116,8 +114,7 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     check_left(model, config)
     tokens = config.calib.tokens if config.needs_data else 0
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
-    alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
-    alone &= model.device.type == "cpu"
+    alone = pruned_by_rows(config, model)
 
     def flops(rows: int, columns: int) -> int:
         return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
@@ -136,6 +133,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     limit = plan.limit(rates, model.checkpoint.nbytes)
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
     check_room(plan, config.output_dir)
+    if (loops := loops_of(config, model)).startswith("not compiled"):
+        terminal.say(f"Warning: loops are {loops}. Pruning takes several times as long: install numba.", "yellow")
     return plan, limit
 
 

@@ -25,6 +25,7 @@ from ace_cli.pruning.survey import survey
 from ace_cli.report.markdown import model_card
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import summary_of, versions, with_options
+from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
 from ace_cli.run.journal import Work
@@ -48,7 +49,8 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "device": str(model.device),
         "dtype": str(model.dtype),
         "threads": torch.get_num_threads(),
-        "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers")},
+        "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
+        "loops": loops_of(config, model),
     }
 
 
