@@ -16,13 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ace_cli.core.errors import AceError
 from ace_cli.kernels.bitmask import Bitmask, pack, packed_bytes, product, unpack, why_slow
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES
 from ace_cli.model.packed import PackedCheckpoint, open_folder
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.model.transformers_api import tied_weights
 
 #: More tokens at once go through the unpacked matrix: where both ways were measured to take equally long.
 FEW_TOKENS = 8
@@ -118,8 +116,7 @@ def load_with_facts(folder: Path, dtype: torch.dtype | None = None) -> Loaded:
     checkpoint = open_folder(folder)
     dtype = dtype or _stored_dtype(checkpoint)
     streamed = StreamedModel(checkpoint, torch.device("cpu"), dtype)
-    if faults := streamed.faults():
-        raise AceError(f"{folder}: {faults[0]}.", "Is the checkpoint whole?")
+    streamed.check_complete()
     note = why_slow(dtype)
     packed = {} if note else _packed_weights(streamed)
     model = streamed.whole(without=[f"{name}.weight" for name in packed])
@@ -132,11 +129,10 @@ def load_with_facts(folder: Path, dtype: torch.dtype | None = None) -> Loaded:
 
 def _packed_weights(streamed: StreamedModel) -> dict[str, Bitmask]:
     """Name of a linear layer -> its weight, of those that are there packed or become smaller by it."""
-    tied = tied_weights(streamed.skeleton)
     found = {}
     for name, module in streamed.skeleton.named_modules():
         key = streamed.stored_as(f"{name}.weight")
-        if type(module) is not nn.Linear or key is None or f"{name}.weight" in tied:
+        if type(module) is not nn.Linear or key is None or f"{name}.weight" in streamed.tied:
             continue
         if (packed := _packed(streamed.checkpoint, key, streamed.dtype)) is not None:
             found[name] = packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,19 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from test_families import stream, streamed
+from test_odd_checkpoints import plan_of, reconfigure, rewrite
+from tiny_models import make, token_windows
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 
+import ace_cli
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.json_reader import parse_object, read_object
+from ace_cli.data.documents import load_tokenizer
+from ace_cli.data.generation import whole_model
+from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.folder import INDEX, TEMPLATES, copy_other_files, weight_map
 from ace_cli.model.header import read_header
@@ -25,6 +36,10 @@ def refusal(action: Any, *arguments: Any) -> str:
         action(*arguments)
     assert str(caught.value).isprintable()
     return str(caught.value)
+
+
+def logits(model: Any) -> Tensor:
+    return stream(model, token_windows(2, 20))[1]
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -198,3 +213,170 @@ def test_chat_templates_of_the_sub_folder_come_along(own_llama: Path, tmp_path: 
         for folder in (own_llama, tmp_path / "out")
     ]
     assert said == ["tools: w3", "tools: w3"]
+
+
+# --- configurations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "5", '"x"', "{", "[" * 100_000])
+def test_a_configuration_that_is_no_object(own_llama: Path, text: str) -> None:
+    (own_llama / "config.json").write_text(text)
+    assert "config.json" in refusal(streamed, own_llama)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, the files hold 2 blocks"),
+        ({"num_hidden_layers": 500}, "num_hidden_layers=500, the files hold 2 blocks"),
+        ({"text_config": {"num_hidden_layers": 10**9}}, "the files hold 2 blocks"),
+        ({"num_labels": 10**9}, "num_labels=1000000000 is beyond any model"),
+        ({"vocab_size": 10**400}, "vocab_size=1000000000"),
+        ({"hidden_size": 10**9, "head_dim": 16}, "hidden_size=1000000000"),
+        ({"num_hidden_layers": "two"}, "num_hidden_layers': TypeError: Field 'num_hidden_layers' expected int"),
+        ({"layer_types": ["full_attention"] * 3}, "must be equal to the number of `layer_types` (3). Mend its config"),
+        ({"model_type": None}, "names no model_type"),
+        ({"model_type": "of_tomorrow"}, "does not know the model_type 'of_tomorrow'. Only language models"),
+        ({"model_type": "of_tomorrow", "auto_map": {"AutoConfig": "x.C"}}, "without running code that lies in"),
+        ({"pad_token_id": 10**9}, "Padding_idx"),
+    ],
+)  # fmt: skip
+def test_configurations_that_no_model_has(own_llama: Path, change: dict[str, Any], words: str) -> None:
+    assert words in refusal(streamed, reconfigure(own_llama, **change))
+
+
+@pytest.mark.parametrize("config", [{"num_local_experts": 10**7}, {"num_local_experts": 10**5}])
+def test_counts_beyond_the_file_do_not_run_for_hours(tmp_path: Path, config: dict[str, Any]) -> None:
+    folder = reconfigure(make(tmp_path / "m", "jamba", mamba_d_state=4), **config)
+    refusal(plan_of, folder)
+
+
+def test_what_computes_is_chosen_here(own_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration may name kernels to be fetched from the hub, or ask for tuples."""
+    names = {"_attn_implementation": "nobody/kernel", "attn_implementation": "nobody/kernel", "return_dict": False,
+             "experts_implementation": "nobody/kernel", "_experts_implementation": "nobody/kernel",
+             "dtype": "nonsense"}  # fmt: skip
+    expected = logits(streamed(own_llama))
+    assert torch.equal(logits(streamed(reconfigure(own_llama, **names))), expected)
+    whole = whole_model(Checkpoint(own_llama), "auto", "cpu", "")
+    assert whole.dtype == torch.float32
+    assert torch.allclose(whole(token_windows(2, 20)).logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama_of_mine", "llama"])
+def test_code_of_a_checkpoint_is_never_run(
+    own_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Neither of its model nor of its tokenizer, and nobody is asked whether it may."""
+    (own_llama / "evil.py").write_text(
+        f"from pathlib import Path\nPath({str(tmp_path / 'evil')!r}).touch()\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
+        "class C(LlamaConfig):\n    model_type = 'llama_of_mine'\n"
+        "class M(LlamaForCausalLM):\n    config_class = C\n"
+        "class T(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M", "AutoTokenizer": ["evil.T", "evil.T"]}
+    reconfigure(own_llama, model_type=kind, auto_map=code)
+    tokenizer = json.loads((own_llama / "tokenizer_config.json").read_text()) | {"auto_map": code}
+    (own_llama / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    checkpoint = open_model(ModelConfig(path=str(own_llama)))
+    assert load_tokenizer(checkpoint)("w3")["input_ids"] == [3]
+    if kind == "llama":
+        assert type(streamed(own_llama).skeleton).__name__ == "LlamaForCausalLM"
+        whole_model(checkpoint, "auto", "cpu", "")
+    else:
+        assert "llama_of_mine" in refusal(streamed, own_llama)
+        assert "llama_of_mine" in refusal(whole_model, checkpoint, "auto", "cpu", "")
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("file", sorted(Path(ace_cli.__file__).parent.rglob("*.py")), ids=lambda file: file.stem)
+def test_remote_code_is_declined_wherever_transformers_loads_something(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.Call) or "GenerationConfig" in (call := ast.unparse(node.func)):  # JSON alone
+            continue
+        if call.endswith((".from_pretrained", ".from_config")):
+            given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert given.get("trust_remote_code") == "False", f"line {node.lineno}"
+
+
+def head(tensors: dict[str, Tensor], other: Tensor | None = None) -> dict[str, Tensor]:
+    """With a stored head: the embedding's values, or ``other``."""
+    name = next(name for name in tensors if "embed_tokens" in name or name.endswith("wte.weight"))
+    return tensors | {"lm_head.weight": tensors[name].clone() if other is None else other}
+
+
+OTHER = 0.15 * torch.randn(128, 64, generator=torch.Generator().manual_seed(5))
+TIED = {"tie_word_embeddings": True}
+#: Odd folders that transformers loads: family, its options, changes of config.json, changes of the tensors.
+FOLDERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Any]] = {
+    "tied, a head of other values": ("llama", TIED, {}, lambda t: head(t, OTHER)),
+    "tied, a head of the same values": ("llama", TIED, {}, head),
+    "tied, only the head": (
+        "llama", TIED, {}, lambda t: {("lm_head.weight" if "embed" in name else name): v for name, v in t.items()},
+    ),
+    "tied, a head in 16 bits": ("llama", TIED, {}, lambda t: head(t, t["model.embed_tokens.weight"].bfloat16())),
+    "tied by default, a head of other values": ("gpt2", {}, {}, lambda t: head(t, OTHER)),
+    "without a prefix, a head of other values": (
+        "gpt2", {}, {}, lambda t: {name.removeprefix("transformer."): v for name, v in head(t, OTHER).items()},
+    ),
+    "scaled, a head of other values": ("gemma2", {}, {}, lambda t: head(t, OTHER)),
+    "a model without its head's prefix": (
+        "llama", TIED, {}, lambda t: {name.removeprefix("model."): v for name, v in t.items()},
+    ),
+    "untied, but declared": ("llama", {}, TIED, lambda t: t),
+    "tied, declared untied, both stored": ("llama", TIED, {"tie_word_embeddings": False}, head),
+    "half precision": ("llama", {}, {}, lambda t: {name: v.half() for name, v in t.items()}),
+    "another class named": ("llama", {}, {"architectures": ["Qwen2ForCausalLM"]}, lambda t: t),
+    "options of training": ("llama", {}, {"attention_dropout": 0.5, "output_attentions": True}, lambda t: t),
+    "rope as it was written before": (
+        "llama", {}, {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5000.0}, lambda t: t,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_what_transformers_loads_is_what_is_measured(tmp_path: Path, name: str) -> None:
+    family, options, entries, change = FOLDERS[name]
+    folder = rewrite(reconfigure(make(tmp_path / "m", family, **options), **entries), change)
+    ids = token_windows(3, 20)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        of_theirs = model(ids).logits[:, :-1]
+    theirs = perplexity([float(cross_entropy(a, b)) for a, b in zip(of_theirs.double(), ids[:, 1:], strict=True)])
+    ours = streamed(folder)
+    ours.check_complete()
+    assert perplexity(window_losses(ours, ids)) == pytest.approx(theirs, rel=1e-5)
+
+
+# --- what the files lack ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "change", "words"),
+    [
+        ({}, lambda t: {f"_orig_mod.{name}": v for name, v in t.items()}, "begin with '_orig_mod.'"),
+        ({}, lambda t: {f"module.model.{name}": v for name, v in t.items()}, "begin with 'module.model.'"),
+        ({"num_hidden_layers": 4}, lambda t: t, "asks for 4 blocks, the files hold 2"),
+        (
+            {"architectures": ["LlamaForSequenceClassification"]},
+            lambda t: {name.replace("lm_head", "score"): v for name, v in t.items()},
+            "(LlamaForSequenceClassification) has no lm_head.weight: a base or reward model",
+        ),
+        ({}, lambda t: {name: v for name, v in t.items() if "1.mlp.up" not in name}, "no weight for model.layers.1"),
+        ({}, lambda t: t | {"model.norm.weight": torch.ones(32)}, "model.norm.weight is (32,) in the file"),
+        *(
+            ({}, lambda t, dtype=dtype: {name: v.to(dtype) if "q_proj" in name else v for name, v in t.items()}, kind)
+            for dtype, kind in (
+                (torch.int8, "stored as I8"), (torch.bool, "stored as BOOL"), (torch.int64, "stored as I64"),
+                (torch.float8_e4m3fn, "stored as F8_E4M3"),
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_missing_is_said_first(own_llama: Path, entries: dict[str, Any], change: Any, words: str) -> None:
+    rewrite(reconfigure(own_llama, **entries), change)
+    line = refusal(plan_of, own_llama)
+    assert words in line
+    assert "slots.py" not in line

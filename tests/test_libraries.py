@@ -44,10 +44,10 @@ def test_contract(what: str) -> None:
 
 def tiny(family: str, **options: Any) -> Any:
     settings = {**tiny_models.COMMON, **tiny_models.FAMILIES[family], **options}
+    config = AutoConfig.for_model(family, **settings)
+    transformers_api.compute_plainly(config)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, **settings), **transformers_api.PLAIN_EXPERTS
-        )
+        return AutoModelForCausalLM.from_config(config)
 
 
 # --- transformers ---------------------------------------------------------------------------------------------------
@@ -98,9 +98,19 @@ def _() -> bool:
     return transformers_api.in_loading_order(["e.10.w", "e.9.w"]) == ["e.9.w", "e.10.w"]
 
 
-@contract("transformers: experts_implementation='eager' of from_config, used by PLAIN_EXPERTS")
+@contract("transformers: _experts_implementation of a configuration decides, used by compute_plainly")
 def _() -> bool:
-    return bool(tiny("mixtral").config._experts_implementation == "eager")
+    return bool(tiny("mixtral", _experts_implementation="nobody/k").config._experts_implementation == "eager")
+
+
+@contract("transformers: _attn_implementation of a configuration decides, used by compute_plainly")
+def _() -> bool:
+    return bool(tiny("llama", _attn_implementation="nobody/k").config._attn_implementation == "sdpa")
+
+
+@contract("transformers: CONFIG_MAPPING_NAMES lists the model types, used by known_model_types")
+def _() -> bool:
+    return {"llama", "gpt2", "mixtral"} < transformers_api.known_model_types()
 
 
 @contract("transformers: save_pretrained asks for hf_quantizer and _weight_conversions, set by save_as_plain")

@@ -114,8 +114,7 @@ def _evaluate(
     for name, config in models.items():
         source = open_model(config)
         opened[name] = StreamedModel(source, device, choose_dtype(Dtype(arguments.dtype), device, source))
-        if faults := opened[name].faults():
-            raise AceError(f"{name}: {faults[0]}.", "Is the checkpoint whole?")
+        opened[name].check_complete()
         load_tokenizer(source)
     comparison = facts.Comparison(
         models=list(models),

@@ -56,7 +56,7 @@ def _tokenizer(folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as fault:  # tokenizer backends fail with errors of their own
         reason = first_line(fault)
         raise AceError(f"{folder} has no usable tokenizer: {reason}", "Only calib=self needs none.") from fault

@@ -61,13 +61,14 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
 
     ``dtype``: "auto" for the stored one. Raises AceError with ``hint`` when transformers cannot load the folder.
     """
-    from transformers import AutoConfig
-
     from ace_cli.model.auto import auto_class
+    from ace_cli.model.configuration import transformers_config
 
+    config = transformers_config(checkpoint.folder)
+    auto, folder = auto_class(config), checkpoint.folder
     try:
-        auto = auto_class(AutoConfig.from_pretrained(checkpoint.folder))
-        return auto.from_pretrained(checkpoint.folder, dtype=dtype).to(device).eval()
+        model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+        return model.to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise
         problem = f"{checkpoint.folder} cannot be loaded to write text: {first_line(fault)}"
         raise AceError(problem, hint) from fault

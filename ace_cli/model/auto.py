@@ -8,23 +8,40 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from ace_cli.core.errors import AceError
 from ace_cli.model.transformers_api import needs_images
 
 
 class LargeOnMeta(TorchFunctionMode):
     """Tensors of more than ``LIMIT`` elements are made on the meta device: those are weights, never tables.
 
-    All experts of a layer are one tensor, of 30 GB in DeepSeek-V3, that a machine may refuse even to reserve.
+    All experts of a layer are one tensor, of 30 GB in DeepSeek-V3, that a machine may refuse even to reserve. A
+    configuration that asks for many times more tensors than the ``stored`` ones is refused before it has made them all.
     """
 
     LIMIT = 1 << 26
+    #: Tensors made for each one stored: files may hold all experts of a layer in one, that a class makes singly.
+    TIMES, SPARE = 1000, 10_000
+
+    def __init__(self, stored: int) -> None:
+        super().__init__()
+        self._stored = stored
+        self._made = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand) and args:
+            self._made += 1
+            if self._made > self.TIMES * self._stored + self.SPARE:
+                raise AceError(
+                    f"config.json asks for more than {self._made - 1:,} tensors, the files hold {self._stored:,}.",
+                    "Mend it, or fetch it again.",
+                )
             size = args[0] if isinstance(args[0], tuple | list) else args
             if math.prod(size) > self.LIMIT:
                 kwargs = {**kwargs, "device": "meta"}
+        elif func is torch.arange and max((abs(bound) for bound in args if type(bound) is int), default=0) > self.LIMIT:
+            kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
 
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError, TransientError
-from ace_cli.core.json_reader import read_object
 from ace_cli.model import disk
+from ace_cli.model.configuration import read_config
 from ace_cli.model.folder import INDEX, check_folder, weight_map
 from ace_cli.model.header import DTYPES, TensorEntry, read_header
 
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def config(self) -> dict[str, Any]:
         """config.json as it stands."""
-        return read_object(self.folder / "config.json")
+        return read_config(self.folder)
 
     def read(self, name: str) -> Tensor:
         """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own."""

@@ -71,6 +71,11 @@ class Mapping:
         """The file tensors of a parameter, each with its place in it; none if a conversion makes it."""
         return self._parts.get(name, [])
 
+    def keys(self, name: str) -> list[str]:
+        """The file tensors that a parameter is made of; none if it has none."""
+        made = self._made.get(name)
+        return made.keys if made else [part.key for part in self.parts(name)]
+
     def conversions(self, prefix: str) -> list[Conversion]:
         """The conversions that make parameters whose names begin so, each once."""
         found = {id(made): made for name, made in self._made.items() if name.startswith(prefix)}

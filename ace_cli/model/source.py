@@ -154,9 +154,12 @@ def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
 
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), gguf_file=path.name, dtype=getattr(torch, config.import_dtype.value)
+            str(path.parent),
+            gguf_file=path.name,
+            dtype=getattr(torch, config.import_dtype.value),
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
     except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
         reason = first_line(fault)
         raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault

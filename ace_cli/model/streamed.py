@@ -20,11 +20,14 @@ from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer, off_the_heap
 from ace_cli.core.torch_api import lacks_memory, own_buffers, own_parameters
 from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
+from ace_cli.model.completeness import check_complete
+from ace_cli.model.configuration import check_config, not_understood, transformers_config
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
 from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
-from ace_cli.model.transformers_api import PLAIN_EXPERTS, block_classes, kept_in_float32, tied_weights
+from ace_cli.model.ties import resolved, same_values
+from ace_cli.model.transformers_api import block_classes, kept_in_float32, tied_weights
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
 #: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
@@ -106,6 +109,8 @@ class StreamedModel:
         self._stem_conversions = [made for made in self._mapping.conversions("") if id(made) not in inner]
         self._stem = [name for name in self._state() if not name.startswith(inside)]
         self._returned = 0  # values in the tuple that a block returns; 0 if it returns the hidden states alone
+        #: Parameters that share the tensor of another: name -> the other's.
+        self.tied = resolved(tied_weights(self.skeleton), self._mapping, self._alike)
         _move_buffers(self.skeleton, device)
 
     @property
@@ -223,13 +228,12 @@ class StreamedModel:
 
     def whole(self, without: Collection[str] = ()) -> Any:
         """The model itself with all its weights in memory; parameters named in ``without`` stay on the meta device."""
-        state, tied = self._state(), tied_weights(self.skeleton)
-        for name in state:
-            if name not in tied and name not in without and (parts := self._mapping.parts(name)):
+        for name in self._state():
+            if name not in self.tied and name not in without and (parts := self._mapping.parts(name)):
                 self._fill(name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
         for conversion in self._mapping.conversions(""):
             self._convert([conversion], {key: self.checkpoint.read(key) for key in conversion.keys})
-        for name, source in tied.items():
+        for name, source in self.tied.items():
             _assign(self.skeleton, name, self._state()[source])
         return self.skeleton
 
@@ -238,14 +242,26 @@ class StreamedModel:
         parts = self._mapping.parts(name)
         return parts[0].key if len(parts) == 1 and parts[0].place == View() else None
 
-    def faults(self) -> list[str]:
-        """Where the files do not hold what the model needs, one line each."""
-        tied = tied_weights(self.skeleton)
-        state = self._state()
-        missing = [f"no weight for {name}" for name in state if name not in self._mapping and name not in tied]
-        return missing + self._mapping.misfits(state)
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding: token ids are smaller."""
+        rows: int = self.skeleton.get_input_embeddings().weight.shape[0]
+        return rows
+
+    def check_complete(self) -> None:
+        """AceError if the files do not hold what the model needs."""
+        missing = [name for name in self._state() if name not in self._mapping and name not in self.tied]
+        blocks = [block.name for block in self.blocks]
+        check_complete(self.checkpoint, self.skeleton, self._mapping, missing, blocks)
 
     # --- finding the parts -------------------------------------------------------------------------------------
+
+    def _alike(self, one: str, other: str) -> bool:
+        """Whether two tied parameters that are both stored are one; those put together from parts are as declared."""
+        keys = [self._mapping.keys(name) for name in (one, other)]
+        if any(len(found) != 1 for found in keys):
+            return True
+        return same_values(self.checkpoint, keys[0][0], keys[1][0], self._dtype_of(other))
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.skeleton.state_dict(keep_vars=True))
@@ -312,10 +328,10 @@ class StreamedModel:
         """Embeddings, norms and, if asked for, the head; tied weights share one tensor."""
         output = self.skeleton.get_output_embeddings()
         skipped = {f"{name}." for name, module in self.skeleton.named_modules() if module is output and not head}
-        names = [name for name in self._stem if not name.startswith(tuple(skipped))]
-        tied = tied_weights(self.skeleton)
+        wanted = [name for name in self._stem if not name.startswith(tuple(skipped))]
+        names = list(dict.fromkeys([*wanted, *(self.tied[name] for name in wanted if name in self.tied)]))
         for name in names:
-            if name in self._mapping and name not in tied:
+            if name in self._mapping and name not in self.tied:
                 parts = self._mapping.parts(name)
                 if parts:
                     self._fill(name, parts, {part.key: self.checkpoint.read(part.key) for part in parts})
@@ -323,8 +339,8 @@ class StreamedModel:
             self._convert([conversion], {key: self.checkpoint.read(key) for key in conversion.keys})
         state = self._state()
         for name in names:
-            if name in tied:
-                _assign(self.skeleton, name, state[tied[name]])
+            if name in self.tied:
+                _assign(self.skeleton, name, state[self.tied[name]])
         try:
             yield
         finally:
@@ -413,26 +429,21 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
     """The model without weights; its buffers (rotary tables, embedding scales) are computed for real."""
     if method := _quantisation(checkpoint):
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
-    try:
-        # in float32, or tables of positions lose their digits
-        model = _built(checkpoint, torch.float32)
-    except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
-        reason = first_line(fault)
-        raise AceError(
-            f"transformers cannot build the model of {checkpoint.folder}: {reason}",
-            "Only language models that transformers knows without remote code can be pruned.",
-        ) from fault
-    return model.eval()
+    check_config(checkpoint.folder, checkpoint.tensors)
+    # in float32, or tables of positions lose their digits
+    return _built(checkpoint, torch.float32).eval()
 
 
 def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model as its class makes it for ``dtype``, its parameters on the meta device."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
-    with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta():
-        return auto_class(config).from_config(config, dtype=dtype, **PLAIN_EXPERTS)
+    config = transformers_config(checkpoint.folder)
+    try:
+        with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta(len(checkpoint.tensors)):
+            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
+        raise not_understood(checkpoint.folder, fault) from fault
 
 
 def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) -> Callable[[str], bool]:

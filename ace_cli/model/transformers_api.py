@@ -47,8 +47,24 @@ def needs_images(config: Any) -> bool:
     return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-#: What ``from_config`` and ``from_pretrained`` are told, so that experts run one by one in plain operations.
-PLAIN_EXPERTS = {"experts_implementation": "eager"}
+def compute_plainly(config: Any) -> None:
+    """Attention by torch and experts one by one in plain operations, whatever the file of ``config`` asks for.
+
+    Both settings may name code that transformers would fetch from the hub and run.
+    """
+    from transformers import PreTrainedConfig
+
+    config._attn_implementation = None  # torch's own where the class can, else the plain formula
+    config._experts_implementation = "eager"
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
+        part.return_dict = True
+
+
+def known_model_types() -> set[str]:
+    """The model types of which this release has a configuration class of its own."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return set(CONFIG_MAPPING_NAMES)
 
 
 # --- how files become models ----------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ def make_plan(
 
     Raises AceError where a pattern does not fit a weight or the slots cover too little of the blocks.
     """
+    model.check_complete()
     slots = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     misfits = [f"{name} {shape}: {why}" for name, shape in slots.items() if (why := patterns[name].misfit(*shape))]
     if misfits:
@@ -129,9 +130,6 @@ def make_plan(
             f"is in {', '.join(left)}.",
             "Give its class a row in STORED_TRANSPOSED of ace_cli/model/slots.py, or exclude it to leave it dense.",
         )
-    if faults := model.faults():
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise AceError(f"{model.checkpoint.folder}: {faults[0]}{more}.", "Fetch the files again.")
     fixed, host, device = _memory(model, demand, budget)
     token_bytes = _hidden_size(model) * model.dtype.itemsize
     spilled = fixed + demand.tokens * token_bytes > budget
