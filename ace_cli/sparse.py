@@ -163,6 +163,6 @@ def _as_from_pretrained(model: Any, folder: Path, dtype: torch.dtype) -> None:
     """What transformers' own loader tells a model about its folder."""
     from transformers import GenerationConfig
 
-    model.config.dtype, model.config._name_or_path = dtype, str(folder)
+    model.config.dtype, model.config.name_or_path = dtype, str(folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
