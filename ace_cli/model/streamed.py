@@ -261,7 +261,7 @@ class StreamedModel:
         keys = [self._mapping.keys(name) for name in (one, other)]
         if any(len(found) != 1 for found in keys):
             return True
-        return same_values(self.checkpoint, keys[0][0], keys[1][0], self._dtype_of(other))
+        return same_values(self.checkpoint, keys[0][0], keys[1][0], self.dtype_of(other))
 
     def _state(self) -> dict[str, Tensor]:
         return dict(self.skeleton.state_dict(keep_vars=True))
