@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,38 @@ def test_ace_verify_knows_packed_folders(llama: Path, tmp_path: Path, prune_here
         stream.write(bytes(line.tolist()))
     with pytest.raises(Violation, match=name):
         verify(tmp_path / "packed")
+
+
+# --- as a part of a run -------------------------------------------------------------------------------------------
+
+
+def test_a_run_packs_its_checkpoint(llama: Path, tmp_path: Path, prune_here: Any) -> None:
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true")
+    packed = report.stages["packed"]
+    assert packed["made"]
+    assert packed["matrices"] == 14
+    assert packed["summary"] in (tmp_path / "out" / "report.md").read_text()
+    unpack_folder(tmp_path / "out" / "packed", tmp_path / "again")
+    assert same_bits(weights(tmp_path / "out" / "checkpoint"), weights(tmp_path / "again"))
+    assert not (tmp_path / "again" / "stage.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["pack=gzip"], "pack=gzip: must be true, false or zstd"),
+        (["pack=true", "sparsity=0.05"], "pack: at sparsity=0.05 a bit mask takes more than the zeros did"),
+    ],
+)
+def test_what_packing_cannot_do_is_said_before_work(options: list[str], words: str, configure: Any) -> None:
+    with pytest.raises(AceError, match=words):
+        configure("model=custom", f"model.path={Path(__file__).parent}", *options)
+
+
+def test_zstd_without_its_library_is_said_before_work(
+    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    with pytest.raises(AceError, match="pip install zstandard"):
+        prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=zstd")
+    assert not (tmp_path / "out").exists()

@@ -44,6 +44,10 @@ class Stage:
         """Fill the empty folder ``target``; facts for the report. Raises AceError for what the user can mend."""
         raise NotImplementedError
 
+    def summary(self, facts: dict[str, Any]) -> str:
+        """What ``run`` found, in one sentence for people."""
+        raise NotImplementedError
+
     def verify(self, source: Path, target: Path) -> None:
         """Read the result anew; AceError if it is not what it should be."""
         raise NotImplementedError

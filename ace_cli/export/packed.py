@@ -55,6 +55,13 @@ class Pack(Stage):
         _write_rest(checkpoint, target)
         return _facts(checkpoint, target, self.zstd)
 
+    def summary(self, facts: dict[str, Any]) -> str:
+        files, matrices = (facts[f"packed_{of}"] / max(1, facts[f"dense_{of}"]) for of in ("bytes", "matrix_bytes"))
+        return (
+            f"{facts['packed_bytes'] / 1e9:.2f} GB, {files:.3f} of the dense files; its {facts['matrices']} packed "
+            f"matrices take {matrices:.3f} of their dense bytes"
+        )
+
     def verify(self, source: Path, target: Path) -> None:
         import torch
 

@@ -192,6 +192,7 @@ class Report:
     gate: GateFacts | None = None
     warnings: list[str] = field(default_factory=list)
     zero_shot: ZeroShot | None = None
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
 

@@ -72,6 +72,11 @@ def task_part(zero_shot: ZeroShot) -> str:
     return table(task_head(zero_shot), task_rows(zero_shot)) + "\n\n" + task_line(zero_shot)
 
 
+def stage_lines(report: Report) -> list[str]:
+    """What was made of the checkpoint, one sentence each."""
+    return [f"{name}: {found['summary']} ({found['folder']})" for name, found in report.stages.items()]
+
+
 def fidelity_line(report: Report) -> str:
     """What fidelity found, in one sentence; empty where it was not measured."""
     fidelity = report.fidelity
@@ -122,6 +127,7 @@ def render(report: Report) -> str:
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
+        *stage_lines(report),
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",
         samples_part(report) if report.samples else "",

@@ -47,7 +47,7 @@ class Measured:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report:
+def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[str, dict[str, Any]]) -> facts.Report:
     """The report of a run whose checkpoint is in place."""
     config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
@@ -81,6 +81,7 @@ def make_report(run: RunContext, work: Work, measured: Measured) -> facts.Report
         blocks=[_block(block) for block in work.finished],
         samples=measured.samples,
         gate=_gate(config, measured),
+        stages=stages,
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
     )
 
@@ -94,7 +95,7 @@ def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Pro
 
 
 def _seconds(run: RunContext) -> dict[str, float]:
-    names = ("import", "calibrate", "prune", "write", "evaluate", "samples")
+    names = ("import", "calibrate", "prune", "write", "export", "evaluate", "samples")
     seconds = {name: run.phases.clock.seconds[name] for name in names}
     seconds["write"] = run.inner.seconds["write"] + run.inner.seconds["verify"]
     seconds["prune"] -= seconds["write"]

@@ -17,11 +17,13 @@ from omegaconf.errors import OmegaConfBaseException
 from ace_cli.core import registry
 from ace_cli.core.device import Dtype
 from ace_cli.core.errors import AceError, did_you_mean
+from ace_cli.core.stage import Stage
 from ace_cli.data.calibration import Calibration
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
+from ace_cli.export.packed import Pack
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
@@ -58,6 +60,7 @@ class Schema:
     device: str = "auto"
     dtype: Dtype = Dtype.auto
     memory_gb: float | None = None
+    pack: Any = False
     keep_checkpoint: bool = True
     dry_run: bool = False
     output_dir: str = MISSING
@@ -87,6 +90,7 @@ class RunConfig:
     device: str
     dtype: Dtype
     memory_gb: float | None
+    stages: tuple[Stage, ...]
     keep_checkpoint: bool
     dry_run: bool
     output_dir: Path
@@ -172,6 +176,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         device=parts.device,
         dtype=parts.dtype,
         memory_gb=parts.memory_gb,
+        stages=_stages(parts),
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
         output_dir=output_dir.expanduser().absolute(),
@@ -193,6 +198,8 @@ def _faults(parts: Any) -> list[str]:
         faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
     if parts.memory_gb is not None and not parts.memory_gb > 0:
         faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
+    if parts.pack not in (True, False, "zstd"):
+        faults.append(f"pack={parts.pack}: must be true, false or zstd")
     for name in ("include", "exclude"):
         if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
             faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")
@@ -210,7 +217,14 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
     if parts.recover.acts and parts.propagate is Propagate.dense:
         faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
+    if parts.pack and 16 * pattern.pruned(1, 9216) <= 9216:
+        faults.append(f"pack: at sparsity={pattern} a bit mask takes more than the zeros did")
     return faults
+
+
+def _stages(parts: Any) -> tuple[Stage, ...]:
+    """What is made of the finished checkpoint, in this order."""
+    return (Pack(parts.pack == "zstd"),) if parts.pack else ()
 
 
 def _globs(value: Any) -> tuple[Any, ...]:

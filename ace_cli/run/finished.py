@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ace_cli import __version__
+from ace_cli.core.stage import RECORD
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import MANIFEST
 from ace_cli.report.facts import SCHEMA_VERSION, Report
@@ -31,6 +32,8 @@ def finished(config: RunConfig) -> Report | None:
         if content["config"]["yaml"] != config.text or _changed_since(config, file):
             return None
         if config.keep_checkpoint and not (Path(content["checkpoint"]) / MANIFEST).is_file():
+            return None
+        if not all((config.output_dir / stage.name / RECORD).is_file() for stage in config.stages):
             return None
         if Checkpoint(Path(content["model"]["folder"])).fingerprint() != content["model"]["fingerprint"]:
             return None

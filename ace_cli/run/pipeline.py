@@ -37,6 +37,7 @@ from ace_cli.run.journal import Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
+from ace_cli.run.stages import run_stage
 
 #: What to do where there is too little of it.
 LESS_MEMORY = (
@@ -94,7 +95,8 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     """Prune, measure, report: what can be interrupted and continued."""
     with run.phases("prune"):
         prune_checkpoint(run, work)
-    report = make_report(run, work, _measured(run, work.final))
+    stages = _staged(run, work)
+    report = make_report(run, work, _measured(run, work.final), stages)
     _write(run.config, report)
     _track(run.config, report, run.terminal)
     work.close()
@@ -132,7 +134,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
-    check_room(plan, config.output_dir)
+    more = _stage_bytes(config, model.checkpoint)
+    check_room(dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more), config.output_dir)
     if (loops := loops_of(config, model)).startswith("not compiled"):
         terminal.say(f"Warning: loops are {loops}. Pruning takes several times as long: install numba.", "yellow")
     return plan, limit
@@ -155,6 +158,24 @@ def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal
     with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
         tasks = harness.load(config.eval, source)
     return Texts(windows_NL, evaluation, tasks)
+
+
+def _stage_bytes(config: RunConfig, source: Checkpoint) -> int:
+    """Bytes of disk that the stages take. AceError where one of them cannot be done with this model."""
+    for stage in config.stages:
+        if reason := stage.refusal(source.folder):
+            raise AceError(reason)
+    return sum(stage.disk_bytes(source.nbytes) for stage in config.stages)
+
+
+def _staged(run: RunContext, work: Work) -> dict[str, dict[str, Any]]:
+    """Name of each stage -> its facts, in one folder each beside the checkpoint."""
+    found = {}
+    for stage in run.config.stages:
+        with run.phases("export"):
+            facts = run_stage(stage, work.final, work.digest, run.folder, run.terminal.progress)
+        found[stage.name] = {**facts, "folder": str(run.folder / stage.name), "summary": stage.summary(facts)}
+    return found
 
 
 def _measured(run: RunContext, pruned: Path) -> Measured:
