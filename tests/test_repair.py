@@ -353,3 +353,28 @@ def test_dead_inputs_stay_finite(repair: Admm | Swaps | SparseGPT) -> None:
 )
 def test_faults_are_all_named(repair: Admm | Swaps | SparseGPT, n: int) -> None:
     assert len(repair.faults()) == n
+
+
+@pytest.mark.parametrize("dead", [slice(None), slice(0, 12), slice(3, 5)], ids=["all", "most", "some"])
+@pytest.mark.parametrize("pattern", [Ratio(Fraction(1, 2)), Ratio(Fraction(1, 2), Scope.layer), NofM(2, 4)], ids=repr)
+@pytest.mark.parametrize("refit_steps", [0, 5])
+def test_sparsegpt_keeps_the_count_where_inputs_are_dead(dead: slice, pattern: Pattern, refit_steps: int) -> None:
+    """Of a dead input's weights as many stay, as they were, as the pattern asks for; which is said."""
+    generator = torch.Generator().manual_seed(5)
+    weight_OI, x_TI = torch.randn(8, 16, generator=generator), torch.randn(40, 16, generator=generator)
+    x_TI[:, dead] = 0
+    seen = Seen([Gram()])
+    seen[Gram()].update(x_TI, x_TI, weight_OI)
+    repair = SparseGPT(adaptive=True, refit_steps=refit_steps)
+    found = repair.repair(weight_OI, torch.ones_like(weight_OI, dtype=torch.bool), seen, pattern)
+    kept_OI = found.weight_OI != 0
+    assert torch.equal(kept_OI, found.keep_OI)
+    assert int(kept_OI.sum()) == weight_OI.numel() - pattern.pruned(*weight_OI.shape)
+    dead_OI = torch.zeros_like(kept_OI)
+    dead_OI[:, dead] = True
+    torch.testing.assert_close(found.weight_OI[kept_OI & dead_OI], weight_OI[kept_OI & dead_OI])
+    count = int(dead_OI[0].sum())
+    assert any(f"{count} of 16 inputs were zero" in note for note in found.notes)
+    if count == 16:
+        assert torch.equal(kept_OI, pattern.keep(weight_OI.abs()))
+        assert any("but their size" in note for note in found.notes)

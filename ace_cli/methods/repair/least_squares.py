@@ -89,10 +89,11 @@ class Factors:
 
     def all_notes(self) -> list[str]:
         """What a report should say about this input."""
-        dead = int(self.dead_I.sum())
-        return self.notes + (
-            [f"{dead} of {self.dead_I.numel()} inputs were zero in all {self.n_tokens} tokens"] if dead else []
-        )
+        dead, all_of_them = int(self.dead_I.sum()), self.dead_I.numel()
+        if not dead:
+            return self.notes
+        what = ": nothing tells its weights apart but their size" if dead == all_of_them else ""
+        return [*self.notes, f"{dead} of {all_of_them} inputs were zero in all {self.n_tokens} tokens{what}"]
 
     def damped(self, shrinkage: float) -> Tensor:
         """A = R + shrinkage * I in unit coordinates, (I, I) float32; a dead input has R_jj = 0.

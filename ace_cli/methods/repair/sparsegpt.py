@@ -68,8 +68,9 @@ class SparseGPT(Repair):
     (`Factors.noise`), which is little with many tokens and much with few: 0.01 of the mean over-fits 2,048 tokens.
 
     Departures: a block loses its share of an exact total, where the published code prunes one more and every tie; a
-    block holds whole groups of M columns; the weights of a dead input are zeroed (and so pruned first) only where the
-    mask is chosen here: in a fixed mask they stay as they are. Damping pulls towards the original weights.
+    block holds whole groups of M columns; the weights of a dead input are pruned first where the mask is chosen here,
+    but no more than the pattern asks for (all inputs dead: the smallest), and those that stay, stay as they are.
+    Damping pulls towards the original weights.
     """
 
     damping: float | None = 0.01
@@ -106,8 +107,9 @@ class SparseGPT(Repair):
         damping = shared.noise() if self.damping is None else self.damping
         root_II = shared.inverse_root(damping, unit)
         work_OI = weight_OI.float() * scale_I
+        dead_I = shared.dead_I & ~shared.dead_I.all()  # where all are, size alone is left to choose by
         if self.adaptive:
-            work_OI = work_OI.masked_fill(shared.dead_I, 0.0)
+            work_OI = work_OI.masked_fill(dead_I, 0.0)
         kept_OI = keep_OI.clone()
         width = self._block_width(pattern)
         for start in range(0, work_OI.shape[1], width):
@@ -116,6 +118,8 @@ class SparseGPT(Repair):
                 kept_OI[:, here] = _choose(work_OI[:, here] / root_II.diagonal()[here], keep_OI, here, pattern)
             self._prune_block(work_OI, kept_OI, root_II, here, pattern)
         new_OI = work_OI / scale_I
+        if self.adaptive:  # more inputs may be dead than weights are to go: what is kept of theirs stays as it was
+            new_OI = weight_OI.float().where(dead_I & kept_OI, new_OI)
         if self.refit_steps:
             new_OI = self._refit(weight_OI.float(), new_OI, kept_OI, shared, damping)
         return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, shared.all_notes())
