@@ -222,3 +222,37 @@ def test_a_tracker_that_fails_takes_nothing_with_it(
     assert run(config, "test", Terminal(), DenseCache()) is not None
     assert "no route to host" in capsys.readouterr().out
     assert (tmp_path / "out" / "report.json").is_file()
+
+
+def test_a_run_of_wandb_ends_where_logging_fails() -> None:
+    from ace_cli.report.trackers.wandb import WandB
+
+    library = Recorder("wandb")
+
+    def log(_: object) -> None:
+        raise OSError("no route to host")
+
+    library.log = log  # type: ignore[attr-defined]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", library)
+        with pytest.raises(OSError, match="no route"):
+            WandB().record({}, {}, Path("run"))
+    assert library.calls[-1] == ("finish", (), {"exit_code": 1})
+
+
+def test_samples_leave_the_tokenizer_as_it_was(llama: Path) -> None:
+    """Calibration and evaluation use the same one. Prompts of several lengths are written on as each alone is."""
+    from ace_cli.data.documents import load_tokenizer
+    from ace_cli.evaluation.samples import write_on
+    from ace_cli.model.files import Checkpoint
+
+    checkpoint = Checkpoint(llama)
+    tokenizer = load_tokenizer(checkpoint)
+    before = (tokenizer.padding_side, tokenizer.pad_token)
+    prompts = ["w5", "w7 w8 w9 w10", "w3 w4"]
+    cpu, kind = torch.device("cpu"), torch.float32
+    together = write_on(checkpoint, Samples(prompts=prompts, tokens=5), cpu, kind)
+    alone = [write_on(checkpoint, Samples(prompts=[prompt], tokens=5), cpu, kind).greedy[0] for prompt in prompts]
+    assert together.greedy == alone
+    assert load_tokenizer(checkpoint) is tokenizer
+    assert (tokenizer.padding_side, tokenizer.pad_token) == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -378,3 +380,19 @@ def test_sparsegpt_keeps_the_count_where_inputs_are_dead(dead: slice, pattern: P
     if count == 16:
         assert torch.equal(kept_OI, pattern.keep(weight_OI.abs()))
         assert any("but their size" in note for note in found.notes)
+
+
+def test_swaps_are_a_number_of_the_slot_and_no_warning(llama: Path, tmp_path: Path, prune_here: Any) -> None:
+    report = prune_here(llama, tmp_path / "out", "metric=wanda", "repair=swaps")
+    assert all(slot["diagnosis"]["swapped"] >= 0 for slot in report.slots)
+    assert any(slot["diagnosis"]["swapped"] for slot in report.slots)
+    assert not [warning for warning in report.warnings if "swapped" in warning]
+
+
+def test_notes_that_differ_in_their_numbers_alone_are_one_warning() -> None:
+    from ace_cli.pruning.facts import SlotFacts
+    from ace_cli.run.assemble import _notes
+
+    notes = {"a": ["damping raised to 0.1"], "b": ["damping raised to 1e-03", "2 dead inputs"], "c": []}
+    slots = [SlotFacts(name, (1, 1), "0.5", 1, {}, noted, 0.0) for name, noted in notes.items()]
+    assert _notes(slots) == ["a: damping raised to 0.1 (so, or nearly so, 1 other weights)", "b: 2 dead inputs"]

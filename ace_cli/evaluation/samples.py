@@ -83,19 +83,20 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
 
     tokenizer = load_tokenizer(checkpoint)
     model = whole_model(checkpoint, dtype, device, "Use samples.prompts=[].")
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    inputs = tokenizer(options.prompts * 2, return_tensors="pt", padding=True).to(device)
-    inputs.pop("token_type_ids", None)
+    rows = tokenizer(options.prompts * 2)["input_ids"]
+    longest = max(map(len, rows))
+    # padded here, as the tokenizer is the one that calibration and evaluation use, too
+    pad = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
+    ids_BL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
+    seen_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     choose = _DrawLast(len(options.prompts), options.temperature, options.seed)
     with torch.inference_mode():
-        ids = model.generate(
-            **inputs, max_new_tokens=options.tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
-            pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList([choose]),
+        written_BL = model.generate(
+            input_ids=ids_BL, attention_mask=seen_BL,
+            max_new_tokens=options.tokens, do_sample=False, temperature=None, top_p=None, top_k=None,
+            pad_token_id=pad, logits_processor=LogitsProcessorList([choose]),
         )  # fmt: skip
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(written_BL[:, longest:], skip_special_tokens=True)
     return Continuations(texts[: len(options.prompts)], texts[len(options.prompts) :])
 
 

@@ -151,6 +151,8 @@ class SlotPruner:
             self._store(slot, new_OI)
         if repaired.loss_before is not None and repaired.loss_after is not None:
             diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
+        if repaired.swapped is not None:
+            diagnosis["swapped"] = repaired.swapped
         return repaired.notes
 
     # --- permutation ---------------------------------------------------------------------------------------------

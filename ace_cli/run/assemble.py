@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +169,7 @@ def _like_magnitude(slot: SlotFacts) -> bool:
 
 def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Work, loops: str) -> list[str]:
     slots = [slot for block in blocks for slot in block.slots]
-    warnings = [f"{slot.name}: {note}" for slot in slots for note in slot.notes]
+    warnings = _notes(slots)
     if loops.startswith("not compiled"):
         warnings.append(f"Loops were {loops}. Pruning took longer than it has to: install numba.")
     if work.resumed:
@@ -195,6 +196,17 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
     if plan.left_dense:
         warnings.append(f"Left dense inside the blocks: {', '.join(plan.left_dense)}.")
     return warnings
+
+
+def _notes(slots: list[SlotFacts]) -> list[str]:
+    """What was noted of weights: once where many notes differ in their numbers alone."""
+    alike: dict[str, list[str]] = {}
+    for slot in slots:
+        for note in slot.notes:
+            alike.setdefault(re.sub(r"[\d.,e+-]*\d", "#", note), []).append(f"{slot.name}: {note}")
+    return [
+        first + (f" (so, or nearly so, {len(more)} other weights)" if more else "") for first, *more in alike.values()
+    ]
 
 
 def versions() -> dict[str, str]:

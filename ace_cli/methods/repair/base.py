@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Repaired:
     """A slot after its repair; ``notes`` tells of every fallback taken (damping raised, dead columns, ...).
 
-    The losses are ||(W - W') X||_F^2 on the observed inputs, of the mask alone and after the repair.
+    The losses are ||(W - W') X||_F^2 on the observed inputs, of the mask alone and after the repair; ``swapped`` is how
+    many weights stay that the first mask did not keep.
     """
 
     weight_OI: Tensor
@@ -24,6 +25,7 @@ class Repaired:
     notes: list[str] = field(default_factory=list)
     loss_before: float | None = None
     loss_after: float | None = None
+    swapped: int | None = None
 
 
 @dataclass

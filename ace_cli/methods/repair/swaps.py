@@ -63,5 +63,6 @@ class Swaps(Repair):
             damped_II = shared.damped(shared.edge() if self.shrinkage is None else self.shrinkage)
             unit_OI = new_OI * shared.scale_I
             new_OI = refit(unit_OI, kept_OI, damped_II, self.refit_steps, self.tolerance) / shared.scale_I
-        notes = [*shared.all_notes(), f"{int((kept_OI & ~keep_OI).sum())} weights swapped"]
-        return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, notes)
+        repaired = finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, shared.all_notes())
+        repaired.swapped = int((kept_OI & ~keep_OI).sum())
+        return repaired

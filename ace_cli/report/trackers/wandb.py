@@ -22,5 +22,9 @@ class WandB(Tracker):
         import wandb
 
         run = wandb.init(project=self.project, name=folder.name, config=choices, dir=str(folder))
-        run.log(numbers)
-        run.finish()
+        failed = 1
+        try:
+            run.log(numbers)
+            failed = 0
+        finally:  # a run that is not finished is shown as running for ever, and is the next one's
+            run.finish(exit_code=failed)
