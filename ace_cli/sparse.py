@@ -114,7 +114,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Any:
 def load_with_facts(folder: Path, dtype: torch.dtype | None = None) -> Loaded:
     """As ``load``, with what there is to tell."""
     checkpoint = open_folder(folder)
-    dtype = dtype or _stored_dtype(checkpoint)
+    dtype = dtype or stored_dtype(checkpoint)
     streamed = StreamedModel(checkpoint, torch.device("cpu"), dtype)
     streamed.check_complete()
     note = why_slow(dtype)
@@ -152,7 +152,8 @@ def _cast(packed: Bitmask, dtype: torch.dtype) -> Bitmask:
     return packed if packed.values.dtype == dtype else pack(unpack(packed).to(dtype))
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """What the matrices are stored in; float32 where they differ."""
     stored = {entry.dtype for entry in checkpoint.tensors.values() if len(entry.shape) >= 2}
     if len(stored) > 1 or not stored <= {"BF16", "F16", "F32"}:
         return torch.float32

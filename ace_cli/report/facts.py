@@ -146,6 +146,42 @@ class ZeroShot:
 
 
 @dataclass
+class Spread:
+    """Median and quartiles over rounds."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass
+class SpeedFacts:
+    """One model with one engine. Prefill and decode in tokens a second; ratios are taken within each round."""
+
+    model: str
+    engine: str
+    prefill: Spread
+    decode: Spread
+    first_token: Spread
+    prefill_ratio: Spread
+    decode_ratio: Spread
+    resident_bytes: int
+    file_bytes: int
+
+
+@dataclass
+class Speed:
+    """What writing takes, all ``entries`` in turn in one process; ratios are against the first."""
+
+    prompt_tokens: int
+    new_tokens: int
+    rounds: int
+    device: str
+    threads: int
+    entries: list[SpeedFacts]
+
+
+@dataclass
 class TextScores:
     """Perplexity by model under one protocol."""
 
@@ -193,6 +229,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     zero_shot: ZeroShot | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    speed: Speed | None = None
     schema_version: int = SCHEMA_VERSION
 
 

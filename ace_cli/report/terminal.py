@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ace_cli.core.console import unwritten
 from ace_cli.report.markdown import fidelity_line, gigabytes, perplexity_rows, protocol_line, stage_lines, windows_line
+from ace_cli.report.speed import SPEED_HEAD, speed_line, speed_rows
 from ace_cli.report.zero_shot import (
     comparison_head,
     comparison_lines,
@@ -25,7 +26,7 @@ from ace_cli.report.zero_shot import (
 )
 
 if TYPE_CHECKING:
-    from ace_cli.report.facts import Comparison, Report, ZeroShot
+    from ace_cli.report.facts import Comparison, Report, Speed, ZeroShot
     from ace_cli.run.machine_limit import Limit
     from ace_cli.run.plan import Plan
 
@@ -117,6 +118,11 @@ class Terminal:
         self._scores(task_head(zero_shot), task_rows(zero_shot))
         self.say(task_line(zero_shot))
 
+    def speed(self, speed: Speed) -> None:
+        """Tokens a second, memory and bytes, and how they were measured."""
+        self._scores(SPEED_HEAD, speed_rows(speed))
+        self.say(speed_line(speed))
+
     def comparison(self, comparison: Comparison) -> None:
         """Models side by side, and the protocols."""
         self._scores(comparison_head(comparison), comparison_rows(comparison))
@@ -145,6 +151,8 @@ class Terminal:
                 self.say(line)
         if report.zero_shot is not None:
             self.tasks(report.zero_shot)
+        if report.speed is not None:
+            self.speed(report.speed)
         seconds, memory = report.seconds, report.peak_memory_bytes
         rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(

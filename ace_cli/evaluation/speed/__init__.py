@@ -1,0 +1,1 @@
+"""How fast checkpoints write, with every engine that is here."""

@@ -1,0 +1,168 @@
+"""What writes text with a checkpoint: transformers, its packed and its 2:4 form, llama.cpp.
+
+An engine that cannot take a checkpoint, or is not there, says so in one line; whatever is there is measured the same
+way: a prompt goes in, tokens come out one by one, greedily.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ace_cli import sparse
+from ace_cli.core.errors import AceError, first_line
+from ace_cli.kernels.bitmask import why_slow
+from ace_cli.model.auto import auto_class
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.packed import is_packed, open_folder
+from ace_cli.model.pruned import MANIFEST
+
+#: Multiples of (rows, columns) that a 2:4 product of a GPU takes, of its two libraries the larger.
+_TILE = (32, 64)
+
+
+class Writer(Protocol):
+    """A loaded model. Token ids are below ``vocabulary``."""
+
+    vocabulary: int
+
+    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+        """Write ``count`` tokens after the prompt ``ids``; ``on_token`` is called when each is known."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint and the engine that is to write with it."""
+
+    model: str
+    engine: str
+    file_bytes: int
+    load: Callable[[], Writer]
+
+
+class _Transformers:
+    """``generate`` of a transformers model."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model.eval()
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+
+    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+        prompt = torch.tensor([ids], device=self._model.device)
+        self._model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=count,
+            max_new_tokens=count, pad_token_id=0, streamer=_Streamer(on_token, self._model.device),
+        )  # fmt: skip
+
+
+class _Streamer:
+    """Told of the prompt, then of each token."""
+
+    def __init__(self, on_token: Callable[[], None], device: torch.device) -> None:
+        self._on_token, self._device, self._prompt = on_token, device, True
+
+    def put(self, value: Any) -> None:
+        """A token is known once it is on the host."""
+        if not self._prompt:
+            self._on_token()
+        self._prompt = False
+
+    def end(self) -> None:
+        """Nothing is left to show."""
+
+
+class _LlamaCpp:
+    """llama.cpp by its Python package llama-cpp-python."""
+
+    def __init__(self, file: Path, context: int) -> None:
+        from llama_cpp import Llama
+
+        try:
+            self._model = Llama(str(file), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False)
+        except (ValueError, RuntimeError) as fault:
+            raise AceError(f"llama.cpp cannot load {file}: {first_line(fault)}.", "Is it a whole file?") from fault
+        self.vocabulary = int(self._model.n_vocab())
+
+    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+        self._model.reset()
+        tokens = self._model.generate(ids, temp=0.0)
+        for _ in range(count):
+            next(tokens)
+            on_token()
+
+
+def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | None, context: int) -> list[Subject]:
+    """Everything here that can write with the checkpoint at ``path``, called ``name``; ``context`` tokens at most.
+
+    Raises AceError for a file that only a missing engine reads.
+    """
+    if path.suffix == ".gguf":
+        if why := no_llama_cpp():
+            raise AceError(f"{path}: {why}.", "pip install llama-cpp-python")
+        return [Subject(name, "llama.cpp", path.stat().st_size, lambda: _LlamaCpp(path, context))]
+    checkpoint = open_folder(path)
+    dtype = dtype or sparse.stored_dtype(checkpoint)
+    size, kind = checkpoint.file_bytes, str(dtype).removeprefix("torch.")
+    packed = Subject(name, f"packed, {kind}", size, lambda: _Transformers(sparse.load_with_facts(path, dtype).model))
+    if is_packed(path):
+        return [packed]
+    found = [Subject(name, f"transformers, {kind}", size, lambda: _Transformers(_plain(path, device, dtype)))]
+    pruned = (path / MANIFEST).is_file()
+    if pruned and device.type == "cpu" and not why_slow(dtype):
+        found.append(packed)
+    if pruned and not no_semi_structured(device, dtype) and _is_2_of_4(checkpoint):
+        found.append(Subject(name, f"2:4, {kind}", size, lambda: _Transformers(_semi_structured(path, device, dtype))))
+    return found
+
+
+def no_llama_cpp() -> str:
+    """Why llama.cpp cannot be had; empty where it can."""
+    return "" if find_spec("llama_cpp") else "llama.cpp is not installed"
+
+
+def no_semi_structured(device: torch.device, dtype: torch.dtype) -> str:
+    """Why torch has no 2:4 product here; empty where it has."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "torch multiplies 2:4 weights only on NVIDIA GPUs from the A100 on"
+    return "" if dtype in (torch.float16, torch.bfloat16) else "torch multiplies 2:4 weights only in 16 bits"
+
+
+def _plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from transformers import AutoConfig
+
+    return auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype).to(device)
+
+
+def _is_2_of_4(checkpoint: Checkpoint) -> bool:
+    """As its manifest says; every weight is looked at again before it is converted."""
+    from ace_cli.core.json_reader import read_object
+
+    return read_object(checkpoint.folder / MANIFEST).get("pattern") == "2:4"
+
+
+def _semi_structured(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model with every linear layer that holds 2:4 in torch's form for it."""
+    from torch.sparse import to_sparse_semi_structured
+
+    model = _plain(path, device, dtype)
+    for module in model.modules():
+        if type(module) is nn.Linear and holds_2_of_4(module.weight):
+            module.weight = nn.Parameter(to_sparse_semi_structured(module.weight.detach()), requires_grad=False)
+    return model
+
+
+def holds_2_of_4(weight_OI: torch.Tensor) -> bool:
+    """Whether at most two of every four inputs are there, in a shape that a GPU multiplies so.
+
+    torch converts any matrix, and multiplies by something else where this does not hold.
+    """
+    rows, columns = weight_OI.shape
+    if rows % _TILE[0] or columns % _TILE[1]:
+        return False
+    return int((weight_OI.view(rows, -1, 4) != 0).sum(dim=-1).max()) <= 2
