@@ -23,6 +23,8 @@ from ace_cli.export.packed import pack_folder
 from ace_cli.kernels.bitmask import why_slow
 from ace_cli.report.facts import SpeedFacts, Spread
 from ace_cli.report.speed import gain, speed_rows
+from ace_cli.run import config
+from ace_cli.run import speed as run_speed
 
 CPU = torch.device("cpu")
 packed_here = pytest.mark.skipif(
@@ -181,3 +183,34 @@ def test_faults_are_one_line(
         main()
     assert stopped.value.code == 2
     assert words in capsys.readouterr().err
+
+
+# --- as a part of a run -------------------------------------------------------------------------------------------
+
+
+@packed_here
+def test_a_run_measures_its_results(llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(config, "Bench", lambda: Bench(prompt=5, new=3, rounds=2))
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true", "bench=true")
+    found = [(entry.model, entry.engine) for entry in report.speed.entries]
+    kinds = ["transformers, float32", "transformers, float32", "packed, float32"]
+    assert found == list(zip(["dense", "pruned", "packed"], kinds, strict=True))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| packed | packed, float32 |" in text
+    assert "2 rounds: medians and quartiles" in text
+    assert report.seconds["bench"] > 0
+
+
+def test_a_bench_that_does_not_fit_is_refused_before_work(
+    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "Bench", lambda: Bench(prompt=5, new=3, rounds=2))
+    monkeypatch.setattr(run_speed.memory, "free", lambda: 100)
+    with pytest.raises(AceError, match="bench=true holds up to three models in memory"):
+        prune_here(llama, tmp_path / "out", "metric=magnitude", "bench=true")
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_tokens_than_positions_are_refused(llama: Path) -> None:
+    with pytest.raises(AceError, match="has 128 positions, 129 were asked for"):
+        subjects("x", llama, CPU, None, 129)

@@ -65,9 +65,8 @@ def _measure(arguments: argparse.Namespace, bench: Bench) -> None:
         torch.set_num_threads(arguments.threads)
     terminal, device = Terminal(), choose_device(arguments.device)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    found = [
-        subject for name in arguments.models for subject in subjects(name, _place(name), device, dtype, bench.context)
-    ]
+    places = {name: _place(name) for name in arguments.models}
+    found = [each for name, path in places.items() for each in subjects(name, path, device, dtype, bench.context)]
     with terminal.progress("measuring", turns(found, bench)) as step:
         speed = measure(found, bench, device, step)
     terminal.speed(speed)

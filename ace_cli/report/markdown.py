@@ -75,7 +75,7 @@ def task_part(zero_shot: ZeroShot) -> str:
 
 def stage_lines(report: Report) -> list[str]:
     """What was made of the checkpoint, one sentence each."""
-    return [f"{name}: {found['summary']} ({found['folder']})" for name, found in report.stages.items()]
+    return [f"{name}: {found['summary']} ({found['result']})" for name, found in report.stages.items()]
 
 
 def fidelity_line(report: Report) -> str:

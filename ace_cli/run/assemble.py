@@ -44,6 +44,7 @@ class Measured:
     perplexity: facts.Perplexity = dataclasses.field(default_factory=facts.Perplexity)
     fidelity: facts.Fidelity | None = None
     zero_shot: facts.ZeroShot | None = None
+    speed: facts.Speed | None = None
     samples: list[facts.Sample] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
@@ -83,6 +84,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         samples=measured.samples,
         gate=_gate(config, measured),
         stages=stages,
+        speed=measured.speed,
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
     )
 
@@ -96,7 +98,7 @@ def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Pro
 
 
 def _seconds(run: RunContext) -> dict[str, float]:
-    names = ("import", "calibrate", "prune", "write", "export", "evaluate", "samples")
+    names = ("import", "calibrate", "prune", "write", "export", "evaluate", "samples", "bench")
     seconds = {name: run.phases.clock.seconds[name] for name in names}
     seconds["write"] = run.inner.seconds["write"] + run.inner.seconds["verify"]
     seconds["prune"] -= seconds["write"]

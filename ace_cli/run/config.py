@@ -23,6 +23,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
+from ace_cli.evaluation.speed.options import Bench
 from ace_cli.export.packed import Pack
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
@@ -61,6 +62,7 @@ class Schema:
     dtype: Dtype = Dtype.auto
     memory_gb: float | None = None
     pack: Any = False
+    bench: bool = False
     keep_checkpoint: bool = True
     dry_run: bool = False
     output_dir: str = MISSING
@@ -91,6 +93,7 @@ class RunConfig:
     dtype: Dtype
     memory_gb: float | None
     stages: tuple[Stage, ...]
+    bench: Bench | None
     keep_checkpoint: bool
     dry_run: bool
     output_dir: Path
@@ -177,6 +180,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         dtype=parts.dtype,
         memory_gb=parts.memory_gb,
         stages=_stages(parts),
+        bench=Bench() if parts.bench else None,
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
         output_dir=output_dir.expanduser().absolute(),

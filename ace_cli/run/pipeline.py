@@ -37,6 +37,7 @@ from ace_cli.run.journal import Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
+from ace_cli.run.speed import check_bench, measure_speed
 from ace_cli.run.stages import run_stage
 
 #: What to do where there is too little of it.
@@ -96,7 +97,7 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     with run.phases("prune"):
         prune_checkpoint(run, work)
     stages = _staged(run, work)
-    report = make_report(run, work, _measured(run, work.final), stages)
+    report = make_report(run, work, _measured(run, work.final, stages), stages)
     _write(run.config, report)
     _track(run.config, report, run.terminal)
     work.close()
@@ -134,6 +135,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
+    if config.bench is not None:
+        check_bench(config.bench, model.checkpoint)
     more = _stage_bytes(config, model.checkpoint)
     check_room(dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more), config.output_dir)
     if (loops := loops_of(config, model)).startswith("not compiled"):
@@ -174,11 +177,11 @@ def _staged(run: RunContext, work: Work) -> dict[str, dict[str, Any]]:
     for stage in run.config.stages:
         with run.phases("export"):
             facts = run_stage(stage, work.final, work.digest, run.folder, run.terminal.progress)
-        found[stage.name] = {**facts, "folder": str(run.folder / stage.name), "summary": stage.summary(facts)}
+        found[stage.name] = {**facts, "result": str(run.folder / stage.name), "summary": stage.summary(facts)}
     return found
 
 
-def _measured(run: RunContext, pruned: Path) -> Measured:
+def _measured(run: RunContext, pruned: Path, stages: dict[str, dict[str, Any]]) -> Measured:
     """What was asked about the checkpoint in the folder ``pruned``."""
     found, texts = Measured(), run.texts
     if texts.evaluation is not None:
@@ -191,6 +194,9 @@ def _measured(run: RunContext, pruned: Path) -> Measured:
         with run.phases("samples"), run.terminal.waiting("samples of text, dense and pruned"):
             found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense)
             found.notes += [why_not] if why_not else []
+    if run.config.bench is not None:
+        with run.phases("bench"):
+            found.speed = measure_speed(run, run.config.bench, pruned, stages)
     return found
 
 

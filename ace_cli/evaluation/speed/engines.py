@@ -57,15 +57,15 @@ class _Transformers:
         prompt = torch.tensor([ids], device=self._model.device)
         self._model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=count,
-            max_new_tokens=count, pad_token_id=0, streamer=_Streamer(on_token, self._model.device),
+            max_new_tokens=count, pad_token_id=0, streamer=_Streamer(on_token),
         )  # fmt: skip
 
 
 class _Streamer:
     """Told of the prompt, then of each token."""
 
-    def __init__(self, on_token: Callable[[], None], device: torch.device) -> None:
-        self._on_token, self._device, self._prompt = on_token, device, True
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token, self._prompt = on_token, True
 
     def put(self, value: Any) -> None:
         """A token is known once it is on the host."""
@@ -107,6 +107,7 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
             raise AceError(f"{path}: {why}.", "pip install llama-cpp-python")
         return [Subject(name, "llama.cpp", path.stat().st_size, lambda: _LlamaCpp(path, context))]
     checkpoint = open_folder(path)
+    check_positions(name, path, context)
     dtype = dtype or sparse.stored_dtype(checkpoint)
     size, kind = checkpoint.file_bytes, str(dtype).removeprefix("torch.")
     packed = Subject(name, f"packed, {kind}", size, lambda: _Transformers(sparse.load_with_facts(path, dtype).model))
@@ -119,6 +120,17 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
     if pruned and not no_semi_structured(device, dtype) and _is_2_of_4(checkpoint):
         found.append(Subject(name, f"2:4, {kind}", size, lambda: _Transformers(_semi_structured(path, device, dtype))))
     return found
+
+
+def check_positions(name: str, path: Path, context: int) -> None:
+    """AceError if the model has fewer positions than ``context``."""
+    from transformers import AutoConfig
+
+    most = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None) or context
+    if context > most:
+        raise AceError(
+            f"{name} has {most} positions, {context} were asked for.", "Use a shorter prompt, or write less."
+        )
 
 
 def no_llama_cpp() -> str:
