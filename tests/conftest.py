@@ -1,11 +1,22 @@
+"""What tests share. They are to be fast: the whole set runs in two minutes on two cores, so that it is run often.
+
+- A test calls functions; a whole run in this process is ``prune_here`` (0.1 s), the command line is ``here``; a process
+  of its own (``command``, 4 s) is for what only a process shows: exit codes, what is imported, signals, peak memory.
+- A grid of choices covers each pair of values, not each cell of the product: ``grids.pairs``.
+- Models and texts that are only read are made once (``llama``, ``documents``); ``own_llama`` may be damaged.
+"""
+
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # before any library reads them: no network, and no thread storm on a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +27,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.cli.prune import main
@@ -26,8 +38,30 @@ from ace_cli.run import machine_limit as limit
 from ace_cli.run.config import RunConfig, config_folder, parse, store_schemas
 from ace_cli.run.pipeline import run
 
-limit._PROBE_SECONDS = 0.005  # rates are needed, not exact ones
+
+def once(measure: Callable[..., float]) -> Callable[..., float]:
+    """Rates are needed, not exact ones: what was measured first stays so for all tests of this process."""
+    found: list[float] = []
+
+    @functools.wraps(measure)
+    def remembered(*arguments: Any) -> float:
+        if not found:
+            found.append(measure(*arguments))
+        return found[0]
+
+    return remembered
+
+
+limit._PROBE_SECONDS = 0.005
+for _name in ("_matmul", "_memory", "_fresh", "_prune"):
+    setattr(limit, _name, once(getattr(limit, _name)))
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +83,29 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def composed(*overrides: str) -> RunConfig:
-    """The configuration that the command line would make of ``overrides``."""
+    """The configuration that the command line would make of ``overrides``.
+
+    Hydra takes its time: what differs in nothing but the folders of a test is composed once.
+    """
+    folders, others = {}, []
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name in ("model.path", "output_dir") and value.startswith("/"):
+            folders[name] = value
+        else:
+            others.append(override)
+    config = _composed(*(f"{name}=/given" for name in folders), *others)
+    for name, value in folders.items():
+        OmegaConf.update(config, name, value)
+    return parse(config, Path(config.output_dir).absolute())
+
+
+@functools.lru_cache(maxsize=64)
+def _composed(*overrides: str) -> DictConfig:
     store_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        config = compose("prune", list(overrides))
-    return parse(config, Path(config.output_dir).absolute())
+        return compose("prune", list(overrides))
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pytest
 from tiny_models import edit, make, write_documents
 
 from ace_cli.cli import verify
+from ace_cli.model.pruned import verify as verified
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -55,24 +56,24 @@ def test_help_and_configuration_errors_import_no_torch(tmp_path: Path, arguments
     assert not imported & {"torch", "transformers", "datasets", "safetensors", "accelerate"}
 
 
-def test_an_unknown_name_is_one_line_with_a_suggestion(command: Command, tmp_path: Path) -> None:
-    done = command("__main__", "model=llama7b", "metric=wand", cwd=tmp_path)
+def test_an_unknown_name_is_one_line_with_a_suggestion(here: Command, tmp_path: Path) -> None:
+    done = here("model=llama7b", "metric=wand")
     assert_one_line(done, "metric=wand", "Did you mean 'wanda'?")
     assert not list(tmp_path.iterdir())
 
 
-def test_several_faults_are_one_line(command: Command, tmp_path: Path) -> None:
-    done = command("__main__", "model=llama7b", "calib.n_samples=0", "eval.seq_len=1", "sparsity=2", cwd=tmp_path)
+def test_several_faults_are_one_line(here: Command, tmp_path: Path) -> None:
+    done = here("model=llama7b", "calib.n_samples=0", "eval.seq_len=1", "sparsity=2")
     assert_one_line(done, "calib.n_samples=0", "eval.seq_len=1", "sparsity=2")
     assert not list(tmp_path.iterdir())
 
 
-def test_unquoted_n_of_m_in_a_yaml_file(command: Command, tmp_path: Path) -> None:
+def test_unquoted_n_of_m_in_a_yaml_file(here: Command, tmp_path: Path) -> None:
     """In an experiment of the user's own, whose values win over the defaults."""
     (tmp_path / "mine" / "experiment").mkdir(parents=True)
     (tmp_path / "mine" / "experiment" / "e.yaml").write_text("# @package _global_\nsparsity: 2:4\n")
     arguments = ("--config-dir", "mine", "experiment=e", "model=llama7b", "dry_run=true")
-    assert_one_line(command("__main__", *arguments, cwd=tmp_path), "124", '"2:4"')
+    assert_one_line(here(*arguments), "124", '"2:4"')
 
 
 def test_the_whole_configuration(command: Command, tmp_path: Path) -> None:
@@ -216,9 +217,7 @@ def test_prune_and_verify_as_programs(command: Command, llama: Path, documents: 
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
     checkpoint = out / "checkpoint"
-    done = command("cli.verify", checkpoint, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "14" in done.stdout
+    assert verified(checkpoint) == 14
     name = "model.layers.0.mlp.gate_proj.weight"
     edit(checkpoint, name, lambda weight: weight.index_fill_(1, (weight[0] == 0).nonzero()[0], 0.5))
     done = command("cli.verify", checkpoint, cwd=tmp_path)
@@ -227,13 +226,19 @@ def test_prune_and_verify_as_programs(command: Command, llama: Path, documents: 
     assert done.stderr.count("\n") == 1
 
 
-def test_verify_of_a_folder_that_is_none(command: Command, tmp_path: Path) -> None:
-    assert_one_line(command("cli.verify", tmp_path / "nothing", cwd=tmp_path), "nothing")
+def test_verify_of_a_folder_that_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["ace-verify", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as caught:
+        verify.main()
+    out, err = capfd.readouterr()
+    assert_one_line(subprocess.CompletedProcess([], int(caught.value.code or 0), out, err), "nothing")
 
 
 @pytest.mark.parametrize("text", ["+foo=1", "+calib.n_sample=3", "metric=null", "metric=", "output_dir="])
-def test_options_that_nothing_reads_are_refused(command: Command, tmp_path: Path, text: str) -> None:
-    done = command("__main__", "model.path=org/name", text, cwd=tmp_path)
+def test_options_that_nothing_reads_are_refused(here: Command, tmp_path: Path, text: str) -> None:
+    done = here("model.path=org/name", text)
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -6,6 +6,7 @@ Such names live in ``*_api.py`` files alone, each in the room that needs it.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +191,7 @@ def _() -> bool:
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if not file.name.endswith("_api.py")]
 
 
+@functools.cache
 def own_names() -> set[str]:
     """Every name with an underscore in front that this package gives to something of its own."""
     names = set()

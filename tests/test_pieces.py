@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairs, triples
 from tiny_models import make, token_windows, weights
 from torch import Tensor
 
@@ -116,9 +117,11 @@ def test_a_fault_in_a_piece_is_raised(threads: int) -> None:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("metric", METRICS, ids=repr)
-@pytest.mark.parametrize("shape", [(33, 72), (5, 200), (130, 129), (64, 8), (3, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("threads", "metric", "shape", "dtype"),
+    pairs([1, 3], METRICS, [(33, 72), (5, 200), (130, 129), (64, 8), (3, 1)], [torch.float32, torch.bfloat16]),
+    indirect=["threads"], ids=str,
+)  # fmt: skip
 def test_rows_score_as_the_whole_does(threads: int, metric: Metric, shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight_OI = normal(*shape, dtype=dtype)
     seen = Seen(metric.needs())
@@ -161,11 +164,18 @@ def few_values(*shape: int) -> Tensor:
     return values
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("make_weight", [normal, few_values])
-@pytest.mark.parametrize("view", [View(), View(transposed=True), View(2), View(1, transposed=True)], ids=repr)
-@pytest.mark.parametrize("scores_of", [Scaled, lambda f_I: lambda rows_RI, _: rows_RI.abs() * f_I], ids=["f", "any"])
+def any_scores(f_I: Tensor) -> Any:
+    return lambda rows_RI, _: rows_RI.abs() * f_I
+
+
+@pytest.mark.parametrize(
+    ("threads", "compiled", "pattern", "dtype", "make_weight", "view", "scores_of"),
+    triples(
+        [1, 3], [False, True], PATTERNS, [torch.float32, torch.bfloat16, torch.float16, torch.float64],
+        [normal, few_values], [View(), View(transposed=True), View(2), View(1, transposed=True)], [Scaled, any_scores],
+    ),
+    indirect=["threads", "compiled"], ids=lambda value: getattr(value, "__name__", str(value)),
+)  # fmt: skip
 def test_pruned_by_rows_as_whole(
     threads: int, compiled: bool, pattern: Pattern, dtype: torch.dtype, make_weight: Any, view: View, scores_of: Any
 ) -> None:
@@ -182,21 +192,24 @@ def test_pruned_by_rows_as_whole(
     assert torch.equal(stored, before), "something beside the slot was changed"
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
-@pytest.mark.parametrize("scores", [Scaled(torch.ones(96)), lambda rows_RI, _: rows_RI.abs()], ids=["f", "any"])
+@pytest.mark.parametrize(
+    ("threads", "compiled", "pattern", "value", "scores_of"),
+    triples([1, 3], [False, True], PATTERNS, ["inf", "nan", "-inf"], [Scaled, any_scores]),
+    indirect=["threads", "compiled"], ids=lambda value: getattr(value, "__name__", str(value)),
+)  # fmt: skip
 def test_rows_that_are_not_finite_are_refused(
-    threads: int, compiled: bool, pattern: Pattern, value: str, scores: Any
+    threads: int, compiled: bool, pattern: Pattern, value: str, scores_of: Any
 ) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight_OI = normal(37, 96, dtype=dtype)
         weight_OI[31, 5] = float(value)
         with pytest.raises(AceError, match="NaN or Inf in it"):
-            prune_rows(weight_OI, scores, pattern, "it")
+            prune_rows(weight_OI, scores_of(torch.ones(96)), pattern, "it")
 
 
-@pytest.mark.parametrize("m", [2, 3, 5, 8, 16, 17, 64, 65, 128])
-@pytest.mark.parametrize("columns", [1, 30, 70])
+@pytest.mark.parametrize(  # loops are compiled anew for each of these widths up to 32
+    ("compiled", "m", "columns"), pairs([False, True], [2, 3, 8, 17, 64, 65, 128], [1, 30, 70]), indirect=["compiled"]
+)
 def test_groups_of_every_width(compiled: bool, m: int, columns: int) -> None:
     """More groups than a vector has places, and rows longer than a chunk of scores."""
     weight_OI, norm_I = normal(3, columns * m), normal(columns * m).abs()
@@ -233,6 +246,7 @@ class WandaRefined(Wanda):
         return keep_OI
 
 
+@pytest.mark.parametrize(("threads", "compiled"), [(1, False), (3, True)], indirect=True, ids=["plain", "compiled"])
 @pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
 @pytest.mark.parametrize(
     ("family", "stored", "computed"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairs
 from torch import Tensor
 
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
@@ -142,9 +143,10 @@ def test_sparsegpt_block_size_does_not_change_a_fixed_mask_repair() -> None:
     torch.testing.assert_close(one, many, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("repair", REPAIRS, ids=str)
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("n_tokens", [20, 400])
+@pytest.mark.parametrize(
+    ("compiled", "repair", "pattern", "n_tokens"),
+    pairs([True, False], REPAIRS, PATTERNS, [20, 400]), indirect=["compiled"], ids=str,
+)  # fmt: skip
 def test_error_lies_between_the_optimum_and_the_unrepaired_mask(
     repair: Admm | Swaps | SparseGPT, pattern: Ratio | NofM, n_tokens: int
 ) -> None:
