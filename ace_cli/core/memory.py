@@ -72,7 +72,10 @@ def lack_in_one_line(hint: str) -> Iterator[None]:
 
 
 class Trimmer:
-    """Keeps the heap from growing with the number of blocks: glibc keeps freed blocks, and they fragment."""
+    """Called after each block, returns freed memory to the system once it has grown by more than ``SLACK``.
+
+    glibc keeps freed memory for later; as blocks come and go it fragments, and the process would grow with the depth.
+    """
 
     #: Growth that is tolerated from one block to the next: giving pages back and taking them again costs time.
     SLACK = 16 << 20
@@ -91,9 +94,10 @@ class Trimmer:
 
 
 def one_heap() -> None:
-    """All threads allocate from one heap (glibc), which keeps what is freed for what is allocated next.
+    """Make all threads allocate from one heap (glibc), which reuses what was freed.
 
-    What a thread's own heap kept, ``trim`` could not give back; and a fresh page costs more than passing over it twice.
+    By default each thread has a heap of its own, and ``trim`` cannot return what those keep. Reuse is faster, too: the
+    first write to a fresh page costs more than two passes over a used one.
     """
     _mallopt(_ARENA_MAX, 1)
     _mallopt(_MMAP_THRESHOLD, MAPPED)
@@ -102,9 +106,11 @@ def one_heap() -> None:
 
 @contextmanager
 def off_the_heap() -> Iterator[None]:
-    """What is allocated inside and soon freed, above small objects, leaves no holes in the ``one_heap`` (glibc).
+    """Inside, allocations of 128 KB and more get memory of their own from the system instead of a place on the heap.
 
-    Objects that stay would lie between the holes, and what is allocated later would be scattered over fresh pages.
+    For phases that allocate large buffers, free them soon, and keep many small objects (opening a model does). On the
+    heap the small objects would lie between the freed buffers, and the holes would be too small for the tensors that
+    come later. Works with glibc; elsewhere nothing happens.
     """
     _mallopt(_MMAP_THRESHOLD, 128 << 10)  # what glibc itself begins with
     try:
@@ -126,10 +132,11 @@ def trim() -> None:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """What is imported inside is never looked at for garbage: modules are half a million objects, and stay.
+    """Around imports: the garbage collector never looks again at the objects that were made inside.
 
-    Nothing else belongs inside: a cycle that is frozen is never freed. So a later job, which imports nothing, freezes
-    nothing of those before it.
+    Modules are half a million objects that live as long as the process; looking at them at every collection takes
+    seconds in all. Only imports belong inside, because a cycle of objects that is frozen is never freed. If nothing new
+    was imported nothing is frozen, so the later jobs of a sweep freeze nothing of the earlier ones.
     """
     gc.collect()
     known = len(sys.modules)

@@ -1,7 +1,8 @@
-"""A large matrix, some rows at a time: what is made of a piece stays in a core's cache, and every core has its own.
+"""Work on a large matrix some rows at a time, on several threads.
 
-Whole-matrix temporaries cost far more than the arithmetic on them: each is a pass through memory, on fresh pages.
-Rows do not depend on each other, so neither the size of a piece nor the number of threads changes a bit.
+Some rows, and what is computed from them, fit into the cache of one core. Temporaries as large as the whole matrix
+would each pass through main memory, which costs more than the arithmetic. Every row's result depends on that row
+alone, so neither the number of rows in a piece nor the number of threads changes a bit of it.
 """
 
 from __future__ import annotations
@@ -15,21 +16,25 @@ from typing import Any, TypeVar
 #: A torch tensor or a numpy array.
 Matrix = TypeVar("Matrix", bound=Any)
 
-#: Elements of a piece: their values, scores and flags fit a core's own cache, and calling torch costs little beside.
+#: Elements of a piece (rows times columns), on one thread: few enough that their values, scores and flags fit a core's
+#: own cache, and enough that the time of the calls into torch does not matter.
 PIECE = 1 << 17
 
-#: The same where several threads work, at most and at least: Python's lock changes hands at every call, and to wake who
-#: waits for it can take as long as 100,000 elements (on two virtual cores, 2.9 ns a weight with PIECE, 1.4 with these).
+#: The same on several threads, at most and at least. Pieces are larger here because threads wait for Python's lock at
+#: every call, and waking a waiting thread can take as long as 100,000 elements (measured on two virtual cores: 2.9 ns a
+#: weight with PIECE, 1.4 ns with these).
 LARGEST_PIECE, _LEAST_SHARED = 1 << 20, 1 << 18
 
-#: Where an element takes as long as so many of those that pieces are meant for: multiply ``width`` by it.
+#: Factor on ``width`` for work that takes about eight times longer per element than comparing it: smaller pieces then
+#: take as long as usual ones.
 HEAVY = 8
 
 
 def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
-    """Call ``work`` with slices that cover ``count`` rows of ``width`` elements, on as many threads as torch has.
+    """Call ``work`` with slices that together cover ``count`` rows of ``width`` elements, each row once.
 
-    Inside ``work`` torch is in inference mode and has one thread. Raises the first fault that ``work`` raised.
+    As many threads as torch has share the slices; a small matrix is done on the calling thread. Inside ``work`` torch
+    is in inference mode and has one thread. Raises the first error that ``work`` raised.
     """
     import torch
 
@@ -40,10 +45,10 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
     slices = iter([slice(start, min(start + step, count)) for start in range(0, count, step)])
 
     def run() -> None:
-        if pooled and torch.get_num_threads() != 1:  # its libraries ask for the process's number one after the other
+        if pooled and torch.get_num_threads() != 1:  # torch's number of threads may be reset behind a worker's back
             torch.set_num_threads(1)
         with torch.inference_mode():
-            for rows in slices:  # shared: who is done takes the next
+            for rows in slices:  # one iterator for all threads: whichever is done takes the next slice
                 work(rows)
 
     if not pooled:
@@ -57,7 +62,10 @@ def each_piece(count: int, width: int, work: Callable[[slice], None]) -> None:
 
 
 def filled(target: Matrix, piece: Callable[[slice], Any]) -> Matrix:
-    """``target`` (torch's or numpy's, two axes), its rows set to ``piece`` of their slices; as ``each_piece``."""
+    """Set ``target[rows] = piece(rows)`` for slices that cover all its rows, and return ``target``.
+
+    ``target`` is a torch tensor or a numpy array of two axes; threads as in ``each_piece``.
+    """
 
     def work(rows: slice) -> None:
         target[rows] = piece(rows)
@@ -66,14 +74,14 @@ def filled(target: Matrix, piece: Callable[[slice], Any]) -> Matrix:
     return target
 
 
-#: Columns of a piece, 256 to 511: of fewer than a few vectors torch adds the rows up in another order.
+#: Columns of a piece: 256, up to 511 in the last one. With far fewer torch would add the rows up in another order.
 _COLUMNS = 256
 
 
 def each_columns(rows: int, columns: int, work: Callable[[slice], None]) -> None:
-    """Call ``work`` with slices that cover ``columns``, for what is summed over many ``rows``; as ``each_piece`` else.
+    """Call ``work`` with slices that together cover ``columns``, each column once: for sums over the rows.
 
-    The slices are the same for any number of threads, so the bits of every sum are, too.
+    Threads as in ``each_piece``. The slices are the same for any number of threads, so the bits of the sums are, too.
     """
     count = max(1, columns // _COLUMNS)
 
@@ -86,7 +94,11 @@ def each_columns(rows: int, columns: int, work: Callable[[slice], None]) -> None
 
 @lru_cache(maxsize=2)
 def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads that share the cores one each: with torch's own in every one of them they would wait for each other."""
+    """A pool whose threads each run torch on one core.
+
+    A new thread would otherwise take torch's full number of threads, and ``threads`` times as many would compete for
+    the cores.
+    """
     import torch
 
     started = threading.Barrier(threads + 1)

@@ -1,4 +1,7 @@
-"""Experts that no module shows: one call of the layer's own code, for one expert alone, tells what each weight reads.
+"""Observing experts that are slices of one parameter, where no module of their own could be hooked.
+
+The layer's own code is called for one expert alone, and the tensor that each of the expert's weights is multiplied by
+is caught on the way.
 
 Shapes: T tokens, K experts a token, E experts, I inputs, H hidden size.
 """
@@ -38,12 +41,15 @@ class ExpertCall:
 
     @property
     def index(self) -> str | None:
-        """The name of the argument that chooses experts."""
+        """The name of the argument that holds the experts chosen for each token; None if rows come sorted by expert."""
         integers = [name for name, value in self.values.items() if _is_integer(value)]
         return integers[0] if integers else None
 
     def rows(self, experts: int, expert: int, everyone: bool) -> Tensor:
-        """The hidden states of the tokens that the expert is shown, (n, H)."""
+        """The hidden states, (n, H), of the tokens routed to the expert; of all tokens if ``everyone``.
+
+        Raises AceError if the arguments are neither a routing nor rows sorted by expert.
+        """
         hidden: Tensor = next(iter(self.values.values()))
         if self.index is not None:
             return hidden if everyone else hidden[(self.values[self.index] == expert).any(-1)]
@@ -57,7 +63,11 @@ class ExpertCall:
         return mine[(mine != 0).any(-1)]
 
     def alone(self, rows: Tensor, expert: int) -> dict[str, Any]:
-        """Arguments that send ``rows`` through one expert, and nothing through the others."""
+        """Arguments for a call of the layer in which each of ``rows`` (n, H) goes to ``expert`` and to no other.
+
+        The routing is replaced: every row chooses this one expert (n, 1) with weight 1. Where the rows come sorted by
+        expert there is no routing to replace.
+        """
         first, *_ = self.values
         values: dict[str, Any] = {**self.values, first: rows}
         for name, value in self.values.items() if self.index is not None else ():
@@ -75,21 +85,24 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """E."""
+        """E, the number of experts in the layer."""
         return len(getattr(self.module, self.slots[0].leaf))
 
     def stages(self, expert: int) -> list[list[Slot]]:
-        """The expert's slots by parameter: those of one read the same input. In order of definition, that of use."""
+        """The expert's slots, grouped by the parameter they are slices of, in the order in which they are used.
+
+        Slots of one group read the same input. Parameters are defined in the order in which they are used.
+        """
         leaves = dict.fromkeys(slot.leaf for slot in self.slots)
         mine = [slot for slot in self.slots if slot.in_module.index == expert]
         return [stage for leaf in leaves if (stage := [slot for slot in mine if slot.leaf == leaf])]
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExpertCall:
-        """What a hook of the module was given."""
+        """One call of the module, from the arguments that its forward hook was given."""
         return ExpertCall(dict(inspect.signature(self.module.forward).bind(*args, **kwargs).arguments))
 
     def tokens(self, calls: list[ExpertCall], expert: int) -> int:
-        """How many tokens the model itself sends to the expert."""
+        """How many tokens the router sent to the expert in all of ``calls``."""
         return sum(len(call.rows(self.count, expert, everyone=False)) for call in calls)
 
     def show(

@@ -24,7 +24,11 @@ STORED_TRANSPOSED = {"Conv1D": True, "Llama4TextExperts": True}
 
 @dataclass(frozen=True)
 class View:
-    """A matrix inside a tensor: of expert ``index``, turned if ``transposed``, ``rows`` of it from ``start`` on."""
+    """Which part of a tensor is the slot's matrix (O, I).
+
+    Of a tensor that holds all experts, that of expert ``index``; transposed if it is stored (I, O); of the result only
+    ``rows`` rows from ``start`` on, where several slots share one matrix.
+    """
 
     index: int | None = None
     transposed: bool = False
@@ -45,7 +49,7 @@ class View:
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the files and its place in a parameter; ``View()`` if it is the whole parameter."""
+    """A tensor in the files (``key``), and which part of a parameter it becomes; ``View()`` if it is all of it."""
 
     key: str
     place: View = View()
@@ -98,7 +102,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Left:
-    """Weights that stay dense, and why. ``chosen``: because the user said so."""
+    """A weight that stays dense: ``why``, and its ``count`` of elements. ``chosen``: because the user excluded it."""
 
     why: str
     count: int
@@ -107,7 +111,7 @@ class Left:
 
 @dataclass
 class Found:
-    """The weights of one block: ``slots`` are pruned, ``left`` is not, by its name in the files."""
+    """The weights of one block: ``slots`` will be pruned; ``left`` will not, by name in the files."""
 
     slots: list[Slot] = field(default_factory=list)
     left: dict[str, Left] = field(default_factory=dict)

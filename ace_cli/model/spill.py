@@ -82,5 +82,9 @@ class SpilledBatch(Batch):
 
 
 def kept(batches: Iterable[Batch], spill: Spill | None) -> list[Batch]:
-    """All of ``batches``: in memory, or with their hidden states in ``spill``."""
+    """``batches`` as a list that can be gone through again and again.
+
+    Their hidden states stay in memory if ``spill`` is None; otherwise each is written to ``spill`` as it arrives, so
+    that no more than one batch is in memory.
+    """
     return list(batches) if spill is None else [SpilledBatch(batch, spill) for batch in batches]

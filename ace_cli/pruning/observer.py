@@ -1,4 +1,4 @@
-"""What slots see while their block runs: the only code that registers hooks."""
+"""Feeding statistics with the inputs of slots while their block runs. The only code that registers hooks."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def observe_expert(
 
 @contextmanager
 def hooked(slots: list[Slot], function: Callable[..., Tensor | None], before: bool) -> Iterator[None]:
-    """Call ``function(slot, x)`` before, or ``function(slot, x, y)`` after, each call of each slot's module.
+    """While inside, call ``function(slot, x)`` before each slot's module runs, or ``function(slot, x, y)`` after it.
 
-    What it returns, if anything, replaces the input or the output.
+    x is the input (..., I), y the output (..., O). A tensor that the function returns replaces the one or the other.
     """
 
     def hook(slot: Slot) -> Callable[..., Tensor | None]:
@@ -85,7 +85,10 @@ def hooked(slots: list[Slot], function: Callable[..., Tensor | None], before: bo
 
 @contextmanager
 def reached(layers: list[Experts], function: Callable[[Experts, ExpertCall], None]) -> Iterator[None]:
-    """Call ``function(experts, call)`` before each call of each layer of experts."""
+    """While inside, call ``function(experts, call)`` each time one of ``layers`` is about to run.
+
+    ``call`` holds the arguments of that run: hidden states and routing.
+    """
 
     def hook(experts: Experts) -> Callable[..., None]:
         return lambda module, args, kwargs: function(experts, experts.call(args, kwargs))

@@ -31,11 +31,14 @@ _PRODUCT_SHARE, _INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
 
 @dataclass(frozen=True)
 class Demand:
-    """What the chosen methods ask for: statistics, forwards through every block, and a look ahead at the dense model.
+    """What the chosen methods need, from which the plan counts memory and time.
 
-    ``length`` is the tokens in one row; ``by_rows``: see ``masking``; ``flops``: what refining and repairing a weight
-    (rows, columns) costs. ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all
-    tokens and in bytes for each weight of a block.
+    ``tokens``: of all calibration windows, in rows of ``length``. ``statistics``: what is remembered of each slot's
+    input. ``propagate``: how often a block is run. ``surveys``: whether the dense model is run once before pruning, for
+    an allocation. ``by_rows``: whether scores and patterns of a row need that row alone, so that no temporary is as
+    large as a weight. ``flops(rows, columns)``: operations that refining and repairing a weight of this shape take.
+    ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all tokens and in bytes for each
+    weight of a block.
     """
 
     tokens: int = 1
@@ -49,7 +52,11 @@ class Demand:
     training_bytes: int = 0
 
     def forwards(self, batch_tokens: int) -> float:
-        """Forwards of all tokens; several batches in sublayer order stop at the first, the second, ... input."""
+        """How often all tokens go through every block.
+
+        In sublayer order one forward will do if all tokens fit into one batch. Several batches are run again for each
+        group of slots, up to where that group reads its input: two and a half forwards in all.
+        """
         several = self.tokens > max(1, batch_tokens // self.length) * self.length
         orders = {Propagate.sublayer: 2.5 if several else 1.0, Propagate.block: 2.0, Propagate.dense: 1.0}
         return orders[self.propagate] + self.surveys + self.training_forwards
