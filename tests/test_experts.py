@@ -24,14 +24,14 @@ from ace_cli.model import slots as slots_module
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import verify
-from ace_cli.model.slots import Selection
+from ace_cli.model.slots import SlotFilter
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.engine import prune
 from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.recipe import Propagate, Recipe
 
 WINDOWS = token_windows(8, 16)
-EXPERTS_ALONE = Selection(exclude=("*attn*",))
+EXPERTS_ALONE = SlotFilter(exclude=("*attn*",))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,9 @@ def model_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def open_model(folder: Path, selection: Selection = EXPERTS_ALONE, dtype: torch.dtype = torch.float32) -> StreamedModel:
+def open_model(
+    folder: Path, selection: SlotFilter = EXPERTS_ALONE, dtype: torch.dtype = torch.float32
+) -> StreamedModel:
     return StreamedModel(Checkpoint(folder), torch.device("cpu"), dtype, selection)
 
 
@@ -55,7 +57,7 @@ def run_engine(
     out: Path,
     propagate: Propagate = Propagate.sublayer,
     metric: Metric | None = None,
-    selection: Selection = EXPERTS_ALONE,
+    selection: SlotFilter = EXPERTS_ALONE,
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> tuple[dict[str, Tensor], dict[str, SlotFacts]]:
@@ -175,9 +177,9 @@ def test_several_batches_choose_as_one(
     model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, metric: Metric, propagate: Propagate
 ) -> None:
     """With attention and shared experts pruned, too."""
-    once, _ = run_engine(model_of(family), tmp_path / "once", propagate, metric, Selection())
+    once, _ = run_engine(model_of(family), tmp_path / "once", propagate, metric, SlotFilter())
     monkeypatch.setattr(streamed, "BATCH_TOKENS", 48)
-    parts, facts = run_engine(model_of(family), tmp_path / "parts", propagate, metric, Selection())
+    parts, facts = run_engine(model_of(family), tmp_path / "parts", propagate, metric, SlotFilter())
     assert all(fact.tokens == (fact.routed or WINDOWS.numel()) for fact in facts.values())
     different = sum(int((once[name] != parts[name]).sum()) for name in once)
     assert different <= 0.01 * sum(weight.numel() for weight in once.values())
@@ -227,7 +229,7 @@ def test_statistics_of_one_expert_are_held_at_a_time(model_of: Any, tmp_path: Pa
 def test_a_router_is_pruned_if_asked_for(model_of: Any, tmp_path: Path) -> None:
     for family, name in (("mixtral", "*.block_sparse_moe.gate.weight"), ("phimoe", "*.gate.weight"),
                          ("llama4_text", "*.router.weight"), ("gpt_oss", "*.router.weight")):  # fmt: skip
-        selection = Selection(include=(name,))
+        selection = SlotFilter(include=(name,))
         pruned, facts = run_engine(model_of(family), tmp_path / family, selection=selection)
         routers = [weight for slot, weight in pruned.items() if slot.endswith(name[1:])]
         assert len(routers) == 2, family
@@ -239,7 +241,7 @@ def test_a_router_is_pruned_if_asked_for(model_of: Any, tmp_path: Path) -> None:
 def test_the_output_of_a_router_that_stays_in_float32_is_seen(
     model_of: Any, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    selection = Selection(include=("*.gate.weight",))
+    selection = SlotFilter(include=("*.gate.weight",))
     pruned, _ = run_engine(model_of("deepseek_v3"), tmp_path / "out", metric=CosP(), selection=selection, dtype=dtype)
     before = weights(model_of("deepseek_v3"))
     routers = [name for name in pruned if name.endswith(".gate.weight")]
@@ -251,7 +253,7 @@ def test_the_output_of_a_router_that_stays_in_float32_is_seen(
 
 
 def test_what_is_excluded_keeps_its_bytes(model_of: Any, tmp_path: Path) -> None:
-    pruned, _ = run_engine(model_of("mixtral"), tmp_path / "out", selection=Selection(exclude=("*.experts.1.w2.*",)))
+    pruned, _ = run_engine(model_of("mixtral"), tmp_path / "out", selection=SlotFilter(exclude=("*.experts.1.w2.*",)))
     dense, after = weights(model_of("mixtral")), weights(tmp_path / "out")
     kept = [name for name in dense if ".experts.1.w2." in name]
     assert len(kept) == 2
@@ -262,7 +264,7 @@ def test_what_is_excluded_keeps_its_bytes(model_of: Any, tmp_path: Path) -> None
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_glob_that_matches_nothing_is_refused(model_of: Any, option: str) -> None:
     with pytest.raises(AceError, match=rf"{option}=\*\.no_such\.\*") as caught:
-        open_model(model_of("mixtral"), Selection(**{option: ("*.no_such.*",)}))
+        open_model(model_of("mixtral"), SlotFilter(**{option: ("*.no_such.*",)}))
     assert "model.layers.0." in str(caught.value)
 
 
@@ -274,7 +276,7 @@ def test_a_layout_misread_is_refused_by_name(model_of: Any, tmp_path: Path, monk
 
 def test_experts_of_unknown_layout_are_left_with_a_reason(model_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(slots_module.STORED_TRANSPOSED, "Llama4TextExperts")
-    model = open_model(model_of("llama4_text"), Selection())
+    model = open_model(model_of("llama4_text"), SlotFilter())
     reasons = {left.why for block in model.blocks for name, left in block.left.items() if "experts" in name}
     assert len(reasons) == 1
     assert "Llama4TextExperts" in reasons.pop()

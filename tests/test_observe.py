@@ -15,7 +15,7 @@ from tiny_models import load
 
 from ace_cli.core.timing import MemorySampler
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.evaluation.fidelity import TOKENS, Comparison, DenseStates
+from ace_cli.evaluation.fidelity import TOKENS, DenseStates, FidelityMeter
 from ace_cli.pruning.diagnostics import SINK, ActivationFacts, Activations, output_change
 from ace_cli.report.facts import Report
 
@@ -194,7 +194,7 @@ def test_the_states_that_are_kept_are_bounded() -> None:
     long = DenseStates()
     long(torch.arange(2 * TOKENS), torch.zeros(2 * TOKENS, 4), torch.zeros(0))
     assert len(long.windows_LH) == 1
-    nothing = Comparison(None, DenseStates())  # type: ignore[arg-type]
+    nothing = FidelityMeter(None, DenseStates())  # type: ignore[arg-type]
     nothing(ids_L, torch.zeros(0), torch.zeros(0))
     assert nothing.kl == []
 

@@ -40,7 +40,7 @@ class DenseStates:
         return sum(window_LH.nbytes for window_LH in self.windows_LH)
 
 
-class Comparison:
+class FidelityMeter:
     """Compares pruned windows with the dense ones, in their order; given to ``perplexity`` for the pruned model.
 
     Per window, over the tokens that have a target: KL divergence dense || pruned of the next-token distributions

@@ -118,7 +118,7 @@ class Found:
 
 
 @dataclass
-class Selection:
+class SlotFilter:
     """Globs on slot names. ``include`` adds what stays dense by default, ``exclude`` takes away."""
 
     include: tuple[str, ...] = ()
@@ -149,7 +149,7 @@ class Selection:
                     )
 
 
-def find_slots(block: nn.Module, parts: Mapping[str, list[Part]], selection: Selection) -> Found:
+def find_slots(block: nn.Module, parts: Mapping[str, list[Part]], selection: SlotFilter) -> Found:
     """The weights of two or more dimensions of one block. ``parts``: parameter name inside the block -> its tensors."""
     candidates: list[tuple[Slot, str]] = []
     left: dict[str, Left] = {}

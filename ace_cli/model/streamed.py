@@ -25,7 +25,7 @@ from ace_cli.model.configuration import check_config, not_understood, transforme
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
-from ace_cli.model.slots import Left, Part, Selection, Slot, View, find_slots
+from ace_cli.model.slots import Left, Part, Slot, SlotFilter, View, find_slots
 from ace_cli.model.ties import resolved, same_values
 from ace_cli.model.transformers_api import block_classes, kept_in_float32, tied_weights
 
@@ -93,7 +93,7 @@ class StreamedModel:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, selection: Selection | None = None
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, selection: SlotFilter | None = None
     ) -> None:
         self.checkpoint = checkpoint
         self.device = device
@@ -103,7 +103,7 @@ class StreamedModel:
         self._in_float32 = _kept_in_float32(checkpoint, self.skeleton, dtype)
         #: Towers for images and the like, by path: neither run nor pruned.
         self.others = other_models(self.skeleton)
-        self.blocks = self._find_blocks(selection or Selection())
+        self.blocks = self._find_blocks(selection or SlotFilter())
         inside = (*(f"{block.name}." for block in self.blocks), *(f"{path}." for path in self.others))
         inner = {id(made) for block in self.blocks for made in block.conversions}
         self._stem_conversions = [made for made in self._mapping.conversions("") if id(made) not in inner]
@@ -266,7 +266,7 @@ class StreamedModel:
     def _state(self) -> dict[str, Tensor]:
         return dict(self.skeleton.state_dict(keep_vars=True))
 
-    def _find_blocks(self, selection: Selection) -> list[Block]:
+    def _find_blocks(self, selection: SlotFilter) -> list[Block]:
         kind, names = type(self.skeleton).__name__, block_classes(self.skeleton)
         outside = tuple(f"{path}." for path in self.others)
         lists = [
@@ -287,7 +287,7 @@ class StreamedModel:
         selection.check(name for block in blocks for name in (*(slot.name for slot in block.slots), *block.left))
         return blocks
 
-    def _block(self, name: str, module: nn.Module, selection: Selection) -> Block:
+    def _block(self, name: str, module: nn.Module, selection: SlotFilter) -> Block:
         parts = {inner: stored for inner in module.state_dict() if (stored := self._mapping.parts(f"{name}.{inner}"))}
         found = find_slots(module, parts, selection)
         stacked = [slot for slot in found.slots if slot.in_module.index is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
-from ace_cli.evaluation.fidelity import Comparison, DenseStates
+from ace_cli.evaluation.fidelity import DenseStates, FidelityMeter
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.evaluation.samples import Samples, write_on
 from ace_cli.model.files import Checkpoint
@@ -39,7 +39,7 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
             dense = Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill), states)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
-    comparison = Comparison(pruned, dense.states)
+    comparison = FidelityMeter(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
         losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
     found = _perplexity(dense.losses, losses, protocol)
@@ -77,7 +77,7 @@ def _perplexity(dense: list[float], pruned: list[float], protocol: facts.Protoco
     return facts.Perplexity(before, after, after / before, protocol, ratios)
 
 
-def _fidelity(comparison: Comparison) -> facts.Fidelity:
+def _fidelity(comparison: FidelityMeter) -> facts.Fidelity:
     kl, agreement, cosine = (
         statistics.fmean(values) for values in (comparison.kl, comparison.agreement, comparison.cosine)
     )

@@ -20,7 +20,7 @@ from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.slots import Selection
+from ace_cli.model.slots import SlotFilter
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
@@ -108,7 +108,7 @@ def _do(run: RunContext, work: Work) -> facts.Report:
 
 def _open(config: RunConfig, device: torch.device) -> StreamedModel:
     source = open_model(config.model)
-    selection = Selection(config.include, config.exclude)
+    selection = SlotFilter(config.include, config.exclude)
     return StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
 
 
