@@ -189,8 +189,18 @@ def _efficiency(found: dict[str, Any]) -> str:
     return (
         f"## Limit\n\nPruned and written in {found['measured_seconds']:.2f} s; this machine's limit is "
         f"{found['limit_seconds']:.2f} s ({found['efficiency']:.0%} of it reached): the longer of one forward and of "
-        "reading and writing the file.\n\n"
+        f"reading and writing the file.{_doubts(found)}\n\n"
         + table(["", "amount", "measured rate", "seconds"], [[*row[:3], f"{parts[row[3]]:.3f}"] for row in rows])
+    )
+
+
+def _doubts(found: dict[str, Any]) -> str:
+    """What the rates were not, if the probe was wrong about them."""
+    probed, rates = found["probed"], found["rates"]
+    raised = [name for name in ("matmul", "read", "write", "memory") if rates[name] > probed[name] * (1 + 1e-9)]
+    busy = f" The machine was busy when they were probed, by a factor of {probed['spread']:.1f}."
+    return (busy if probed["spread"] > 1.5 else "") + (
+        f" Of {', '.join(raised)} the run itself showed more than the probe before it: that counts." if raised else ""
     )
 
 

@@ -67,8 +67,8 @@ class Terminal:
         if self._log is not None:
             self._log.print(content, markup=False)
 
-    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str) -> None:
-        """What will happen and what it needs."""
+    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str, takes: str) -> None:
+        """What will happen and what it needs; ``takes``: how long pruning will be."""
         rows = {
             "model": f"{plan.architecture}, {plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks",
             "from": plan.model,
@@ -80,8 +80,10 @@ class Terminal:
             "needs": f"{gigabytes(plan.host_bytes)} memory"
             + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
             + f", {gigabytes(plan.disk_bytes)} disk",
-            "takes": f"about {plan.seconds(limit):,.1f} s to prune and write; the limit here is {limit.seconds:,.1f} s",
+            "takes": f"{takes} to prune and write; the limit here is {limit.seconds:,.1f} s",
         }
+        if limit.rates.busy:
+            rows["machine"] = "busy: the same product took up to " + f"{limit.rates.spread:.1f} times as long"
         if plan.copied:
             rows["copies"] = "; ".join(plan.copied)
         if plan.spills(plan.tokens):

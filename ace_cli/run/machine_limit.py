@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from ace_cli.model.files import Checkpoint
 _PROBE_SECONDS = 0.1
 _PIECE = 4 << 20
 _LARGEST_PRODUCT = 8192
+#: Repetitions on a quiet machine agree to a few per cent; of work shorter than this, the clock's own noise says more.
+_BUSY, _SHORT = 1.5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Rates:
 
     ``float32``: operations in the products that statistics are summed by, as fast as ``matmul`` if 0. For a forecast,
     of a CPU: ``fresh``, bytes of memory taken anew and filled; ``prune``, weights pruned by rows and checked;
-    ``threads`` that compute.
+    ``threads`` that compute. ``spread``: how many times longer than the fastest the slowest repetition of one piece of
+    work took.
     """
 
     matmul: float
@@ -47,6 +50,12 @@ class Rates:
     fresh: float = math.inf
     prune: float = math.inf
     threads: int = 1
+    spread: float = 1.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether something else ran meanwhile: the rates are then too low, and so is the limit's speed."""
+        return self.spread > _BUSY
 
 
 @dataclass(frozen=True)
@@ -79,19 +88,38 @@ class Limit:
         parts = self.parts
         return max(parts["compute"], parts["read"] + parts["write"], parts["memory"])
 
-    def efficiency(self, measured: float) -> dict[str, Any]:
+    def shown(self, seconds: float, computing: float = math.inf) -> Limit:
+        """The same, no rate below what the run itself showed: it did all this in ``seconds``, its forward in
+        ``computing``. So nothing that was measured is faster than the limit.
+        """
+        parts, rates = self.parts, self.rates
+        files = max(1.0, (parts["read"] + parts["write"]) / seconds)
+        matmul = max(rates.matmul, self.flops / min(seconds, computing))
+        memory = rates.memory * max(1.0, parts["memory"] / seconds)
+        return replace(self, rates=replace(
+            rates, matmul=matmul, read=rates.read * files, write=rates.write * files, memory=memory
+        ))  # fmt: skip
+
+    def efficiency(self, measured: float, computing: float = math.inf) -> dict[str, Any]:
         """For the report: the limit beside ``measured`` seconds, with everything it was made of."""
+        return self.shown(measured, computing)._efficiency(measured) | {"probed": _finite(self.rates)}
+
+    def _efficiency(self, measured: float) -> dict[str, Any]:
         return {
             "limit_seconds": self.seconds,
             "measured_seconds": measured,
-            "efficiency": self.seconds / measured,
+            "efficiency": min(1.0, self.seconds / measured),  # but for rounding, it is
             "flops": self.flops,
             "method_flops": self.method_flops,
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "rates": {name: rate for name, rate in vars(self.rates).items() if math.isfinite(rate)},
+            "rates": _finite(self.rates),
             "parts_seconds": self.parts,
         }
+
+
+def _finite(rates: Rates) -> dict[str, float]:
+    return {name: rate for name, rate in vars(rates).items() if math.isfinite(rate)}
 
 
 def probe(
@@ -102,17 +130,18 @@ def probe(
     OSError when the disk cannot be written.
     """
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    float32 = 0.0 if dtype is torch.float32 else _matmul(device, torch.float32, wait)
+    matmul, spread = _matmul(device, dtype, wait)
+    float32 = 0.0 if dtype is torch.float32 else _matmul(device, torch.float32, wait)[0]
     rates = (
-        _matmul(device, dtype, wait),
+        matmul,
         _read(source),
         _write(existing(folder), source.around_cache),
         _memory(device, wait),
         float32,
     )
     if device.type != "cpu":
-        return Rates(*rates)
-    return Rates(*rates, _fresh(), _prune(dtype, pattern, largest), torch.get_num_threads())
+        return Rates(*rates, spread=spread)
+    return Rates(*rates, _fresh(), _prune(dtype, pattern, largest), torch.get_num_threads(), spread)
 
 
 def existing(folder: Path) -> Path:
@@ -120,16 +149,25 @@ def existing(folder: Path) -> Path:
     return next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
 
 
-def _matmul(device: torch.device, dtype: torch.dtype, wait: Callable[[], None]) -> float:
-    """The best square product in 0.1 s, of growing size while they are quick: small ones do not fill every unit."""
+def _matmul(device: torch.device, dtype: torch.dtype, wait: Callable[[], None]) -> tuple[float, float]:
+    """The best square product in 0.1 s, of growing size while they are quick: small ones do not fill every unit.
+
+    And how far repetitions of the largest are apart.
+    """
     size, best, deadline = 256, 0.0, time.perf_counter() + _PROBE_SECONDS
+    by_size: dict[int, list[float]] = {}
     while not best or time.perf_counter() < deadline:  # once at least, however long nobody gave it a turn
         a = torch.ones(size, size, device=device, dtype=dtype)
-        seconds = _shortest(partial(torch.mm, a, a), wait)
-        best = max(best, 2 * size**3 / seconds)
-        if 8 * seconds < _PROBE_SECONDS / 2 and size < _LARGEST_PRODUCT:
+        seconds = _repeated(partial(torch.mm, a, a), wait)
+        by_size.setdefault(size, []).extend(seconds[1:])  # the first one woke threads
+        best = max(best, 2 * size**3 / min(seconds))
+        if 8 * min(seconds) < _PROBE_SECONDS / 2 and size < _LARGEST_PRODUCT:
             size *= 2
-    return best
+    return best, _spread(by_size[max(by_size)])
+
+
+def _spread(seconds: list[float]) -> float:
+    return max(seconds) / min(seconds) if min(seconds) > _SHORT else 1.0
 
 
 def _memory(device: torch.device, wait: Callable[[], None]) -> float:
@@ -159,15 +197,19 @@ def _prune(dtype: torch.dtype, pattern: Pattern, largest: int) -> float:
 
 
 def _shortest(work: Callable[[], object], wait: Callable[[], None]) -> float:
-    """Seconds of the best of three: the first ones wake threads and clocks."""
+    return min(_repeated(work, wait))
+
+
+def _repeated(work: Callable[[], object], wait: Callable[[], None]) -> list[float]:
+    """Seconds of each of three: the first ones wake threads and clocks."""
     seconds = []
     for _ in range(3):
         wait()
         start = time.perf_counter()
         work()
         wait()
-        seconds.append(time.perf_counter() - start)
-    return max(min(seconds), 1e-9)
+        seconds.append(max(time.perf_counter() - start, 1e-9))
+    return seconds
 
 
 def _read(source: Checkpoint) -> float:

@@ -28,6 +28,7 @@ from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
+from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
 from ace_cli.run.checks import check_left, check_length, check_not_source, loops_of, memory_budget, pruned_by_rows
 from ace_cli.run.compare import evaluate, write_samples
@@ -78,6 +79,7 @@ def _run(
     identity = identity_of(config, model, texts.windows_NL)
     config = dataclasses.replace(config, output_dir=_output_folder(config, identity))
     run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, start)
+    terminal.say(f"{'expects':12} {forecast.of_run(run).line()}")
     with locked(run.folder) as alone, terminal.logging_to(run.folder / "run.log"):
         terminal.say(f"$ {command}")
         if not alone:
@@ -134,7 +136,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     largest = max(rows * columns for rows, columns in plan.shapes.values())
     rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
-    terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed")
+    takes = forecast.span(forecast.pruning(plan, limit))
+    terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed", takes)
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
     more = _stage_bytes(config, model.checkpoint)

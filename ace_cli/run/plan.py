@@ -26,7 +26,7 @@ _LIBRARIES = 540_000_000
 #: Counted in profiles of SmolLM2-135M and of a 7B Llama: a block's products beside large square ones; passes over the
 #: inputs, as if in float32, of all else that a block computes and observes; whole-weight temporaries, in float32, where
 #: rows are not pruned one after the other.
-_PRODUCT_SHARE, _INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
+PRODUCT_SHARE, INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,11 @@ class Plan:
         """
         parts, rates = limit.parts, limit.rates
         inputs = 4 * self.tokens * sum(columns for _, columns in self.shapes.values()) * self.forwards
-        compute = parts["compute"] * self.forwards / _PRODUCT_SHARE + parts["method"]
+        compute = parts["compute"] * self.forwards / PRODUCT_SHARE + parts["method"]
         prune = self.slot_weights / rates.prune
         whole = 0.0 if self.by_rows else _WEIGHT_PASSES * 4 * self.slot_weights / rates.fresh
         files = parts["read"] + parts["write"] + limit.bytes_written / rates.read
-        work = compute + _INPUT_PASSES * inputs / rates.memory + prune + whole
+        work = compute + INPUT_PASSES * inputs / rates.memory + prune + whole
         return max(work + files / rates.threads, files)
 
 
