@@ -13,7 +13,8 @@ from tiny_models import make
 
 from ace_cli.core.errors import AceError
 from ace_cli.model.files import CheckpointWriter
-from ace_cli.recovery.blocks import Blocks, relative_error
+from ace_cli.recovery.blocks import relative_error
+from ace_cli.recovery.training import split
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]
@@ -140,6 +141,110 @@ def test_bad_options_are_one_line(configure: Callable[..., object], override: st
 
 
 def test_the_split_keeps_something_to_train_on() -> None:
-    assert Blocks()._split(1) == ([0], [0])
-    assert Blocks()._split(2) == ([0], [1])
-    assert Blocks()._split(32) == (list(range(29)), [29, 30, 31])
+    assert split(1, 0.1) == ([0], [0])
+    assert split(2, 0.1) == ([0], [1])
+    assert split(32, 0.1) == (list(range(29)), [29, 30, 31])
+
+
+# --- the whole model -------------------------------------------------------------------------------------------------
+
+TAUGHT = (
+    "metric=wanda",
+    "recover=distill",
+    "recover.batch=64",
+    "recover.lr=3e-3",
+    "calib.n_samples=16",
+    "recover.epochs=2",
+)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_the_whole_model_predicts_more_like_the_dense_one(tmp_path: Path, prune_here: Prune, family: str) -> None:
+    model = make(tmp_path / "m", family)
+    prune_here(model, tmp_path / "pruned", "metric=wanda", "sparsity=2:4", "calib.n_samples=16")
+    report = prune_here(model, tmp_path / "taught", *TAUGHT, "sparsity=2:4")
+    before, after = weights(tmp_path / "pruned"), weights(tmp_path / "taught")
+    assert report.recovery is not None
+    assert report.recovery["after"] < report.recovery["before"]
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    slots = {slot["name"].rpartition(".")[0] if slot["name"][-1].isdigit() else slot["name"] for slot in report.slots}
+    for name in before:
+        if before[name].dim() > 1:
+            assert not after[name][before[name] == 0].any()
+        if before[name].dim() > 1 and name not in slots:
+            assert torch.equal(before[name], after[name]), name  # embeddings, head, routers
+
+
+def test_the_divergence_is_that_of_the_whole_models(tmp_path: Path, prune_here: Prune, documents: Path) -> None:
+    """Before any training: mean KL over the held-out windows, from transformers' own models in float64."""
+    from tiny_models import add_tokenizer
+    from transformers import AutoModelForCausalLM
+
+    model = add_tokenizer(make(tmp_path / "m", "llama"))
+    options = ("calib=text", f"calib.path={documents}", "calib.n_samples=8", "calib.seq_len=16")
+    prune_here(model, tmp_path / "pruned", "metric=wanda", *options)
+    report = prune_here(model, tmp_path / "taught", *TAUGHT, *options, "recover.held_out=0.5", "recover.batch=16")
+    from conftest import composed
+
+    from ace_cli.model.files import Checkpoint
+
+    config = composed("model=custom", f"model.path={model}", "metric=wanda", *options)
+    ids_NL = config.calib.windows(Checkpoint(model), "cpu")[4:]
+    log_p, log_q = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)(ids_NL).logits.log_softmax(-1)
+        for folder in (model, tmp_path / "pruned" / "checkpoint")
+    )
+    divergence = float((log_p.detach().exp() * (log_p - log_q).detach()).sum(-1).mean())
+    assert report.recovery is not None
+    assert report.recovery["before"] == pytest.approx(divergence, rel=0.05)  # products in bfloat16 where they are fast
+
+
+@pytest.mark.parametrize("moment", ["epoch", "replacing", "described"])
+def test_an_interrupted_training_goes_on_to_the_same_bytes(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    straight = prune_here(llama, tmp_path / "straight", *TAUGHT)
+    epochs = []
+    from ace_cli.recovery.distill import _Fit
+
+    original = _Fit._epoch
+
+    def epoch(fit: _Fit, step: Callable[[], None]) -> None:
+        if moment == "epoch" and len(epochs) == 1:
+            epochs.append("stopped")
+            raise KeyboardInterrupt
+        epochs.append("done")
+        original(fit, step)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Fit, "_epoch", epoch)
+    if moment == "replacing":
+        monkeypatch.setattr("ace_cli.run.recover_checkpoint._move", stop)
+    if moment == "described":
+        monkeypatch.setattr("ace_cli.run.prune_checkpoint.forget_training", stop)
+    if moment != "epoch":
+        monkeypatch.setattr(_Fit, "_save", lambda fit: None)
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "broken", *TAUGHT)
+    monkeypatch.undo()
+    monkeypatch.setattr(_Fit, "_epoch", epoch)
+    report = prune_here(llama, tmp_path / "broken", *TAUGHT)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "straight")
+    assert report.recovery == straight.recovery
+    assert epochs.count("done") == 2  # no epoch twice
+    assert not (tmp_path / "broken" / "checkpoint.training").exists()
+
+
+def test_a_training_that_gains_nothing_changes_nothing(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    prune_here(llama, tmp_path / "pruned", "metric=wanda", "calib.n_samples=16")
+    report = prune_here(llama, tmp_path / "taught", *TAUGHT, "recover.lr=1e4")
+    assert report.recovery is not None
+    assert report.recovery["epochs"] == 0
+    assert digest(tmp_path / "pruned") == digest(tmp_path / "taught")
+
+
+def test_too_little_memory_for_the_whole_model_is_one_line(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    with pytest.raises(AceError, match=r"recover=distill needs .* GB of memory.*recover=blocks"):
+        prune_here(llama, tmp_path / "out", *TAUGHT, "memory_gb=1")

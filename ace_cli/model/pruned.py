@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "pruning.json"
+#: Its entry that says what training the whole model did, and so that it is done.
+RECOVERED = "recovery"
 
 
 def write_metadata(

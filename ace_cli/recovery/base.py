@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
+    from ace_cli.core.stage import Progress
+    from ace_cli.model.files import Checkpoint
     from ace_cli.model.streamed import Batch, StreamedModel
 
 
 @dataclass(frozen=True)
 class RecoveryFacts:
-    """What training one block did: its error on held-out windows before and after, and the epochs that were kept.
+    """What training a block, or the model, did: the error on held-out windows before and after, the epochs kept.
 
     0 epochs: it did not get better, and keeps the weights it had.
     """
@@ -31,8 +34,10 @@ class Recovery:
 
     #: False for one that does nothing.
     acts = True
+    #: Whether each block is trained in the stream, when it is pruned; else the whole model is, when all are.
+    in_stream = True
     #: Tokens of one training step.
-    batch: int = 512
+    batch = 512
     #: Whether targets are the dense model's own hidden states, which then have to be carried along.
     carries_dense = False
 
@@ -54,5 +59,18 @@ class Recovery:
         """Train the loaded block ``index`` in place until it makes ``targets`` (B, L, H) of ``batches``.
 
         ``keep``: name inside the block of every parameter that is trained -> bool of its shape, what may change.
+        """
+        raise NotImplementedError
+
+    def whole_bytes(self, parameters: int, trained: int) -> int:
+        """Of a recovery of the whole model: the memory it takes where it computes, of so many weights."""
+        return 0
+
+    def recover_model(
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress
+    ) -> RecoveryFacts:
+        """Train the whole model of the finished folder ``pruned``; its weight files, anew, in the folder ``target``.
+
+        ``windows_NL``: token ids, int64. What an interrupted training left in ``target`` is continued.
         """
         raise NotImplementedError

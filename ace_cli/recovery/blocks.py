@@ -12,19 +12,17 @@ Shapes: B windows, L tokens, H hidden size.
 
 from __future__ import annotations
 
-import math
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
 from ace_cli.recovery.base import Recovery, RecoveryFacts
+from ace_cli.recovery.training import half_precision, rate, split, training_faults
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    import torch
     from torch import Tensor, nn
 
     from ace_cli.model.streamed import Batch, StreamedModel
@@ -59,18 +57,7 @@ class Blocks(Recovery):
         return self.target is Target.model
 
     def faults(self) -> list[str]:
-        faults = []
-        if self.epochs < 1:
-            faults.append(f"recover.epochs={self.epochs}: must be at least 1; recover=none trains nothing")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            faults.append(f"recover.lr={self.lr}: must be a number above 0, like 3e-4")
-        if self.batch < 1:
-            faults.append(f"recover.batch={self.batch}: must be at least 1 token")
-        if not 0 < self.held_out < 1:
-            faults.append(f"recover.held_out={self.held_out}: must be a share between 0 and 1, like 0.1")
-        if not 0 <= self.seed < 2**63:
-            faults.append(f"recover.seed={self.seed}: must be between 0 and 2^63")
-        return faults
+        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
 
     def forwards(self) -> float:
         # a step is a forward and a backward of twice its cost; the targets, and each look at the held-out windows
@@ -84,7 +71,7 @@ class Blocks(Recovery):
     ) -> RecoveryFacts:
         import torch
 
-        training, held = self._split(len(batches))
+        training, held = split(len(batches), self.held_out)
         module = model.blocks[index].module
         loaded = dict(module.named_parameters())
         masters = _masters(module, keep)
@@ -93,7 +80,7 @@ class Blocks(Recovery):
             masters.values(), lr=self.lr, betas=(0.9, 0.95), fused=model.device.type in ("cpu", "cuda")
         )
         steps = self.epochs * len(training)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: _rate(done, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
         generator = torch.Generator().manual_seed(self.seed + index)
         before = best = step.error(held)
         kept, epochs = {name: master.detach().clone() for name, master in masters.items()}, 0
@@ -113,11 +100,6 @@ class Blocks(Recovery):
         better = {name: weight.masked_fill_(~keep[name], 0) for name, weight in kept.items()} if epochs else {}
         _put(module, {**loaded, **better})
         return RecoveryFacts(before, best, epochs)
-
-    def _split(self, count: int) -> tuple[list[int], list[int]]:
-        """Numbers of the batches to train on, and of those held out: the last ones. Of a single batch, both."""
-        held = min(count - 1, max(1, round(count * self.held_out)))
-        return (list(range(count - held)), list(range(count - held, count))) if held else ([0], [0])
 
 
 class _Step:
@@ -146,7 +128,7 @@ class _Step:
         call, calls = batch.calls[self._index], [*batch.calls]
         calls[self._index] = replace(call, args=_in_float32(call.args), kwargs=_in_float32(call.kwargs))
         batch = replace(batch, hidden_BLH=batch.hidden_BLH.float(), calls=calls)
-        with _half_precision(self._model.device):
+        with half_precision(self._model.device):
             out_BLH = self._model.forward(self._index, batch)
         return relative_error(out_BLH.float(), target_BLH)
 
@@ -155,24 +137,6 @@ def relative_error(out_BLH: Tensor, target_BLH: Tensor) -> Tensor:
     """Mean over tokens of ||out - target||^2 / ||target||^2."""
     size_BL = target_BLH.square().sum(-1).clamp(min=1e-12)
     return ((out_BLH - target_BLH).square().sum(-1) / size_BL).mean()
-
-
-def _rate(done: int, steps: int) -> float:
-    """Of the learning rate: up in a tenth of the steps, then down a cosine to a tenth."""
-    warm = max(1, steps // 10)
-    if done < warm:
-        return (done + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
-
-
-def _half_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Products in bfloat16 where the machine is faster at them; weights and sums stay in float32."""
-    import torch
-
-    from ace_cli.core.torch_api import has_bfloat16_units
-
-    fast = has_bfloat16_units() if device.type == "cpu" else device.type == "cuda"
-    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()
 
 
 def _in_float32(value: Any) -> Any:

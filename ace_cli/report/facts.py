@@ -230,6 +230,8 @@ class Report:
     zero_shot: ZeroShot | None = None
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     speed: Speed | None = None
+    #: Of a training of the whole model: its error on held-out windows "before" and "after"; "epochs" that were kept.
+    recovery: dict[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -60,6 +60,25 @@ def windows_line(report: Report) -> str:
     )
 
 
+def recovery_line(report: Report) -> str:
+    """What training gained, in one sentence; empty where nothing was trained."""
+    if report.recovery is not None:
+        whole = report.recovery
+        return (
+            f"Trained on the dense model's predictions: KL divergence on held-out windows {whole['before']:.4f} to "
+            f"{whole['after']:.4f} nats, the best after {whole['epochs']} epochs."
+        )
+    trained = [block["recovery"] for block in report.blocks if block.get("recovery")]
+    if not trained:
+        return ""
+    gain = 1 - math.exp(statistics.fmean(math.log(max(t["after"], 1e-30) / max(t["before"], 1e-30)) for t in trained))
+    better = sum(block["epochs"] > 0 for block in trained)
+    return (
+        f"Trained block by block: {better} of {len(trained)} blocks got better; the error on held-out windows fell by "
+        f"{gain:.0%} a block."
+    )
+
+
 def protocol_words(protocol: Mapping[str, Any]) -> str:
     """What tells one protocol of report.json from another, with the fingerprint of its tokens."""
     return (
@@ -125,6 +144,7 @@ def render(report: Report) -> str:
         table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
         protocol_line(report),
         windows_line(report),
+        recovery_line(report),
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         f"{table(SPEED_HEAD, speed_rows(report.speed))}\n\n{speed_line(report.speed)}" if report.speed else "",

@@ -14,7 +14,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ace_cli.core.console import unwritten
-from ace_cli.report.markdown import fidelity_line, gigabytes, perplexity_rows, protocol_line, stage_lines, windows_line
+from ace_cli.report.markdown import (
+    fidelity_line,
+    gigabytes,
+    perplexity_rows,
+    protocol_line,
+    recovery_line,
+    stage_lines,
+    windows_line,
+)
 from ace_cli.report.speed import SPEED_HEAD, speed_line, speed_rows
 from ace_cli.report.zero_shot import (
     comparison_head,
@@ -148,7 +156,7 @@ class Terminal:
             table.add_row(*row)
         self.say(table)
         self.say(protocol_line(report))
-        for line in (windows_line(report), fidelity_line(report), *stage_lines(report)):
+        for line in (windows_line(report), recovery_line(report), fidelity_line(report), *stage_lines(report)):
             if line:
                 self.say(line)
         if report.zero_shot is not None:

@@ -24,7 +24,7 @@ from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.pruned import MANIFEST
+from ace_cli.model.pruned import MANIFEST, RECOVERED
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
@@ -85,6 +85,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         gate=_gate(config, measured),
         stages=stages,
         speed=measured.speed,
+        recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
     )
 

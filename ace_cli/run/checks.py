@@ -8,6 +8,7 @@ import torch
 
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError
+from ace_cli.core.registry import name_of
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.kernels import loops
 from ace_cli.kernels.selection import LARGE
@@ -16,6 +17,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.recipe import Permute
 from ace_cli.run.config import RunConfig
+from ace_cli.run.plan import Plan
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
@@ -49,6 +51,17 @@ def check_not_source(source: Checkpoint, output_dir: Path) -> None:
             raise AceError(
                 f"The model lies in {output_dir / name}, where the result would go.", "Choose another output_dir."
             )
+
+
+def check_training(config: RunConfig, plan: Plan) -> None:
+    """AceError if the memory has no room for a whole model in training."""
+    needed = config.recover.whole_bytes(plan.parameters, plan.slot_weights)
+    if needed > plan.budget_bytes:
+        name = name_of("recover", config.recover)
+        raise AceError(
+            f"recover={name} needs {needed / 1e9:.1f} GB of memory, {plan.budget_bytes / 1e9:.1f} GB may be used.",
+            "Use recover=blocks, which trains one block at a time.",
+        )
 
 
 def check_left(model: StreamedModel, config: RunConfig) -> None:

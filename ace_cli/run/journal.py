@@ -89,6 +89,7 @@ class Work:
         """Drop what cannot be continued: the journal first, so that it never tells of blocks that are gone."""
         (self.folder / _JOURNAL).unlink(missing_ok=True)
         shutil.rmtree(self.partial, ignore_errors=True)
+        shutil.rmtree(self.folder / "checkpoint.training", ignore_errors=True)
 
     def _resume(self) -> None:
         identity, blocks = _read_journal(self.folder)

@@ -30,7 +30,15 @@ from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
-from ace_cli.run.checks import check_left, check_length, check_not_source, loops_of, memory_budget, pruned_by_rows
+from ace_cli.run.checks import (
+    check_left,
+    check_length,
+    check_not_source,
+    check_training,
+    loops_of,
+    memory_budget,
+    pruned_by_rows,
+)
 from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
@@ -142,6 +150,7 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
         check_bench(config.bench, model.checkpoint)
     more = _stage_bytes(config, model.checkpoint)
     check_room(dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more), config.output_dir)
+    check_training(config, plan)
     if (loops := loops_of(config, model)).startswith("not compiled"):
         terminal.say(f"Warning: loops are {loops}. Pruning takes several times as long: install numba.", "yellow")
     return plan, limit

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.methods.patterns import Pattern
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import Pruned, Rereading, manifest_entry, write_metadata
+from ace_cli.model.pruned import RECOVERED, Pruned, Rereading, count_zeros, manifest_entry, write_metadata
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.engine import prune, replay
@@ -22,6 +23,7 @@ from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.survey import survey
+from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.report.markdown import model_card
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import summary_of, versions, with_options
@@ -29,6 +31,7 @@ from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
 from ace_cli.run.journal import Work
+from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
 
 
 def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
@@ -78,12 +81,12 @@ def _prune(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = _recipe(run.config, patterns)
-    if not recipe.wanted and not run.config.recover.acts:  # nothing looks at inputs, but what compares blocks
+    recovering = _recovering(run, done)
+    if not recipe.wanted and recovering is None:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
         weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
-    recovering = _recovering(run, done)
     slots = [slot for block in model.blocks for slot in block.slots]
     pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
     with Rereading(work.partial, pruned) as written:
@@ -100,12 +103,31 @@ def _prune(run: RunContext, work: Work) -> None:
             writer.finish()
         with clock("verify"):
             zeros = written.zeros()
-    with clock("write"):
+    recovered = recorded(work)
+    _describe(run, work, pruned, patterns, zeros, recovered)
+    if run.config.recover.acts and not run.config.recover.in_stream and run.texts.windows_NL is not None:
+        with clock("recover"):
+            recovered = recover_checkpoint(run, work, run.texts.windows_NL)
+        with clock("verify"):
+            zeros = count_zeros(Checkpoint(work.partial), pruned)
+        _describe(run, work, pruned, patterns, zeros, recovered)
+        forget_training(work)
+
+
+def _describe(
+    run: RunContext, work: Work, pruned: dict[str, Pruned], patterns: dict[str, Pattern], zeros: dict[str, int],
+    recovered: RecoveryFacts | None = None,
+) -> None:  # fmt: skip
+    """Write everything but the weights."""
+    with run.inner("write"):
+        slots = [slot for block in run.model.blocks for slot in block.slots]
         entries = [manifest_entry(slot, patterns[slot.name], zeros[slot.name]) for slot in slots]
         sparsity = sum(zeros.values()) / run.plan.slot_weights
         summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
+        if recovered is not None:
+            summary[RECOVERED] = dataclasses.asdict(recovered)
         card = model_card(run.config.model.path, run.command, summary)
-        write_metadata(model.checkpoint, work.partial, summary, entries, card, work.digest)
+        write_metadata(run.model.checkpoint, work.partial, summary, entries, card, work.digest)
 
 
 def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
@@ -122,7 +144,7 @@ def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
 def _recovering(run: RunContext, done: int) -> Recovering | None:
     """What trains each block, its windows in batches of a training step; None if nothing is trained."""
     recovery, model, windows_NL = run.config.recover, run.model, run.texts.windows_NL
-    if not recovery.acts or windows_NL is None:
+    if not (recovery.acts and recovery.in_stream) or windows_NL is None:
         return None
     with run.inner("embed"):
         steps = list(model.batches(windows_NL, tokens=recovery.batch))

@@ -1,0 +1,50 @@
+"""What every recovery trains with: which windows are held out, the learning rate's course, half precision."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: int) -> list[str]:
+    """What is wrong with the knobs that all of them share, one line each."""
+    faults = []
+    if epochs < 1:
+        faults.append(f"recover.epochs={epochs}: must be at least 1; recover=none trains nothing")
+    if not (math.isfinite(lr) and lr > 0):
+        faults.append(f"recover.lr={lr}: must be a number above 0, like 3e-4")
+    if batch < 1:
+        faults.append(f"recover.batch={batch}: must be at least 1 token")
+    if not 0 < held_out < 1:
+        faults.append(f"recover.held_out={held_out}: must be a share between 0 and 1, like 0.1")
+    if not 0 <= seed < 2**63:
+        faults.append(f"recover.seed={seed}: must be between 0 and 2^63")
+    return faults
+
+
+def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
+    """Numbers of the batches to train on, and of those held out: the last ones. Of a single batch, both."""
+    held = min(count - 1, max(1, round(count * held_out)))
+    return (list(range(count - held)), list(range(count - held, count))) if held else ([0], [0])
+
+
+def rate(done: int, steps: int) -> float:
+    """Of the learning rate: up in a tenth of the steps, then down a cosine to a tenth."""
+    warm = max(1, steps // 10)
+    if done < warm:
+        return (done + 1) / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
+
+
+def half_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Products in bfloat16 where the machine is faster at them; weights and sums stay in float32."""
+    import torch
+
+    from ace_cli.core.torch_api import has_bfloat16_units
+
+    fast = has_bfloat16_units() if device.type == "cpu" else device.type == "cuda"
+    return torch.autocast(device.type, torch.bfloat16) if fast else nullcontext()

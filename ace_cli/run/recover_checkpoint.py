@@ -1,0 +1,66 @@
+"""Training the whole pruned model, between pruning and publishing: if interrupted, it is continued; none is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from ace_cli.core.json_reader import read_object
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.pruned import MANIFEST, RECOVERED
+from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.report.facts import write_whole
+from ace_cli.run.context import RunContext
+from ace_cli.run.journal import Work
+
+_DONE = "done.json"
+
+
+def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> RecoveryFacts:
+    """Replace the weight files of the finished ``checkpoint.partial`` by trained ones; what the training did.
+
+    Trained files go to ``checkpoint.training``, with the state of the training after every epoch. When all are there, a
+    file says so, and one after the other is renamed into ``checkpoint.partial``.
+    """
+    if (before := recorded(work)) is not None:
+        return before
+    training = training_folder(work)
+    training.mkdir(exist_ok=True)
+    done = training / _DONE
+    if not done.is_file():
+        facts = run.config.recover.recover_model(
+            run.model, Checkpoint(work.partial), windows_NL, training, run.terminal.progress
+        )
+        write_whole(done, json.dumps(dataclasses.asdict(facts)))
+    facts = RecoveryFacts(**json.loads(done.read_text(encoding="utf-8")))
+    if facts.epochs:  # else nothing got better: the files are those that are there
+        for file in sorted({entry.file.name for entry in Checkpoint(work.partial).tensors.values()}):
+            if (training / file).exists():
+                _move(training / file, work.partial / file)
+    return facts
+
+
+def _move(file: Path, target: Path) -> None:
+    file.replace(target)
+
+
+def recorded(work: Work) -> RecoveryFacts | None:
+    """What ``checkpoint.partial`` says of its training; None if it is not trained yet."""
+    if not (work.partial / MANIFEST).is_file():
+        return None
+    entry = read_object(work.partial / MANIFEST).get(RECOVERED)
+    return RecoveryFacts(**entry) if isinstance(entry, dict) else None
+
+
+def forget_training(work: Work) -> None:
+    """``checkpoint.partial`` says itself that it is trained: the rest is not needed."""
+    shutil.rmtree(training_folder(work), ignore_errors=True)
+
+
+def training_folder(work: Work) -> Path:
+    """Where trained files and the state of the training lie until they are whole."""
+    return work.folder / "checkpoint.training"
