@@ -1,11 +1,16 @@
-"""One Markdown table from the reports of sweeps: rows are recipes, columns patterns, mean and spread over seeds.
+"""Markdown tables from the reports of sweeps: rows are recipes, columns patterns, mean and spread over seeds.
 
-python scripts/table.py FOLDER          FOLDER/SWEEP/JOB/report.json, as scripts/reproduce_smollm2.sh leaves them
+python scripts/table.py FOLDER [RECIPE]     FOLDER/SWEEP/JOB/report.json, as scripts/reproduce_smollm2.sh leaves them
+
+One table for each evaluation protocol; then by how much each recipe differs from RECIPE (the overrides of a row; the
+first row if it is not said), paired: of runs of the same calibration text, seed and evaluation protocol, the mean of the
+logarithm of the ratio of perplexities in per cent, and its standard error. Better is only what is beyond two of those.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 import sys
@@ -20,17 +25,33 @@ Cells = dict[str, dict[str, Jobs]]
 PROTOCOL = ("model", "calib", "calib.path", "calib.seed", "eval", "sparsity", "keep_checkpoint", "output_dir")
 
 
-def main(folder: Path) -> None:
-    """Refuses to set numbers of different protocols side by side."""
+def main(folder: Path, base: str | None) -> None:
+    """Numbers of different protocols never stand in one table, and are never paired."""
+    jobs = [json.loads(file.read_text()) for file in sorted(folder.glob("*/*/report.json"), key=modified)]
+    if not jobs:
+        sys.exit(f"{folder} holds no SWEEP/JOB/report.json.")
+    for protocol in dict.fromkeys(map(protocol_of, jobs)):
+        print(render(cells_of([job for job in jobs if protocol_of(job) == protocol])), end="\n\n")
+    cells = cells_of(jobs)
+    base = base or next(iter(cells))
+    if base not in cells:
+        sys.exit(f"There is no recipe '{base}' in {folder}. Recipes: {', '.join(cells)}")
+    print(differences(cells, base))
+
+
+def modified(file: Path) -> float:
+    return file.stat().st_mtime
+
+
+def protocol_of(job: dict[str, Any]) -> str:
+    return str(job["perplexity"]["protocol"]["fingerprint"])
+
+
+def cells_of(jobs: Jobs) -> Cells:
     cells: Cells = defaultdict(lambda: defaultdict(list))
-    protocols = set()
-    for file in sorted(folder.glob("*/*/report.json"), key=lambda file: file.stat().st_mtime):
-        report = json.loads(file.read_text())
-        protocols.add(report["perplexity"]["protocol"]["fingerprint"])
-        cells[overrides(report)][report["method"]["pattern"]].append(report)
-    if len(protocols) != 1:
-        sys.exit(f"{len(protocols)} evaluation protocols in {folder}: these numbers do not compare.")
-    print(render(cells))
+    for job in jobs:
+        cells[overrides(job)][job["method"]["pattern"]].append(job)
+    return cells
 
 
 def overrides(report: dict[str, Any]) -> str:
@@ -61,6 +82,50 @@ def render(cells: Cells) -> str:
     return "\n".join(lines)
 
 
+def differences(cells: Cells, base: str) -> str:
+    """Per cent of perplexity beside ``base``, ± standard error, over pairs; marked where that is beyond two of them."""
+    patterns = sorted({pattern for row in cells.values() for pattern in row}, key=lambda text: (":" in text, text))
+    lines = [
+        f"Perplexity against `{base}` in per cent, paired, ± standard error; **<** better, > worse beyond two of them.",
+        "",
+        "| recipe | " + " | ".join(patterns) + " | pairs |",
+        "|---|" + "---|" * (len(patterns) + 1),
+    ]
+    for name, row in cells.items():
+        if name == base:
+            continue
+        paired = {pattern: pairs(row.get(pattern, []), cells[base].get(pattern, [])) for pattern in patterns}
+        counts = sorted({len(values) for values in paired.values() if values})
+        if counts:
+            many = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+            lines.append(f"| `{name}` | " + " | ".join(verdict(paired[p]) for p in patterns) + f" | {many} |")
+    return "\n".join(lines)
+
+
+def pairs(jobs: Jobs, others: Jobs) -> list[float]:
+    """Of runs that differ in the recipe alone, log(perplexity / the other's)."""
+    beside = {condition(job): job["perplexity"]["pruned"] for job in others}
+    return [math.log(job["perplexity"]["pruned"] / beside[condition(job)]) for job in jobs if condition(job) in beside]
+
+
+def condition(job: dict[str, Any]) -> tuple[str, ...]:
+    words = dict(word.partition("=")[::2] for word in shlex.split(job["command"])[1:] if "=" in word)
+    given = (words.get(name, "") for name in ("model", "model.path", "calib", "calib.path", "calib.seed"))
+    return (*given, protocol_of(job))
+
+
+def verdict(logs: list[float]) -> str:
+    if not logs:
+        return ""
+    mean = statistics.fmean(logs)
+    text = f"{100 * math.expm1(mean):+.1f}"
+    if len(logs) < 2:
+        return text
+    error = statistics.stdev(logs) / math.sqrt(len(logs))
+    sign = ("**<** " if mean < 0 else "> ") if abs(mean) > 2 * error else ""
+    return f"{sign}{text} ± {100 * error:.1f}"
+
+
 def cell(jobs: Jobs, best: float) -> str:
     values = [job["perplexity"]["pruned"] for job in jobs]
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -78,4 +143,4 @@ def seconds(job: dict[str, Any]) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
