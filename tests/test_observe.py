@@ -14,6 +14,7 @@ import torch
 from tiny_models import load
 
 from ace_cli.core.timing import MemorySampler
+from ace_cli.core.typed_json import typed
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.fidelity import TOKENS, DenseStates, FidelityMeter
 from ace_cli.pruning.diagnostics import SINK, ActivationFacts, Activations, output_change
@@ -52,7 +53,8 @@ def test_activations_are_those_of_the_definition() -> None:
 def test_activations_of_the_first_tokens_however_they_come() -> None:
     x_TI = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     assert activations(x_TI, 100, pieces=7) == activations(x_TI[:100], 100) != activations(x_TI, 200)
-    assert ActivationFacts.from_dict(json.loads(json.dumps(dataclasses.asdict(activations(x_TI))))) == activations(x_TI)
+    stored = json.loads(json.dumps(dataclasses.asdict(activations(x_TI))))
+    assert typed(ActivationFacts, stored, "facts") == activations(x_TI)
 
 
 def test_output_change_of_known_vectors() -> None:

@@ -25,6 +25,7 @@ from ace_cli.model.folder import INDEX
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
+from ace_cli.run import journal
 from ace_cli.run.config import RunConfig
 from ace_cli.run.pipeline import run
 
@@ -380,14 +381,14 @@ def test_an_older_checkpoint_that_could_not_be_removed_goes_with_the_next_start(
 ) -> None:
     """The run ended after the new checkpoint took the old one's place."""
     prune_here(llama, tmp_path / "out", "metric=wanda")
-    remove = shutil.rmtree
+    remove = journal.remove
 
-    def interrupted(path: Path, **options: Any) -> None:
-        if path.name == "checkpoint.old" and path.exists():
+    def interrupted(folder: Path, *arguments: Any, **options: Any) -> list[str]:
+        if folder.name == "checkpoint.old" and folder.exists():
             raise KeyboardInterrupt
-        remove(path, **options)
+        return remove(folder, *arguments, **options)
 
-    monkeypatch.setattr("shutil.rmtree", interrupted)
+    monkeypatch.setattr(journal, "remove", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prune_here(llama, tmp_path / "out", "metric=magnitude")
     monkeypatch.undo()

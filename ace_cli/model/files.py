@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError, TransientError
 from ace_cli.model import disk
 from ace_cli.model.configuration import read_config
-from ace_cli.model.folder import INDEX, check_folder, weight_map
+from ace_cli.model.folder import INDEX, check_folder, is_document, other_files, weight_map
 from ace_cli.model.header import DTYPES, TensorEntry, read_header
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000  # decimal gigabytes, as transformers' max_shard_size="5GB"
 _COPY_BYTES = 16 << 20
+#: File -> size, time of its last change, time of its status' last change, number on the disk; empty if it is gone.
+Stamps = dict[str, list[int]]
 
 
 class Checkpoint:
@@ -44,10 +48,18 @@ class Checkpoint:
             raise AceError(
                 f"{folder} has no config.json.", "Give a Hugging Face model folder, a hub id or a GGUF file."
             )
-        self._fingerprint: tuple[list[tuple[int, ...]], str] | None = None
-        self.tensors: dict[str, TensorEntry] = {}
-        for file in self._shards():
-            self.tensors.update((entry.name, entry) for entry in read_header(file))
+        self._fingerprint: tuple[Stamps, str] | None = None
+        #: Tensor -> the hash of its stored bytes, of every one that was read or copied.
+        self.digests: dict[str, str] = {}
+        self._small = {} if bare else {name: folder / name for name in _deciding(folder)}
+        self._shard_files = self._shards()
+        #: The files as they are when this is opened: see ``check_unchanged``.
+        self.stamps = self._stamps()
+        #: Of the files that were named, where these here were imported from them.
+        self.origin = self.stamps
+        self._contents = {name: _hash_of(file) for name, file in self._small.items()}
+        self._headers = {file: read_header(file) for file in self._shard_files}
+        self.tensors = {entry.name: entry for entries in self._headers.values() for entry in entries}
         self._check_index()
 
     def config(self) -> dict[str, Any]:
@@ -55,9 +67,55 @@ class Checkpoint:
         return read_config(self.folder)
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own."""
+        """The tensor ``name`` in its stored dtype, on the CPU, in memory of its own.
+
+        Raises TransientError if it is not what it was when this was opened, or when it was read before.
+        """
         with self.opened(name) as read:
-            return read(0, self.tensors[name].numel).reshape(self.tensors[name].shape)
+            flat = read(0, self.tensors[name].numel)
+        self.note(name, hash_of_tensor(flat))
+        return flat.reshape(self.tensors[name].shape)
+
+    def note(self, name: str, digest: str) -> None:
+        """The stored bytes of ``name`` have just been read, and have this hash.
+
+        Raises TransientError if they had another one before; or, where they are read for the first time, if their file
+        was written since it was opened.
+        """
+        file = self.tensors[name].file
+        if name not in self.digests and stamps_of({"": file})[""][:2] != self.stamps[file.name][:2]:
+            raise _changed(file)
+        if self.digests.setdefault(name, digest) != digest:
+            raise _changed(file)
+
+    def differing(self, digests: Mapping[str, str]) -> str | None:
+        """Reads anew: the first tensor whose stored bytes do not have the hash that ``digests`` says, or None."""
+        return next((name for name, digest in digests.items() if self._read_digest(name) != digest), None)
+
+    def digest(self) -> str:
+        """sha256 over the name and all bytes of every tensor; reads those that were not read yet."""
+        known = {name: self.digests.get(name) or self._read_digest(name) for name in sorted(self.tensors)}
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """TransientError if a file that decides the result is not what it was when this was opened.
+
+        Where size, times and place on the disk are the same, so is the content; where not, it is read and compared.
+        """
+        now = self._stamps()
+        touched = {name for name in now if now[name] != self.stamps.get(name)}
+        for name in touched & self._small.keys():
+            if _hash_of(self._small[name]) != self._contents[name]:
+                raise _changed(self._small[name])
+        for file in (file for file in self._shard_files if file.name in touched):
+            try:
+                same = read_header(file) == self._headers[file]
+            except (AceError, OSError):
+                same = False
+            mine = {entry.name for entry in self._headers[file]}
+            if not same or self.differing({name: h for name, h in self.digests.items() if name in mine}):
+                raise _changed(file)
+        self.stamps = now
 
     @contextmanager
     def opened(self, name: str) -> Iterator[Callable[[int, int], Tensor]]:
@@ -87,23 +145,49 @@ class Checkpoint:
         return self.nbytes > memory.free() / 4
 
     def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes, and the first and last bytes of every tensor: changes with the weights.
+        """sha256 over configuration, tokenizer, names, shapes, dtypes, and the first and last bytes of every tensor.
 
-        Read again only when a file was touched since it was last asked for.
+        The same for equal files wherever they lie. Read again only when a file was touched since it was last asked for.
         """
         stamps = self._stamps()
         if self._fingerprint is None or self._fingerprint[0] != stamps:
             self._fingerprint = stamps, self._read_fingerprint()
         return self._fingerprint[1]
 
-    def _stamps(self) -> list[tuple[int, ...]]:
-        """What changes when a file that counts is written or replaced."""
-        files = [self.folder / "config.json", *sorted({entry.file for entry in self.tensors.values()})]
-        found = [file.stat() for file in files]
-        return [(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns) for status in found]
+    @property
+    def key(self) -> str:
+        """What stands for these files in this process: another one as soon as one of them is touched."""
+        return f"{self.fingerprint()} {self._stamps()}"
+
+    def _stamps(self) -> Stamps:
+        return stamps_of({**self._small, **{file.name: file for file in self._shard_files}})
+
+    def _read_digest(self, name: str) -> str | None:
+        """None if there is no such tensor, or its file has ended."""
+        if name not in self.tensors:
+            return None
+        found = xxhash.xxh3_64()
+        try:
+            for piece in self.pieces(name):
+                found.update(piece)
+        except TransientError:
+            return None
+        return found.hexdigest()
+
+    def pieces(self, name: str) -> Iterator[memoryview]:
+        """The stored bytes of the tensor ``name``, some megabytes at a time."""
+        entry = self.tensors[name]
+        with closing(disk.Reader(entry.file, self.around_cache)) as file:
+            for first in range(0, entry.nbytes, _COPY_BYTES):
+                try:
+                    piece = file.read(entry.start + first, min(_COPY_BYTES, entry.nbytes - first))
+                except EOFError:
+                    raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.") from None
+                yield memoryview(piece.numpy())  # type: ignore[arg-type]
 
     def _read_fingerprint(self) -> str:
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
+        small = {name: _hash_of(file) for name, file in self._small.items()}
+        digest = hashlib.sha256(json.dumps(small, sort_keys=True).encode())
         for entry in sorted(self.tensors.values(), key=lambda e: (str(e.file), e.start)):
             digest.update(f"{entry.name} {entry.dtype} {entry.shape}".encode())
             with open(entry.file, "rb") as file:
@@ -151,6 +235,8 @@ class CheckpointWriter:
         self.source = source
         self.folder = folder
         self.left = set(source.tensors)
+        #: Tensor -> the hash of the bytes that were written for it.
+        self.digests: dict[str, str] = {}
         #: False if a file had to be begun: whatever an earlier writer put there is gone.
         self.continued = True
         self._place: dict[str, tuple[Path, int]] = {}
@@ -165,22 +251,20 @@ class CheckpointWriter:
         if len(raw) != self.source.tensors[name].nbytes:
             raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.source.tensors[name].nbytes}")
         disk.write(*self._place[name], raw, self.source.around_cache)
+        self.digests[name] = xxhash.xxh3_64_hexdigest(raw)
         self.left.discard(name)
 
     def copy(self, names: Iterable[str]) -> None:
         """Copy the stored bytes of ``names`` as they are, without decoding."""
         for name in names:
-            entry = self.source.tensors[name]
             target, start = self._place[name]
-            file = disk.Reader(entry.file, self.source.around_cache)
-            try:
-                for first in range(0, entry.nbytes, _COPY_BYTES):
-                    piece = file.read(entry.start + first, min(_COPY_BYTES, entry.nbytes - first))
-                    disk.write(target, start + first, memoryview(piece.numpy()), self.source.around_cache)  # type: ignore[arg-type]
-            except EOFError:
-                raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.") from None
-            finally:
-                file.close()
+            found = xxhash.xxh3_64()
+            for piece in self.source.pieces(name):
+                disk.write(target, start, piece, self.source.around_cache)
+                found.update(piece)
+                start += len(piece)
+            self.digests[name] = found.hexdigest()
+            self.source.note(name, self.digests[name])
             self.left.discard(name)
 
     def sync(self, names: Iterable[str]) -> None:
@@ -239,6 +323,47 @@ def shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def stamps_of(files: Mapping[str, Path]) -> Stamps:
+    """What becomes another one when a file is written or replaced: size, times of change, place on the disk."""
+    found: Stamps = {}
+    for name, file in files.items():
+        try:
+            status = file.stat()
+        except OSError:  # it is gone
+            found[name] = []
+            continue
+        found[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return found
+
+
+def hash_of_tensor(tensor: Tensor) -> str:
+    """xxh3 of the bytes of a tensor on the CPU: of a gigabyte in a tenth of a second."""
+    import torch
+
+    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return str(xxhash.xxh3_64_hexdigest(memoryview(raw)))  # type: ignore[arg-type]
+
+
+def _deciding(folder: Path) -> list[str]:
+    """The files that are no weights and decide what a model does."""
+    return [name for name in (*other_files(folder), INDEX) if not is_document(name) and (folder / name).is_file()]
+
+
+def _hash_of(file: Path) -> str:
+    """Of a small file; empty if it cannot be read."""
+    try:
+        return str(xxhash.xxh3_64_hexdigest(file.read_bytes()))
+    except OSError:
+        return ""
+
+
+def _changed(file: Path) -> TransientError:
+    return TransientError(
+        f"{file} was changed while the run was reading it: the result would be of two models.",
+        "Leave the model's files alone, then repeat the command.",
+    )
 
 
 def write_index(source: Checkpoint, folder: Path) -> None:

@@ -52,15 +52,23 @@ def weight_map(index: Path) -> dict[str, str]:
     return found
 
 
+def other_files(folder: Path) -> list[str]:
+    """Tokenizer, chat templates, generation config, licence: every file that is not a weight, by its path in it."""
+    top = (file for file in folder.iterdir() if not file.name.endswith(_WEIGHTS) and not file.name.startswith("."))
+    files = (*top, *(folder / TEMPLATES).glob("*.jinja"))
+    return sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
+
+
+def is_document(name: str) -> bool:
+    """Whether the file is for people alone, and decides nothing."""
+    return name.lower().endswith(".md") or name.lower().startswith(("license", "notice"))
+
+
 def copy_other_files(source: Path, folder: Path) -> None:
-    """Tokenizer, chat templates, generation config, licence: every file that is not a weight."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_WEIGHTS) and not file.name.startswith("."):
-            shutil.copyfile(file, folder / file.name)
-    for file in sorted((source / TEMPLATES).glob("*.jinja")):
-        if file.is_file():
-            (folder / TEMPLATES).mkdir(exist_ok=True)
-            shutil.copyfile(file, folder / TEMPLATES / file.name)
+    """Copy every file that is not a weight."""
+    for name in other_files(source):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def _is_plain(name: str) -> bool:

@@ -7,6 +7,7 @@ The folder is a plain Hugging Face one. config.json gains a neutral "pruning" en
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.core.errors import AceError
+from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.json_reader import read_object
+from ace_cli.core.typed_json import typed
 from ace_cli.kernels.selection import loops_for
 from ace_cli.kernels.threads import LARGEST_PIECE
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.model.files import Checkpoint, write_index
-from ace_cli.model.folder import copy_other_files
+from ace_cli.model.files import Checkpoint, shard_plan, write_index
+from ace_cli.model.folder import INDEX, copy_other_files, other_files
 from ace_cli.model.packed import open_folder
 from ace_cli.model.slots import Slot, View
 
@@ -49,9 +51,76 @@ def write_metadata(
     copy_other_files(source.folder, folder)
     config = {**source.config(), "pruning": summary}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    manifest = {"schema_version": 1, "identity": identity, **summary, "slots": list(slots)}
+    files = checkpoint_files(source)
+    manifest = {"schema_version": 1, "identity": identity, **summary, "slots": list(slots), "files": files}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def checkpoint_files(source: Checkpoint) -> list[str]:
+    """Everything that is written into the folder of a pruned ``source``, weights and all, by the paths in it."""
+    shards = shard_plan(source)
+    index = [INDEX] if len(shards) > 1 else []
+    return sorted({*shards, *index, *other_files(source.folder), "config.json", MANIFEST, "README.md"})
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One pruned weight in pruning.json: see ``manifest_entry``."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    zeros: int
+    scope: str | None = None
+    tensor: str | None = None
+    expert: int | None = None
+    transposed: bool = False
+
+    def weight(self) -> Pruned:
+        """Where it lies and what it must look like. Raises ValueError or AceError where that says nothing."""
+        rows, columns = self.shape
+        if min(rows, columns) < 1 or not 0 <= self.zeros <= rows * columns or (self.expert or 0) < 0:
+            raise ValueError(f"{self.zeros} zeros of {rows} x {columns} weights")
+        if not re.fullmatch(r"\d{1,9}:\d{1,9}" if self.scope is None else r"\d{1,400}(/\d{1,400})?", self.pattern):
+            raise ValueError(f"{self.pattern[:40]} is no pattern")
+        pattern = parse_sparsity(self.pattern, Scope.row)
+        if self.scope is not None:
+            pattern = Ratio(Fraction(self.pattern), Scope(self.scope))
+        return Pruned(self.tensor or self.name, View(self.expert, self.transposed), pattern)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What pruning.json tells. ``files`` are all that were written with it; None where an older version wrote it."""
+
+    identity: str
+    slots: dict[str, Entry]
+    files: list[str] | None
+
+    def weights(self) -> dict[str, Pruned]:
+        """Name -> where the weight lies and what it must look like."""
+        return {name: entry.weight() for name, entry in self.slots.items()}
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The folder's pruning.json. Raises AceError if it is none, or lists no pruned weight."""
+    file, hint = folder / MANIFEST, "Prune the model again, into another output_dir."
+    found = read_object(file, hint)
+    try:
+        slots = typed(list[Entry], found.get("slots"), "slots")
+        for place, entry in enumerate(slots):
+            try:
+                entry.weight()
+            except (ValueError, ArithmeticError, AceError) as fault:
+                raise ValueError(f"slots[{place}]: {first_line(fault)}") from None
+        by_name = {entry.name: entry for entry in slots}
+        if not slots or len(by_name) < len(slots):
+            raise ValueError("it lists a weight twice" if slots else "it lists no pruned weight")
+        files = typed(list[str], found["files"], "files") if "files" in found else None
+        return Manifest(typed(str, found.get("identity"), "identity"), by_name, files)
+    except ValueError as fault:
+        raise AceError(f"{file} is no list of pruned weights: {fault}.", hint) from None
 
 
 def manifest_entry(slot: Slot, pattern: Pattern, zeros: int) -> dict[str, Any]:
@@ -157,21 +226,16 @@ def verify(folder: Path) -> int:
     """
     if not (folder / MANIFEST).is_file():
         raise AceError(f"{folder} has no {MANIFEST}.", "Give the checkpoint folder of an ace-prune run.")
-    slots = {slot["name"]: slot for slot in read_object(folder / MANIFEST)["slots"]}
-    pruned = {name: Pruned(slot.get("tensor", name), _view(slot), _pattern(slot)) for name, slot in slots.items()}
-    checkpoint = open_folder(folder)
-    for name, slot in slots.items():
+    manifest = read_manifest(folder)
+    pruned, checkpoint = manifest.weights(), open_folder(folder)
+    for name, entry in manifest.slots.items():
         found = _shape(checkpoint, pruned[name])
-        if found is not None and list(found) != slot["shape"]:
-            raise Violation(f"{name}: shape {list(found)}, pruned as {slot['shape']}")
+        if found is not None and found != entry.shape:
+            raise Violation(f"{name}: shape {list(found)}, pruned as {list(entry.shape)}")
     for name, zeros in count_zeros(checkpoint, pruned).items():
-        if zeros != slots[name]["zeros"]:
-            raise Violation(f"{name}: {zeros:,} zeros, {slots[name]['zeros']:,} were written")
-    return len(slots)
-
-
-def _view(slot: dict[str, Any]) -> View:
-    return View(slot.get("expert"), slot.get("transposed", False))
+        if zeros != manifest.slots[name].zeros:
+            raise Violation(f"{name}: {zeros:,} zeros, {manifest.slots[name].zeros:,} were written")
+    return len(pruned)
 
 
 def _shape(checkpoint: Checkpoint, weight: Pruned) -> tuple[int, ...] | None:
@@ -180,9 +244,3 @@ def _shape(checkpoint: Checkpoint, weight: Pruned) -> tuple[int, ...] | None:
 
     entry = checkpoint.tensors.get(weight.key)
     return weight.in_file.shape_in(torch.empty(entry.shape, device="meta")) if entry else None
-
-
-def _pattern(slot: dict[str, Any]) -> Pattern:
-    if "scope" in slot:
-        return Ratio(Fraction(slot["pattern"]), Scope(slot["scope"]))
-    return parse_sparsity(slot["pattern"], Scope.row)

@@ -6,7 +6,7 @@ Shapes: T tokens, I inputs, B windows, L window length, H hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ace_cli.methods.statistics import Statistic, accumulated
 
@@ -66,12 +66,6 @@ class ActivationFacts:
     largest: float
     largest_to_median: float
     sinks: int
-
-    @classmethod
-    def from_dict(cls, entry: dict[str, Any]) -> ActivationFacts:
-        """The inverse of ``dataclasses.asdict``."""
-        spreads = {name: Spread(**value) for name, value in entry.items() if isinstance(value, dict)}
-        return cls(**{**entry, **spreads})
 
 
 #: A token this many times larger than the median one is a sink.

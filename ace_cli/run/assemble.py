@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
-from ace_cli.core.json_reader import read_object
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Phases
 from ace_cli.data.calibration import ExpertTokens
@@ -24,7 +23,7 @@ from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.pruned import MANIFEST, RECOVERED
+from ace_cli.model.pruned import MANIFEST, RECOVERED, read_manifest
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
@@ -53,7 +52,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
     """The report of a run whose checkpoint is in place."""
     config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
-    zeros = {slot["name"]: slot["zeros"] for slot in read_object(work.final / MANIFEST)["slots"]}
+    zeros = {name: entry.zeros for name, entry in read_manifest(work.final).slots.items()}
     pruned = sum(zeros.values())
     seconds = _seconds(run)
     tokens = windows_NL.numel() if windows_NL is not None else 0
@@ -117,7 +116,8 @@ def _efficiency(run: RunContext, seconds: dict[str, float]) -> dict[str, Any]:
 def _model(config: RunConfig, model: StreamedModel, plan: Plan) -> dict[str, Any]:
     return {
         "path": config.model.path, "folder": plan.model, "architecture": plan.architecture,
-        "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(), "blocks": plan.blocks,
+        "parameters": plan.parameters, "fingerprint": model.checkpoint.fingerprint(),
+        "stamps": model.checkpoint.origin, "digest": model.checkpoint.digest(), "blocks": plan.blocks,
         "slot_weights": plan.slot_weights, "coverage": plan.coverage, "left_dense": plan.left_dense,
         "copied": plan.copied,
     }  # fmt: skip

@@ -43,14 +43,21 @@ def loops_of(config: RunConfig, model: StreamedModel) -> str:
     return f"not compiled: {why}" if why else "compiled"
 
 
-def check_not_source(source: Checkpoint, output_dir: Path) -> None:
-    """Writing a checkpoint over the one being read would destroy it."""
-    folder = source.folder.resolve()
-    for name in ("checkpoint", "checkpoint.partial", "checkpoint.old"):
-        if folder.is_relative_to((output_dir / name).resolve()):
-            raise AceError(
-                f"The model lies in {output_dir / name}, where the result would go.", "Choose another output_dir."
-            )
+def check_inputs_stay(source: Checkpoint, config: RunConfig) -> None:
+    """AceError if anything that is read, the model or a text, lies where the result will go: it would be replaced."""
+    named = {"model.path": config.model, "calib": config.calib, "eval": config.eval}
+    paths = [("model.path", source.folder)]
+    for group, choice in named.items():
+        for name, value in vars(choice).items():
+            if isinstance(value, str) and value and len(value) < 4096:
+                paths.append((group if group == "model.path" else f"{group}.{name}", Path(value).expanduser()))
+    for option, path in paths:
+        for name in ("checkpoint", "checkpoint.partial", "checkpoint.old", "checkpoint.training"):
+            target = config.output_dir / name
+            if path.resolve().is_relative_to(target.resolve()) and path.exists():
+                raise AceError(
+                    f"{option}: {path} lies in {target}, where the result would go.", "Choose another output_dir."
+                )
 
 
 def check_training(config: RunConfig, plan: Plan) -> None:

@@ -27,7 +27,7 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
     spill = Spill(run.folder) if run.plan.spills(windows.ids_NL.numel()) else None
     protocol = protocol_of(run.config.eval.dataset, windows, model.dtype)
     key = (
-        model.checkpoint.fingerprint(),
+        model.checkpoint.key,
         protocol.fingerprint,
         str(protocol.seq_len),
         protocol.dtype,
@@ -53,7 +53,7 @@ def write_samples(
     """The prompts written on by both models; and, where there is nothing to show, why."""
     if why_not := options.refusal(sum(tensor.numel for tensor in model.checkpoint.tensors.values()), model.dtype):
         return [], why_not
-    key = ("samples", model.checkpoint.fingerprint(), str(options), f"{model.dtype} {model.device}")
+    key = ("samples", model.checkpoint.key, str(options), f"{model.dtype} {model.device}")
     try:
         if key not in cache.samples:
             cache.samples[key] = write_on(model.checkpoint, options, model.device, model.dtype)

@@ -1,7 +1,8 @@
 """An unfinished run on disk, so that no finished block is ever computed twice.
 
-``output_dir`` holds, until the report is written, ``progress.jsonl``: what is being done (its identity) and a line for
-every block whose weights are safely in ``checkpoint.partial``. A run of the same identity continues there.
+``output_dir`` holds, until the report is written, ``progress.jsonl``: what is being done, of which files, into which
+files; and a line for every block whose weights are safely in ``checkpoint.partial``. A run of the same identity
+continues there, from the first block on that is not as the journal says: neither the source, nor what was made of it.
 """
 
 from __future__ import annotations
@@ -11,38 +12,84 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ace_cli.core.errors import AceError
-from ace_cli.core.json_reader import read_object
+from ace_cli.core.json_reader import parse_object, read_object
 from ace_cli.core.locks import is_locked
-from ace_cli.model.pruned import MANIFEST
-from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
-from ace_cli.pruning.facts import BlockFacts, SlotFacts
-from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.core.own_files import check_ours, remove
+from ace_cli.core.typed_json import typed
+from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.pruned import MANIFEST, RECOVERED, checkpoint_files, read_manifest
+from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.facts import BlockFacts
 
 _JOURNAL = "progress.jsonl"
+#: In ``checkpoint.training``, once all is trained: from then on its files take the place of the pruned ones.
+TRAINED = "done.json"
+REPORTS = ("report.json", "report.md", "report.html")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The journal's first line. ``stamps`` are of the source's files, ``files`` what the new checkpoint will hold.
+
+    ``keep``: the checkpoint stays when the run is done.
+    """
+
+    identity: dict[str, Any]
+    stamps: dict[str, list[int]]
+    files: list[str]
+    keep: bool
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished block. ``source``: the hashes of all that was read since the block before, its own tensors among it.
+
+    ``written``: those of what was written for its tensors.
+    """
+
+    block: BlockFacts
+    source: dict[str, str]
+    written: dict[str, str]
+
+
+@dataclass
+class Journal:
+    """What was read of a journal; lines from the first on that make no sense are left out."""
+
+    head: Head
+    done: list[Done] = field(default_factory=list)
 
 
 class Work:
     """The folders and the journal of one run. ``finished`` are the blocks done by it or by an interrupted run before.
 
-    ``news`` says, for the user, why something is continued or begun anew; empty for a plain start.
+    ``news`` says, for the user, why something is continued or begun anew; empty for a plain start. Raises AceError
+    where something would have to give way that this run, or one that was replaced by it, did not make.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, identity: dict[str, Any], model: StreamedModel, keep: bool = True) -> None:
         self.folder = folder
         self.final = folder / "checkpoint"
         self.partial = folder / "checkpoint.partial"
         self._old = folder / "checkpoint.old"
+        #: Of a whole-model recovery: what has been trained, until it is whole and takes the pruned weights' place.
+        self.training = folder / "checkpoint.training"
         self.identity = identity
         self.finished: list[BlockFacts] = []
         self.resumed = False
         self.news = ""
-        if self.final.exists() and not (self.final / MANIFEST).is_file():
-            raise AceError(f"{self.final} exists and was not made by ace-prune.", "Choose another output_dir.")
-        self._resume()
+        self._model = model
+        self._noted: set[str] = set()  # tensors whose hash the journal has
+        self._head = Head(identity, model.checkpoint.stamps, checkpoint_files(model.checkpoint), keep)
+        journal = read_journal(folder)
+        self._check_ours(journal)
+        remove(self._old, _files_of(self._old), last=MANIFEST)  # a stop left it
+        self._resume(journal)
 
     @property
     def digest(self) -> str:
@@ -52,9 +99,13 @@ class Work:
     @property
     def complete(self) -> bool:
         """This run's checkpoint was renamed into place; only evaluation and report are missing."""
+        return len(self.finished) == len(self._model.blocks) > 0 and self._in_place
+
+    @property
+    def _in_place(self) -> bool:
         if self.partial.exists() or not (self.final / MANIFEST).is_file():
             return False
-        return bool(self.finished) and read_object(self.final / MANIFEST).get("identity") == self.digest
+        return read_manifest(self.final).identity == self.digest
 
     @property
     def kept(self) -> str:
@@ -63,91 +114,173 @@ class Work:
             return "Repeat the command to continue: finished blocks are kept."
         return ""
 
-    def record(self, block: BlockFacts) -> None:
+    def record(self, block: BlockFacts, writer: CheckpointWriter) -> None:
         """Note, durably, that a block's weights are on disk."""
+        read = {name: h for name, h in dict(self._model.checkpoint.digests).items() if name not in self._noted}
+        self._noted |= read.keys()
+        done = Done(block, read, {name: writer.digests[name] for name in self._model.blocks[block.index].files})
         with open(self.folder / _JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(dataclasses.asdict(block)) + "\n")
+            journal.write(_line(done))
             journal.flush()
             os.fsync(journal.fileno())
 
-    def publish(self) -> None:
-        """Rename the whole checkpoint into place; the reports of an older one go with it."""
-        for name in ("report.json", "report.md", "report.html"):
-            (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(self._old, ignore_errors=True)
-        if self.final.exists():
-            os.rename(self.final, self._old)
-        os.rename(self.partial, self.final)
-        shutil.rmtree(self._old, ignore_errors=True)
+    def publish(self) -> str:
+        """Rename the whole checkpoint into place; the reports of an older one go with it.
 
-    def close(self) -> None:
-        """The report is written: there is nothing left to continue, or of an older checkpoint if a stop left it."""
+        Gives a warning where a file that others put into the older one has to stay behind.
+        """
+        for name in REPORTS:
+            (self.folder / name).unlink(missing_ok=True)
+        old, number = self._old, 0
+        while self.final.exists() and old.exists():
+            number += 1
+            old = self._old.with_name(f"{self._old.name}.{number}")
+        if self.final.exists():
+            os.rename(self.final, old)
+        os.rename(self.partial, self.final)
+        left = remove(old, _files_of(old), last=MANIFEST)
+        return f"{old} keeps {', '.join(left)}, which ace-prune did not write." if left else ""
+
+    def close(self) -> str:
+        """The report is written: there is nothing left to continue. Drops the checkpoint if it is not to be kept.
+
+        Gives a warning where a file of others stays in its folder.
+        """
+        left = [] if self._head.keep else remove(self.final, self._head.files, last=MANIFEST)
         (self.folder / _JOURNAL).unlink(missing_ok=True)
-        shutil.rmtree(self._old, ignore_errors=True)
+        return f"{self.final} keeps {', '.join(left)}, which ace-prune did not write." if left else ""
 
     def discard(self) -> None:
-        """Drop what cannot be continued: the journal first, so that it never tells of blocks that are gone."""
+        """Drop what cannot be continued. The journal goes last: it knows which files are ours."""
+        journal = read_journal(self.folder)
+        remove(self.partial, {*self._head.files, *(journal.head.files if journal else ())})
         (self.folder / _JOURNAL).unlink(missing_ok=True)
-        shutil.rmtree(self.partial, ignore_errors=True)
-        shutil.rmtree(self.folder / "checkpoint.training", ignore_errors=True)
-
-    def _resume(self) -> None:
-        identity, blocks = _read_journal(self.folder)
-        if identity is not None and identity != self.identity:
-            changed = [key for key in self.identity if identity.get(key) != self.identity[key]]
-            self.news = f"An unfinished run lies in {self.folder}, but {', '.join(changed)} changed: starting anew."
-        elif identity is not None:
-            self.finished = blocks
-            if self.complete or self.partial.is_dir():
-                self.resumed = bool(blocks)
-                if blocks:
-                    self.news = f"Continuing in {self.folder}: {len(blocks)} blocks are done."
-                return
-        self.restart()
+        shutil.rmtree(self.training, ignore_errors=True)
 
     def restart(self) -> None:
         """Begin with nothing done."""
         self.finished, self.resumed = [], False
         self.discard()
         self.partial.mkdir()
-        with open(self.folder / _JOURNAL, "w", encoding="utf-8") as journal:
-            journal.write(json.dumps(self.identity) + "\n")
+        self._write_journal([])
+
+    def _check_ours(self, journal: Journal | None) -> None:
+        """AceError if anything is in the way that is not this tool's, or that it was told to keep."""
+        if self.final.exists() and not (self.final / MANIFEST).is_file():
+            raise AceError(f"{self.final} exists and was not made by ace-prune.", "Choose another output_dir.")
+        for folder in (self.final, self._old):
+            check_ours(folder, _files_of(folder))
+        check_ours(self.partial, journal.head.files if journal else _files_of(self.partial))
+        if self.final.exists() and not self._head.keep and (journal is None or journal.head.keep):
+            raise AceError(
+                f"{self.final} is the result of an earlier run that was told to keep it: keep_checkpoint=false would "
+                "replace and then drop it.", "Choose another output_dir.",
+            )  # fmt: skip
+        if journal is None and not self.final.exists() and not (self.folder / "report.json").is_file():
+            for name in REPORTS:
+                if (self.folder / name).exists():
+                    raise AceError(f"{self.folder / name} is of no run of ace-prune.", "Choose another output_dir.")
+
+    def _resume(self, journal: Journal | None) -> None:
+        if journal is None:
+            return self.restart()
+        if changed := [key for key in self.identity if journal.head.identity.get(key) != self.identity[key]]:
+            self.news = f"An unfinished run lies in {self.folder}, but {', '.join(changed)} changed: starting anew."
+            return self.restart()
+        done = self._unchanged(journal)
+        if not done:
+            return self.restart()
+        self.finished, self.resumed = [each.block for each in done], True
+        self.news = self.news or f"Continuing in {self.folder}: {len(done)} blocks are done."
+        for each in done:
+            self._model.checkpoint.digests.update(each.source)
+            self._noted |= each.source.keys()
+        return self._write_journal(done)
+
+    def _unchanged(self, journal: Journal) -> list[Done]:
+        """The finished blocks, up to the first whose source or result is not what the journal says."""
+        done = _fitting(journal.done, self._model)
+        source = self._model.checkpoint
+        known = {name: digest for each in done for name, digest in each.source.items()}
+        if source.stamps != journal.head.stamps and (name := source.differing(known)):
+            file = source.tensors[name].file if name in source.tensors else source.folder
+            self.news = f"{file} is another one than when the run in {self.folder} was interrupted: starting anew."
+            return []
+        if (self.training / TRAINED).is_file() or self._is_trained:  # the weights on disk are later ones
+            return done
+        try:
+            made = Checkpoint(self.final if self._in_place else self.partial, bare=True)
+        except AceError:
+            made = None
+        for place, each in enumerate(done):
+            if made is None or made.differing(each.written):
+                self.news = f"What an interrupted run left in {self.partial} is not as it was from block {place} on."
+                return done[:place]
+        return done
+
+    @property
+    def _is_trained(self) -> bool:
+        folder = self.final if self._in_place else self.partial
+        return (folder / MANIFEST).is_file() and RECOVERED in read_object(folder / MANIFEST)
+
+    def _write_journal(self, done: list[Done]) -> None:
+        partial = self.folder / f"{_JOURNAL}.partial"
+        partial.write_text("".join([_line(self._head), *map(_line, done)]), encoding="utf-8")
+        partial.replace(self.folder / _JOURNAL)
 
 
 def find_unfinished(parent: Path, identity: dict[str, Any]) -> Path | None:
     """A folder in ``parent`` with an unfinished run of this identity that no other process works on."""
-    for journal in sorted(parent.glob(f"*/{_JOURNAL}")):
-        if _read_journal(journal.parent)[0] == identity and not is_locked(journal.parent):
-            return journal.parent
+    for file in sorted(parent.glob(f"*/{_JOURNAL}")):
+        journal = read_journal(file.parent)
+        if journal is not None and journal.head.identity == identity and not is_locked(file.parent):
+            return file.parent
     return None
 
 
-def _slot(entry: dict[str, Any]) -> SlotFacts:
-    activations = entry.pop("activations", None)
-    seen = ActivationFacts.from_dict(activations) if activations else None
-    return SlotFacts(**{**entry, "shape": tuple(entry["shape"]), "activations": seen})
-
-
-def _read_journal(folder: Path) -> tuple[dict[str, Any] | None, list[BlockFacts]]:
-    """The identity and the finished blocks; a line cut off by a crash ends the list."""
+def read_journal(folder: Path) -> Journal | None:
+    """The journal in ``folder``; None where there is none of this version. What was cut off by a crash is left out."""
     try:
-        first, *lines = (folder / _JOURNAL).read_text(encoding="utf-8").splitlines()
-        identity = json.loads(first)
-    except (OSError, ValueError):
-        return None, []
-    blocks: list[BlockFacts] = []
-    for line in lines:
+        first, *lines = (folder / _JOURNAL).read_bytes().splitlines()
+        journal = Journal(typed(Head, parse_object(first, _JOURNAL), "line 1"))
+    except (OSError, ValueError, AceError):
+        return None
+    for number, line in enumerate(lines):
         try:
-            entry = json.loads(line)
-            slots = [_slot(slot) for slot in entry.pop("slots")]
-            output, recovery = entry.pop("output", None), entry.pop("recovery", None)
-            block = BlockFacts(
-                slots=slots, output=output and OutputChange(**output), recovery=recovery and RecoveryFacts(**recovery),
-                **entry,
-            )  # fmt: skip
-        except (ValueError, TypeError, KeyError):
+            done = typed(Done, parse_object(line, _JOURNAL), f"line {number + 2}")
+        except (ValueError, AceError):
             break
-        if block.index != len(blocks):
+        journal.done.append(done)
+    return journal
+
+
+def _fitting(done: list[Done], model: StreamedModel) -> list[Done]:
+    """The blocks of the journal, up to the first that is not the model's next one."""
+    found: list[Done] = []
+    read: set[str] = set()
+    for each, block in zip(done, model.blocks, strict=False):  # a journal may claim more blocks than there are
+        names = set(block.files)
+        read |= each.source.keys()
+        same = (each.block.index, each.block.name) == (len(found), block.name)
+        same &= {slot.name: slot.shape for slot in each.block.slots} == {slot.name: slot.shape for slot in block.slots}
+        if not same or not names <= read or each.written.keys() != names:
             break
-        blocks.append(block)
-    return identity, blocks
+        found.append(each)
+    return found
+
+
+def _line(part: Head | Done) -> str:
+    return json.dumps(dataclasses.asdict(part)) + "\n"
+
+
+def _files_of(folder: Path) -> list[str]:
+    """What was written into a finished checkpoint, by its own list; nothing where there is no checkpoint."""
+    if not (folder / MANIFEST).is_file():
+        return []
+    files = read_manifest(folder).files
+    if files is None:
+        raise AceError(
+            f"{folder} was made by an older version of ace-prune, which kept no list of what it wrote.",
+            "Move or delete it, or choose another output_dir.",
+        )
+    return files

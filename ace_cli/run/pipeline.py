@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
 from ace_cli.run.checks import (
+    check_inputs_stay,
     check_left,
     check_length,
-    check_not_source,
     check_training,
     loops_of,
     memory_budget,
@@ -92,7 +91,7 @@ def _run(
         terminal.say(f"$ {command}")
         if not alone:
             terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
-        work = Work(run.folder, identity)
+        work = Work(run.folder, identity, model, config.keep_checkpoint)
         try:
             report = _do(run, work)
         except KeyboardInterrupt:
@@ -107,12 +106,13 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     with run.phases("prune"):
         prune_checkpoint(run, work)
     stages = _staged(run, work)
-    report = make_report(run, work, _measured(run, work.final, stages), stages)
+    measured = _measured(run, work.final, stages)
+    run.model.checkpoint.check_unchanged()  # or what was measured of the dense model is of two
+    report = make_report(run, work, measured, stages)
     _write(run.config, report)
     _track(run.config, report, run.terminal)
-    work.close()
-    if not run.config.keep_checkpoint:
-        shutil.rmtree(work.final)
+    if warning := work.close():
+        run.terminal.say(f"Warning: {warning}", "yellow")
     return report
 
 
@@ -140,7 +140,7 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, demand, memory_budget(config.memory_gb, model.device))
     check_length(model, config, tokens > 0)
-    check_not_source(model.checkpoint, config.output_dir)
+    check_inputs_stay(model.checkpoint, config)
     largest = max(rows * columns for rows, columns in plan.shapes.values())
     rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)

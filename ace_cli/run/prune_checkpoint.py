@@ -65,7 +65,9 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         return
     try:
         _prune(run, work)
-        work.publish()
+        run.model.checkpoint.check_unchanged()
+        if warning := work.publish():
+            run.terminal.say(f"Warning: {warning}", "yellow")
     except TransientError:
         raise
     except AceError:
@@ -92,7 +94,7 @@ def _prune(run: RunContext, work: Work) -> None:
     with Rereading(work.partial, pruned) as written:
 
         def on_disk(block: BlockFacts) -> None:
-            work.record(block)
+            work.record(block, writer)
             written.check(slot.name for slot in block.slots)
 
         with run.terminal.progress("pruning", len(model.blocks), done) as step:
@@ -101,6 +103,7 @@ def _prune(run: RunContext, work: Work) -> None:
                 step()
         with clock("write"):
             writer.finish()
+            model.checkpoint.check_unchanged()
         with clock("verify"):
             zeros = written.zeros()
     recovered = recorded(work)

@@ -15,9 +15,7 @@ from ace_cli.model.pruned import MANIFEST, RECOVERED
 from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.report.facts import write_whole
 from ace_cli.run.context import RunContext
-from ace_cli.run.journal import Work
-
-_DONE = "done.json"
+from ace_cli.run.journal import TRAINED, Work
 
 
 def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> RecoveryFacts:
@@ -30,7 +28,7 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
         return before
     training = training_folder(work)
     training.mkdir(exist_ok=True)
-    done = training / _DONE
+    done = training / TRAINED
     if not done.is_file():
         facts = run.config.recover.recover_model(
             run.model, Checkpoint(work.partial), windows_NL, training, run.terminal.progress
@@ -63,4 +61,4 @@ def forget_training(work: Work) -> None:
 
 def training_folder(work: Work) -> Path:
     """Where trained files and the state of the training lie until they are whole."""
-    return work.folder / "checkpoint.training"
+    return work.training

@@ -98,7 +98,7 @@ def compare(
     found: list[list[facts.TaskFacts]] = []
     seconds: dict[str, float] = {}
     for label, model in models.items():
-        key = ("tasks", label, model.checkpoint.fingerprint(), tasks.protocol, f"{model.dtype} {model.device}")
+        key = ("tasks", label, model.checkpoint.key, tasks.protocol, f"{model.dtype} {model.device}")
         start = time.perf_counter()
         if key not in cache:
             cache[key] = _measure(tasks, model, terminal, label)
