@@ -40,8 +40,9 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, bare: bool = False) -> None:
-        """``bare``: weights alone will do."""
+        """``bare``: weights alone will do, and may still be written."""
         self.folder = folder
+        self._bare = bare
         if not bare and folder.is_dir():
             check_folder(folder)
         if not bare and not (folder / "config.json").is_file():
@@ -83,7 +84,7 @@ class Checkpoint:
         was written since it was opened.
         """
         file = self.tensors[name].file
-        if name not in self.digests and stamps_of({"": file})[""][:2] != self.stamps[file.name][:2]:
+        if not self._bare and name not in self.digests and stamps_of({"": file})[""][:2] != self.stamps[file.name][:2]:
             raise _changed(file)
         if self.digests.setdefault(name, digest) != digest:
             raise _changed(file)
@@ -175,14 +176,25 @@ class Checkpoint:
         return found.hexdigest()
 
     def pieces(self, name: str) -> Iterator[memoryview]:
-        """The stored bytes of the tensor ``name``, some megabytes at a time."""
+        """The bytes of the tensor ``name``, some megabytes at a time."""
+        import torch
+
         entry = self.tensors[name]
+        if entry.dtype not in DTYPES:
+            yield from self._raw_pieces(entry)
+            return
+        step = _COPY_BYTES // DTYPES[entry.dtype][1]
+        with self.opened(name) as read:
+            for first in range(0, entry.numel, step):
+                yield memoryview(read(first, min(step, entry.numel - first)).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+    def _raw_pieces(self, entry: TensorEntry) -> Iterator[memoryview]:
         with closing(disk.Reader(entry.file, self.around_cache)) as file:
             for first in range(0, entry.nbytes, _COPY_BYTES):
                 try:
                     piece = file.read(entry.start + first, min(_COPY_BYTES, entry.nbytes - first))
                 except EOFError:
-                    raise TransientError(f"{entry.file} ended while copying {name}.", "Fetch the file again.") from None
+                    raise TransientError(f"{entry.file} ended while reading {entry.name}.", "Fetch it again.") from None
                 yield memoryview(piece.numpy())  # type: ignore[arg-type]
 
     def _read_fingerprint(self) -> str:
