@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ace_cli import __version__
+from ace_cli.core.json_reader import read_object
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Phases
 from ace_cli.data.calibration import ExpertTokens
