@@ -75,7 +75,7 @@ def test_bin_files_are_imported_once(
     def never(*arguments: object) -> None:
         raise AssertionError("imported twice")
 
-    monkeypatch.setattr(source, "_import_bin", never)
+    monkeypatch.setattr(source, "import_bin", never)
     assert open_model(ModelConfig(path=str(own_llama))).folder == checkpoint.folder
 
 
@@ -95,11 +95,38 @@ def test_a_bin_file_that_would_run_code_is_refused(own_llama: Path, own_cache: P
             return (Path.touch, (tmp_path / "evil",))
 
     torch.save({"weight": Evil()}, own_llama / "pytorch_model.bin")
-    with pytest.raises(AceError, match="cannot be read safely") as caught:
+    with pytest.raises(AceError, match=r"cannot be read safely: it asks for getattr, which is no tensor") as caught:
         open_model(ModelConfig(path=str(own_llama)))
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert "weights_only" not in str(caught.value), "torch's own words say how to run it"
     assert not (tmp_path / "evil").exists()
     assert not list((own_cache / "imports").iterdir()), "a failed import left something in the cache"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2], "holds a list, where tensors by name"),
+        (5, "holds a number"),
+        (torch.zeros(3), "holds a Tensor"),
+        ({"a": 1}, "a is a number, no tensor"),
+        ({"state_dict": {"a": torch.zeros(2)}}, "state_dict is a dictionary, no tensor"),
+        ({1: torch.zeros(2)}, "it holds a number 1, where the name"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "a is no plain tensor"),
+        ({"a": torch.zeros(2, dtype=torch.complex64)}, "a is stored as torch.complex64"),
+        ({"a": torch.zeros(1).expand(10**12)}, "a has more values than the file stores"),
+    ],
+    ids=str,
+)
+def test_a_bin_file_of_anything_but_tensors_by_name(
+    own_llama: Path, own_cache: Path, content: object, words: str
+) -> None:
+    (own_llama / "model.safetensors").unlink()
+    torch.save(content, own_llama / "pytorch_model.bin")
+    with pytest.raises(AceError) as caught:
+        open_model(ModelConfig(path=str(own_llama)))
+    assert words in str(caught.value)
+    assert not list((own_cache / "imports").iterdir())
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------
@@ -201,7 +228,7 @@ def test_gguf_files_are_imported_once(gguf_file: Path, own_cache: Path, monkeypa
     def never(*arguments: object) -> None:
         raise AssertionError("imported twice")
 
-    monkeypatch.setattr(source, "_import_gguf", never)
+    monkeypatch.setattr(source, "import_gguf", never)
     assert open_model(ModelConfig(path=str(gguf_file))).folder == checkpoint.folder
 
 
@@ -220,6 +247,53 @@ def test_a_truncated_gguf_file(gguf_file: Path, tmp_path: Path, own_cache: Path,
         open_model(ModelConfig(path=str(broken)))
     assert "\n" not in str(caught.value)
     assert not list((own_cache / "imports").glob("broken*"))
+
+
+def test_a_truncated_gguf_file_says_so(gguf_file: Path, tmp_path: Path) -> None:
+    whole = gguf_file.read_bytes()
+    for keep, words in (
+        (2, "it ends at byte 2, inside its header"),
+        (200, "inside its header"),
+        (len(whole) - 40, "its tensors end at byte"),
+    ):
+        (tmp_path / "broken.gguf").write_bytes(whole[:keep])
+        with pytest.raises(AceError, match=words):
+            open_model(ModelConfig(path=str(tmp_path / "broken.gguf")))
+
+
+def test_one_file_of_a_split_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gguf
+
+    add = gguf.GGUFWriter.add_vocab_size
+
+    def split(self: gguf.GGUFWriter, size: int) -> None:
+        add(self, size)
+        self.add_uint16("split.count", 2)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_vocab_size", split)
+    state = weights(make(tmp_path / "source", "llama"))
+    first = write_gguf(tmp_path, "llama", {name: tensor for name, tensor in state.items() if "layers.1" not in name})
+    with pytest.raises(AceError, match="one of 2 files"):
+        open_model(ModelConfig(path=str(first)))
+
+
+@pytest.mark.parametrize("lost", ["layers.1.", "layers.1.mlp.up_proj", "model.norm", "embed_tokens"])
+def test_a_gguf_file_that_lacks_tensors_is_refused(tmp_path: Path, own_cache: Path, lost: str) -> None:
+    """transformers would fill them with random numbers."""
+    state = weights(make(tmp_path / "source", "llama"))
+    file = write_gguf(tmp_path, "llama", {name: tensor for name, tensor in state.items() if lost not in name})
+    with pytest.raises(AceError, match=r"counts 2 blocks, it holds 1" if lost == "layers.1." else "lacks .*" + lost):
+        open_model(ModelConfig(path=str(file)))
+    assert not list((own_cache / "imports").iterdir())
+
+
+def test_what_lies_beside_a_gguf_file_does_not_matter(gguf_file: Path, tmp_path: Path) -> None:
+    expected = weights(open_model(ModelConfig(path=str(gguf_file))).folder)
+    shutil.copy(gguf_file, tmp_path / "other.gguf")
+    for name in ("adapter_config.json", "config.json", "generation_config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text('{"model_type": "gpt2", "auto_map": {"AutoTokenizer": ["x.T", "x.T"]}}')
+    found = weights(open_model(ModelConfig(path=str(tmp_path / "other.gguf"))).folder)
+    assert found.keys() == expected.keys()
 
 
 # --- packages and the hub --------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -18,10 +17,11 @@ from pathlib import Path
 
 from ace_cli.core.cache import cache_folder
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.model.bin_import import import_bin
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.folder import INDEX, copy_other_files, weight_map
+from ace_cli.model.folder import INDEX, check_folder, weight_map
+from ace_cli.model.gguf_import import import_gguf
 from ace_cli.model.packed import PackedCheckpoint, is_packed, unpack_folder
-from ace_cli.model.transformers_api import save_as_plain
 
 
 class ImportDtype(Enum):
@@ -64,14 +64,17 @@ def open_model(config: ModelConfig) -> Checkpoint:
     """Find, fetch or import the model, and open its folder. Raises AceError when it cannot be had."""
     path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(_cached(_gguf_key(path, config.import_dtype), lambda to: _import_gguf(path, config, to)))
+        return Checkpoint(
+            _cached(_gguf_key(path, config.import_dtype), lambda to: import_gguf(path, config.import_dtype.value, to))
+        )
     if not path.is_dir():
         path = _download(config)
+    check_folder(path)
     if is_packed(path):
         key = _key(path.name, PackedCheckpoint(path).fingerprint())
         return Checkpoint(_cached(key, lambda to: unpack_folder(path, to)))
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
-        return Checkpoint(_cached(_bin_key(bins), lambda to: _import_bin(path, bins, to)))
+        return Checkpoint(_cached(_bin_key(bins), lambda to: import_bin(path, bins, to)))
     return Checkpoint(path)
 
 
@@ -146,46 +149,3 @@ def _gguf_key(path: Path, dtype: ImportDtype) -> str:
 
 def _bin_key(files: list[Path]) -> str:
     return _key(files[0].parent.name, *[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-
-
-def _import_gguf(path: Path, config: ModelConfig, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent),
-            gguf_file=path.name,
-            dtype=getattr(torch, config.import_dtype.value),
-            trust_remote_code=False,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name, trust_remote_code=False)
-    except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
-        reason = first_line(fault)
-        raise AceError(f"{path} cannot be imported: {reason}", "Is it a whole GGUF file of a decoder model?") from fault
-    save_as_plain(model)
-    model.save_pretrained(folder, max_shard_size="5GB")
-    tokenizer.save_pretrained(folder)
-
-
-def _import_bin(source: Path, files: list[Path], folder: Path) -> None:
-    import torch
-    from safetensors.torch import save_file
-
-    places: dict[str, str] = {}
-    for number, file in enumerate(files, 1):
-        try:
-            mapped = zipfile.is_zipfile(file)  # files of torch before 1.6 are not
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as fault:
-            reason = first_line(fault)
-            raise AceError(f"{file} cannot be read safely: {reason}", "Convert it to safetensors first.") from fault
-        name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-        # Tied tensors share memory, which safetensors refuses: each gets its own copy.
-        save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
-        places |= dict.fromkeys(state, name)
-    copy_other_files(source, folder)
-    if len(files) > 1:
-        import json
-
-        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))
