@@ -251,6 +251,11 @@ def test_counts_beyond_the_file_do_not_run_for_hours(tmp_path: Path, config: dic
     refusal(plan_of, folder)
 
 
+@pytest.mark.parametrize("count", [0, 1, 3, 5])
+def test_another_number_of_experts_than_the_files_hold(tmp_path: Path, count: int) -> None:
+    refusal(plan_of, reconfigure(make(tmp_path / "m", "mixtral"), num_local_experts=count))
+
+
 def test_what_computes_is_chosen_here(own_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A configuration may name kernels to be fetched from the hub, or ask for tuples."""
     names = {"_attn_implementation": "nobody/kernel", "attn_implementation": "nobody/kernel", "return_dict": False,

@@ -34,7 +34,8 @@ def first_line(fault: BaseException) -> str:
 
 def _printable(text: str) -> str:
     """Names come from files of others: nothing in them may move a terminal's cursor, or fill its screen."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    if not text.isprintable():
+        text = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
     return re.sub(r"\S{600,}", lambda found: f"{found[0][:200]}...", text)
 
 

@@ -185,6 +185,8 @@ def _slots_of(module: nn.Module, leaf: str, weight: Tensor, parts: list[Part]) -
         return [], f"{kind} does not say whether it stores (O, I) or (I, O)"
     if not parts:
         return [], "put together from the file by rules without a place for each expert"
+    if any(part.place.index is not None and part.place.index >= len(weight) for part in parts):
+        return [], "more experts in the file than in the configuration"
     if turned and any(part.place.rows for part in parts):
         return [], f"{kind} joins file tensors along its inputs"
     return [slot for part in parts for slot in _expert_slots(module, leaf, weight, part, turned)], ""
