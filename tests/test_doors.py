@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import ace_cli
-from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line, wider_than
 from ace_cli.core.json_reader import parse_object, read_object
 from ace_cli.data.documents import load_tokenizer
-from ace_cli.data.generation import whole_model
+from ace_cli.data.generation import sample_windows, whole_model
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.folder import INDEX, TEMPLATES, copy_other_files, weight_map
@@ -238,7 +238,8 @@ def test_a_configuration_that_is_no_object(own_llama: Path, text: str) -> None:
         ({"model_type": None}, "names no model_type"),
         ({"model_type": "of_tomorrow"}, "does not know the model_type 'of_tomorrow'. Only language models"),
         ({"model_type": "of_tomorrow", "auto_map": {"AutoConfig": "x.C"}}, "without running code that lies in"),
-        ({"pad_token_id": 10**9}, "Padding_idx"),
+        ({"pad_token_id": 10**9}, "pad_token_id=1000000000 is beyond any model"),
+        ({"pad_token_id": 500}, "Padding_idx"),
     ],
 )  # fmt: skip
 def test_configurations_that_no_model_has(own_llama: Path, change: dict[str, Any], words: str) -> None:
@@ -385,3 +386,56 @@ def test_what_is_missing_is_said_first(own_llama: Path, entries: dict[str, Any],
     line = refusal(plan_of, own_llama)
     assert words in line
     assert "slots.py" not in line
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def added(own_llama: Path) -> Path:
+    """Token 128, <new>, is in the tokenizer and not in the model."""
+    tokenizer = load_tokenizer(Checkpoint(own_llama))
+    tokenizer = type(tokenizer).from_pretrained(own_llama)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(own_llama)
+    return own_llama
+
+
+@pytest.mark.parametrize("where", ["calib", "eval"])
+def test_a_token_that_the_model_lacks_is_named_before_work_begins(
+    added: Path, tmp_path: Path, documents: Path, prune_here: Any, where: str
+) -> None:
+    file = tmp_path / "new.jsonl"
+    file.write_text(json.dumps({"text": "w3 <new> " * 200}) + "\n")
+    texts = {"calib": documents, "eval": documents, where: file}
+    options = [option for name, path in texts.items() for option in (f"{name}=text", f"{name}.path={path}")]
+    line = refusal(
+        prune_here, added, tmp_path / "out", *options, "metric=wanda", "sparsity=2:4", "calib.n_samples=4",
+        "eval.seq_len=16",
+    )  # fmt: skip
+    assert "Token 128 ('<new>') of the" in line
+    assert "knows 128 tokens" in line
+    assert not (tmp_path / "out" / "checkpoint.partial").exists()
+
+
+@pytest.mark.parametrize(("value", "fine"), [(-1, True), (None, True), (10**9, False), (128, False)])
+def test_absurd_start_tokens(own_llama: Path, value: int | None, fine: bool) -> None:
+    checkpoint = Checkpoint(reconfigure(own_llama, bos_token_id=value))
+    if fine:
+        assert sample_windows(checkpoint, 2, 8, 0, 0, "cpu").shape == (2, 8)
+    else:
+        assert f"Token {value} of the text" in refusal(sample_windows, checkpoint, 2, 8, 0, 0, "cpu")
+
+
+def test_no_tokenizer(own_llama: Path) -> None:
+    for file in own_llama.glob("*token*"):
+        file.unlink()
+    assert "has no tokenizer (tokenizer.json, say)" in refusal(load_tokenizer, Checkpoint(own_llama))
+    (own_llama / "tokenizer.json").write_text("[")
+    assert "no usable tokenizer: " in refusal(load_tokenizer, Checkpoint(own_llama))
+
+
+def test_nobody_is_told_to_try_the_dtype_that_was_used() -> None:
+    assert "Try dtype=float32" in wider_than(torch.bfloat16)
+    assert "Try --dtype float32" in wider_than("bfloat16", "--dtype ")
+    assert "Try" not in wider_than(torch.float32) + wider_than("float32")

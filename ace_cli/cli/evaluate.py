@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.cli.ending import command
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
-from ace_cli.core.errors import AceError
+from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
 from ace_cli.core.registry import choices
 from ace_cli.evaluation.base import Evaluation
@@ -129,6 +129,7 @@ def _evaluate(
 
 def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal) -> list[facts.TextScores]:
     """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
+    from ace_cli.data.token_ids import check_ids
     from ace_cli.evaluation.perplexity import perplexity, window_losses
     from ace_cli.report import facts
     from ace_cli.run.assemble import protocol_of
@@ -136,13 +137,14 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
     found: dict[str, facts.TextScores] = {}
     for name, model in models.items():
         windows = text.windows(model.checkpoint, str(model.device))
+        check_ids(windows.ids_NL, model.vocabulary, model.checkpoint, text.dataset)
         protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
         with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
             losses = window_losses(model, windows.ids_NL, lambda _, step=step: step())  # type: ignore[misc]
         entry.models[name] = perplexity(losses)
         if not 0 < entry.models[name] < float("inf"):
-            raise AceError(f"{name}: perplexity is not finite.", "Try --dtype float32.")
+            raise AceError(f"{name}: perplexity is not finite.", wider_than(model.dtype, "--dtype "))
     return list(found.values())
 
 

@@ -32,6 +32,13 @@ def first_line(fault: BaseException) -> str:
     return first
 
 
+def wider_than(dtype: object, option: str = "dtype=") -> str:
+    """What to do where numbers overflow in ``dtype``; ``option`` is how it is chosen."""
+    if str(dtype).endswith("float32"):
+        return "It is so in float32: the weights are at fault. Is the model whole?"
+    return f"Try {option}float32."
+
+
 def _printable(text: str) -> str:
     """Names come from files of others: nothing in them may move a terminal's cursor, or fill its screen."""
     if not text.isprintable():

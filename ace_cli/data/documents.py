@@ -45,6 +45,10 @@ def _column(what: str, column: str, *args: str, **kwargs: Any) -> list[str]:
     return [text for text in rows[column] if isinstance(text, str)]
 
 
+#: What the files are called that hold a tokenizer's words.
+_TOKENIZERS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece", "spm", "tekken")
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises AceError when the folder has none."""
     stamps = tuple(sorted((file.name, file.stat().st_mtime_ns) for file in checkpoint.folder.glob("*token*")))
@@ -58,8 +62,9 @@ def _tokenizer(folder: Path, stamps: tuple[tuple[str, int], ...]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as fault:  # tokenizer backends fail with errors of their own
-        reason = first_line(fault)
-        raise AceError(f"{folder} has no usable tokenizer: {reason}", "Only calib=self needs none.") from fault
+        named = any(file.name.startswith(_TOKENIZERS) or file.suffix == ".tiktoken" for file in folder.iterdir())
+        reason = f"no usable tokenizer: {first_line(fault)}" if named else "no tokenizer (tokenizer.json, say)"
+        raise AceError(f"{folder} has {reason}.", "Put it there; only calib=self needs none.") from fault
 
 
 def text_start(checkpoint: Checkpoint) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer
 from ace_cli.core.torch_api import has_bfloat16_units
+from ace_cli.data.token_ids import check_ids
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,7 @@ def continue_windows(
     on_cpu = torch.bfloat16 if has_bfloat16_units() else torch.float32
     dtype = on_cpu if device == "cpu" else "auto"
     model = whole_model(checkpoint, dtype, device, "Use text of your own.")
+    check_ids(ids_NL, model.get_input_embeddings().weight.shape[0], checkpoint, "the text to be written on")
     generator = torch.Generator().manual_seed(2 * seed + purpose)
     kept = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     cache, new_NL, trimmer = None, ids_NL, Trimmer()
@@ -87,12 +89,15 @@ def draw(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def start_token(checkpoint: Checkpoint) -> int:
-    """The id a text starts with: the beginning-of-text token, else the end-of-text token, else 0."""
+    """The id a text starts with: the beginning-of-text token, else the end-of-text token, else 0.
+
+    A negative id says that there is none.
+    """
     config = checkpoint.config()
     for name in ("bos_token_id", "eos_token_id"):
         value = config.get(name)
         if isinstance(value, list) and value:
             value = value[0]
-        if isinstance(value, int):
+        if type(value) is int and value >= 0:
             return value
     return 0

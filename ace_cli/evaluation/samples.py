@@ -80,10 +80,17 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
     from transformers import LogitsProcessorList
 
     from ace_cli.data.documents import load_tokenizer
+    from ace_cli.data.token_ids import check_ids
 
     tokenizer = load_tokenizer(checkpoint)
     model = whole_model(checkpoint, dtype, device, "Use samples.prompts=[].")
     rows = tokenizer(options.prompts * 2)["input_ids"]
+    check_ids(
+        torch.tensor([token for row in rows for token in row]),
+        model.get_input_embeddings().weight.shape[0],
+        checkpoint,
+        "the prompts",
+    )
     longest = max(map(len, rows))
     # padded here, as the tokenizer is the one that calibration and evaluation use, too
     pad = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)

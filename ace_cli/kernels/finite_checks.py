@@ -53,5 +53,5 @@ def check_finite(values: Tensor, what: str) -> None:
 
 def refuse(what: str) -> NoReturn:
     """Raise the AceError that says that ``what`` is not finite."""
-    hint = "The file may be damaged, or the compute dtype too narrow: try dtype=float32."
+    hint = "The file may be damaged, or the compute dtype too narrow (dtype=float32 is the widest)."
     raise AceError(f"NaN or Inf in {what}.", hint)

@@ -17,8 +17,8 @@ from ace_cli.model.transformers_api import compute_plainly, known_model_types
 
 #: Every count and every size in a real config.json is smaller; a larger one would be counted to for hours.
 LARGEST = 1 << 24
-_SIZES = re.compile(r"^(num|n|d|max)_|_(size|dim|rank|embeddings|positions|length|heads|labels|experts)$")
-_NO_SIZES = re.compile(r"param|token|sample|seen")  # remarks on how the model was made
+_SIZES = re.compile(r"^(num|n|d|max)_|_(size|dim|rank|embeddings|positions|length|heads|labels|experts|token_id)$")
+_NO_SIZES = re.compile(r"param|tokens|sample|seen")  # remarks on how the model was made
 _BLOCKS = re.compile(r"layers?$")
 #: A model is built although it lacks blocks, to name what is missing, but not with very many more than the files have.
 _SPARE, _TIMES = 100, 10

@@ -47,12 +47,15 @@ def import_gguf(path: Path, dtype: str, folder: Path) -> None:
     # In a folder of its own: transformers would read adapters and settings that lie beside the file.
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
-        place: dict[str, Any] = {"gguf_file": "model.gguf", "trust_remote_code": False}
         try:
             model, loading = AutoModelForCausalLM.from_pretrained(
-                alone, dtype=getattr(torch, dtype), output_loading_info=True, **place
+                alone,
+                gguf_file="model.gguf",
+                dtype=getattr(torch, dtype),
+                output_loading_info=True,
+                trust_remote_code=False,
             )
-            tokenizer = AutoTokenizer.from_pretrained(alone, **place)
+            tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
         except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
             raise AceError(f"{path} cannot be imported: {first_line(fault)}", _WHOLE) from fault
     if lacking := sorted(loading["missing_keys"]):  # transformers has put random numbers there

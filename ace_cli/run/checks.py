@@ -9,6 +9,8 @@ import torch
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import name_of
+from ace_cli.data.documents import load_tokenizer
+from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.kernels import loops
 from ace_cli.kernels.selection import LARGE
@@ -17,6 +19,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.recipe import Permute
 from ace_cli.run.config import RunConfig
+from ace_cli.run.context import Texts
 from ace_cli.run.plan import Plan
 
 
@@ -75,6 +78,23 @@ def check_left(model: StreamedModel, config: RunConfig) -> None:
     """AceError if ``exclude`` leaves nothing to prune."""
     if config.exclude and not any(block.slots for block in model.blocks):
         raise AceError(f"exclude={','.join(config.exclude)} leaves no weight to prune.", "Exclude fewer.")
+
+
+def check_tokens(model: StreamedModel, texts: Texts) -> None:
+    """AceError if a text that will go through the model, after hours perhaps, has a token that the model lacks."""
+    windows = {"the calibration text": texts.windows_NL}
+    windows["the evaluation text"] = None if texts.evaluation is None else texts.evaluation.ids_NL
+    for where, ids_NL in windows.items():
+        if ids_NL is not None:
+            check_ids(ids_NL, model.vocabulary, model.checkpoint, where)
+    if texts.tasks is None:
+        return
+    tokenizer = load_tokenizer(model.checkpoint)
+    if max(tokenizer.get_vocab().values(), default=0) < model.vocabulary:
+        return
+    for task, text in texts.tasks.words():
+        if ids := tokenizer(text)["input_ids"]:
+            check_ids(torch.tensor(ids), model.vocabulary, model.checkpoint, f"task {task}")
 
 
 def check_length(model: StreamedModel, config: RunConfig, needs_data: bool) -> None:

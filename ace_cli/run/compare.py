@@ -6,7 +6,7 @@ import math
 import statistics
 from pathlib import Path
 
-from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line, wider_than
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import DenseStates, FidelityMeter
@@ -73,7 +73,7 @@ def _perplexity(dense: list[float], pruned: list[float], protocol: facts.Protoco
     before, after = perplexity(dense), perplexity(pruned)
     ratios = [perplexity([loss - least]) for least, loss in zip(dense, pruned, strict=True)]
     if not all(map(math.isfinite, (before, after, *ratios))):
-        raise AceError(f"Perplexity is not finite (dense {before}, pruned {after}).", "Try dtype=float32.")
+        raise AceError(f"Perplexity is not finite (dense {before}, pruned {after}).", wider_than(protocol.dtype))
     return facts.Perplexity(before, after, after / before, protocol, ratios)
 
 

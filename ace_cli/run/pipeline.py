@@ -34,6 +34,7 @@ from ace_cli.run.checks import (
     check_left,
     check_length,
     check_training,
+    check_tokens,
     loops_of,
     memory_budget,
     pruned_by_rows,
@@ -83,6 +84,7 @@ def _run(
     if config.dry_run:
         return None
     texts = _texts(config, model.checkpoint, device, terminal, phases)
+    check_tokens(model, texts)
     identity = identity_of(config, model, texts.windows_NL)
     config = dataclasses.replace(config, output_dir=_output_folder(config, identity))
     run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, start)

@@ -8,12 +8,14 @@ import importlib.metadata
 import logging
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.errors import AceError, first_line, wider_than
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.evaluation.task_options import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
@@ -42,6 +44,12 @@ class Tasks:
     def protocol(self) -> tuple[Any, ...]:
         """What decides the items asked."""
         return tuple(self.options.names), self.options.limit, str(self.options.folder)
+
+    def words(self) -> Iterator[tuple[str, str]]:
+        """The name of the task and all text of each item that will be asked."""
+        for name, task in self.loaded["tasks"].items():
+            for item in islice(task.eval_docs, self.options.limit):
+                yield name, " ".join(_texts_in(item))
 
 
 def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None:
@@ -74,6 +82,14 @@ def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=EXAMPLES_SEED)
     return Tasks(loaded, options)
+
+
+def _texts_in(item: Any) -> Iterator[str]:
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, dict | list):
+        for inner in item.values() if isinstance(item, dict) else item:
+            yield from _texts_in(inner)
 
 
 def _local_tasks(folder: Path) -> Any:
@@ -126,7 +142,7 @@ def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str)
     found = evaluate(lm=lm, task_dict=tasks.loaded, limit=tasks.options.limit, bootstrap_iters=1000, log_samples=False)
     scores = {name: _scores(found["results"][name]) for name in tasks.loaded["tasks"]}
     if lost := [name for name, task in scores.items() if not all(math.isfinite(s.value) for s in task.values())]:
-        raise AceError(f"{label}: the scores of {', '.join(lost)} are not finite.", "Try dtype=float32.")
+        raise AceError(f"{label}: the scores of {', '.join(lost)} are not finite.", wider_than(model.dtype))
     return [_task_facts(tasks, name, label, of_task) for name, of_task in scores.items()]
 
 

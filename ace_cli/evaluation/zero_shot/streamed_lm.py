@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
 from ace_cli.data.documents import load_tokenizer
+from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.zero_shot.lm_eval_api import Request, TokenModel
 from ace_cli.model.streamed import Batch, StreamedModel
 
@@ -52,6 +53,8 @@ class StreamedLM(TokenModel):
 
     def score_tokens(self, requests: list[Request]) -> list[tuple[float, bool]]:
         """As in ``TokenModel``, in float32. A sequence longer than the model is cut on the left, as in lm-eval."""
+        used = {token for _, context, answer in requests for token in (*context, *answer)}
+        check_ids(torch.tensor([*used, 0]), self._streamed.vocabulary, self._streamed.checkpoint, "the tasks")
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         parts = list(self._parts(_rows(requests, self.max_length)))
         with self._progress(len(parts) * len(self._streamed.blocks)) as step:
