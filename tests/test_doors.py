@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from test_families import stream, streamed
@@ -28,6 +30,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.folder import INDEX, TEMPLATES, copy_other_files, weight_map
 from ace_cli.model.header import read_header
 from ace_cli.model.source import ModelConfig, open_model
+from ace_cli.report.card import model_card, without_places
 
 
 def refusal(action: Any, *arguments: Any) -> str:
@@ -439,3 +442,82 @@ def test_nobody_is_told_to_try_the_dtype_that_was_used() -> None:
     assert "Try dtype=float32" in wider_than(torch.bfloat16)
     assert "Try --dtype float32" in wider_than("bfloat16", "--dtype ")
     assert "Try" not in wider_than(torch.float32) + wider_than("float32")
+
+
+# --- what a checkpoint tells -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("ace-prune model=x output_dir=/home/me/out metric=wanda", "ace-prune model=x metric=wanda"),
+        ("ace-prune model.path=/home/me/models/m calib.path=~/t.txt", "ace-prune model.path=m calib.path=t.txt"),
+        ("ace-prune model.path=org/name sparsity=2:4", "ace-prune model.path=org/name sparsity=2:4"),
+        ("ace-prune 'model.path=\"/home/me/my models/m\"'", "ace-prune model.path=m"),
+        (
+            "ace-prune --config-dir /home/me/configs 'x=[/home/me/a,/home/me/b,2]'",
+            "ace-prune --config-dir configs 'x=[a,b,2]'",
+        ),
+        ("ace-prune models/m 'allocation=[1/2,3]'", "ace-prune models/m 'allocation=[1/2,3]'"),
+    ],
+)
+def test_a_command_for_others_names_no_place(command: str, expected: str) -> None:
+    assert without_places(command) == expected
+
+
+SUMMARY = {"method": "wanda", "pattern": "2:4", "sparsity": 0.5}
+
+
+def card_data(card: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(card.split("---\n")[1])
+    return found
+
+
+def test_the_licence_of_the_source_is_kept() -> None:
+    source = (
+        "---\nlicense: other\nlicense_name: mine\nlanguage:\n- en\n- 'no'\ntags: [chat, sparsity]\n"
+        "base_model: org/older\nmodel-index: [{name: x, results: []}]\nlibrary_name: gguf\n---\n# Dense\n"
+    )
+    data = card_data(model_card("org/dense", True, "ace-prune", SUMMARY, source))
+    assert data == {
+        "license": "other", "license_name": "mine", "language": ["en", "no"], "library_name": "transformers",
+        "pipeline_tag": "text-generation", "base_model": "org/dense", "base_model_relation": "finetune",
+        "tags": ["chat", "sparsity", "pruning", "wanda", "2:4"],
+    }  # fmt: skip
+    local = card_data(model_card("dense", False, "ace-prune", SUMMARY, source))
+    assert local["base_model"] == "org/older"
+    assert "base_model_relation" not in local
+
+
+@pytest.mark.parametrize("source", ["", "no head", "---\n- a\n---\n", "---\n{\n---\n", "---\nlicense: [[1]]\n---",
+                                    f"---\n{'[' * 5000}\n---", "---\ntags: 5\n---"])  # fmt: skip
+def test_cards_of_anything(source: str) -> None:
+    assert card_data(model_card("dense", False, "ace-prune", SUMMARY, source)) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["pruning", "sparsity", "wanda", "2:4"],
+    }  # fmt: skip
+
+
+def test_a_local_folder_is_no_name_on_the_hub(own_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(own_llama.parent.parent)
+    relative = ModelConfig(path=f"{own_llama.parent.name}/{own_llama.name}")
+    assert (relative.on_hub, relative.name) == (False, own_llama.name)
+    assert (ModelConfig(path="org/name").on_hub, ModelConfig(path="org/name").name) == (True, "org/name")
+    assert ModelConfig(path="package:p/x.gguf").name == "package:p/x.gguf"
+
+
+def test_the_same_run_from_another_folder_gives_the_same_bytes(own_llama: Path, tmp_path: Path, here: Any) -> None:
+    (own_llama / "README.md").write_text("---\nlicense: mit\n---\n")
+    for name in ("one", "two"):
+        shutil.copytree(own_llama, tmp_path / name / "dense")
+        done = here(
+            f"model.path={tmp_path / name / 'dense'}", "metric=magnitude", "sparsity=2:4", "eval=none", "html=false",
+            f"output_dir={tmp_path / name / 'out'}",
+        )  # fmt: skip
+        assert done.returncode == 0
+    one, two = (tmp_path / name / "out" / "checkpoint" for name in ("one", "two"))
+    for file in sorted(one.iterdir()):
+        content = file.read_bytes()
+        assert content == (two / file.name).read_bytes(), file.name
+        assert str(tmp_path).encode() not in content, file.name
+    assert "license: mit" in (one / "README.md").read_text()

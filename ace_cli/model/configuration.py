@@ -43,9 +43,10 @@ def check_config(folder: Path, tensors: Iterable[str]) -> None:
             raise AceError(f"{file}: {name}={str(value)[:20]} is beyond any model.", "Mend it, or fetch it again.")
 
 
-def transformers_config(folder: Path) -> Any:
+def transformers_config(folder: Path, experts: str | None = "eager") -> Any:
     """transformers' configuration of the model in ``folder``: attention and experts computed by plain torch.
 
+    ``experts``: how those of a mixture are computed; None for the fastest way that transformers has.
     Raises AceError when transformers cannot make one without running code of the folder.
     """
     from transformers import AutoConfig
@@ -55,7 +56,7 @@ def transformers_config(folder: Path) -> Any:
     except Exception as fault:  # a damaged config.json fails in as many ways as there are classes
         raise not_understood(folder, fault) from fault
     config.dtype = None  # "auto" is then what is stored, not what the file says
-    compute_plainly(config)
+    compute_plainly(config, experts)
     return config
 
 

@@ -56,6 +56,16 @@ class ModelConfig:
             return [f"model.path={self.path} does not exist: give a folder, a .gguf file or a hub id"]
         return []
 
+    @property
+    def on_hub(self) -> bool:
+        """Whether ``path`` is the name of a model on the hub."""
+        return self._may_be_on_the_hub() and not Path(self.path).exists()
+
+    @property
+    def name(self) -> str:
+        """The model as others know it: without the place where it lies on this machine."""
+        return self.path if self.on_hub or self.path.startswith("package:") else Path(self.path).name
+
     def _may_be_on_the_hub(self) -> bool:
         return self.path.count("/") == 1 and not self.path.startswith(("/", ".", "~")) and ".gguf" not in self.path
 

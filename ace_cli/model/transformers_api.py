@@ -47,7 +47,7 @@ def needs_images(config: Any) -> bool:
     return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def compute_plainly(config: Any) -> None:
+def compute_plainly(config: Any, experts: str | None = "eager") -> None:
     """Attention by torch and experts one by one in plain operations, whatever the file of ``config`` asks for.
 
     Both settings may name code that transformers would fetch from the hub and run.
@@ -55,7 +55,7 @@ def compute_plainly(config: Any) -> None:
     from transformers import PreTrainedConfig
 
     config._attn_implementation = None  # torch's own where the class can, else the plain formula
-    config._experts_implementation = "eager"
+    config._experts_implementation = experts
     for part in (config, *(value for value in vars(config).values() if isinstance(value, PreTrainedConfig))):
         part.return_dict = True
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
 from ace_cli.report.facts import Score
 from ace_cli.report.markdown import protocol_words, table
 from ace_cli.report.zero_shot import percent, task_protocol
@@ -188,7 +189,7 @@ def row(file: Path, report: Mapping[str, Any], typed: Mapping[str, str]) -> Row:
 
 def _read(file: Path) -> Row:
     try:
-        report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        report = read_object(file, "Leave it out.")
         words = [word for word in shlex.split(report["command"]) if "=" in word and not word.startswith("-")]
         typed = dict(word.split("=", 1) for word in words)
         return row(file, report, {n: value for n, value in typed.items() if n.partition(".")[0] not in _ASIDE})

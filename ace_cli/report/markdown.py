@@ -1,4 +1,4 @@
-"""report.md, the model card and sweep.md."""
+"""report.md and sweep.md."""
 
 from __future__ import annotations
 
@@ -171,18 +171,6 @@ def render(report: Report) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def model_card(base: str, command: str, summary: dict[str, object]) -> str:
-    """README.md of the checkpoint, with the hub's metadata."""
-    facts = table(["", ""], [[name, str(value)] for name, value in summary.items() if name != "targets"])
-    hub = f"base_model: {base}\nbase_model_relation: finetune\n" if _is_hub_id(base) else ""
-    return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{hub}tags:\n- pruning\n- sparsity\n"
-        f"- {summary['method']}\n- '{summary['pattern']}'\n---\n\n# {base}, pruned\n\n"
-        f"A standard dense Transformers checkpoint with zeroed weights: load it as any other.\n\n{facts}\n\n"
-        f"Made by\n\n```\n{command}\n```\n"
-    )
-
-
 def _calibration_line(report: Report) -> str:
     calibration = report.calibration
     if calibration is None:
@@ -222,10 +210,6 @@ def _doubts(found: dict[str, Any]) -> str:
     return (busy if probed["spread"] > 1.5 else "") + (
         f" Of {', '.join(raised)} the run itself showed more than the probe before it: that counts." if raised else ""
     )
-
-
-def _is_hub_id(path: str) -> bool:
-    return path.count("/") == 1 and path[0] not in "./~" and ":" not in path and not path.endswith(".gguf")
 
 
 def _number(value: float | None) -> str:

@@ -28,6 +28,7 @@ from ace_cli.model.pruned import MANIFEST, RECOVERED, read_manifest
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
+from ace_cli.report.card import without_places
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.plan import Plan
@@ -295,7 +296,7 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
         )
     return {
         "tool": f"ace-prune {__version__}",
-        "command": command,
+        "command": without_places(command),
         "method": name_of("metric", config.metric),
         "repair": name_of("repair", config.repair),
         "recover": name_of("recover", config.recover),
@@ -303,6 +304,6 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
         "permute": config.permute.value,
         "pattern": str(config.pattern),
         "sparsity": sparsity,
-        "base_model": config.model.path,
+        "base_model": config.model.name,
         "calibration": calibration,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from ace_cli import __version__
+from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
 from ace_cli.core.stage import RECORD
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import MANIFEST
@@ -26,7 +27,7 @@ def finished(config: RunConfig) -> Report | None:
     """
     file = config.output_dir / "report.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_object(file)
         if content["schema_version"] != SCHEMA_VERSION or content["versions"]["ace-prune"] != __version__:
             return None
         if content["config"]["yaml"] != config.text or _changed_since(config, file):
@@ -38,7 +39,7 @@ def finished(config: RunConfig) -> Report | None:
         if Checkpoint(Path(content["model"]["folder"])).fingerprint() != content["model"]["fingerprint"]:
             return None
         return cast(Report, _built(Report, content))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (AceError, OSError, ValueError, KeyError, TypeError):
         return None  # not whole, or of another time: the job is simply done again
 
 

@@ -24,7 +24,7 @@ from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.survey import survey
 from ace_cli.recovery.base import RecoveryFacts
-from ace_cli.report.markdown import model_card
+from ace_cli.report.card import card_of, model_card
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
@@ -129,8 +129,9 @@ def _describe(
         summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
         if recovered is not None:
             summary[RECOVERED] = dataclasses.asdict(recovered)
-        card = model_card(run.config.model.path, run.command, summary)
-        write_metadata(run.model.checkpoint, work.partial, summary, entries, card, work.digest)
+        source, base = run.model.checkpoint, run.config.model
+        card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
+        write_metadata(source, work.partial, summary, entries, card, work.digest)
 
 
 def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ace_cli import __version__
 from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
 from ace_cli.core.stage import RECORD, Progress, Stage
 from ace_cli.report.facts import write_whole
 
@@ -47,7 +48,7 @@ def run_stage(stage: Stage, source: Path, source_digest: str, folder: Path, prog
 
 def _record(folder: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = read_object(folder / RECORD)
+    except AceError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("facts"), dict) else None
+    return record if isinstance(record.get("facts"), dict) else None

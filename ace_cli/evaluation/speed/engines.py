@@ -19,6 +19,7 @@ from ace_cli import sparse
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.kernels.bitmask import why_slow
 from ace_cli.model.auto import auto_class
+from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.packed import is_packed, open_folder
 from ace_cli.model.pruned import MANIFEST
@@ -124,9 +125,7 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
 
 def check_positions(name: str, path: Path, context: int) -> None:
     """AceError if the model has fewer positions than ``context``."""
-    from transformers import AutoConfig
-
-    most = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None) or context
+    most = getattr(transformers_config(path).get_text_config(), "max_position_embeddings", None) or context
     if context > most:
         raise AceError(
             f"{name} has {most} positions, {context} were asked for.", "Use a shorter prompt, or write less."
@@ -146,9 +145,9 @@ def no_semi_structured(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def _plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    from transformers import AutoConfig
-
-    return auto_class(AutoConfig.from_pretrained(path)).from_pretrained(path, dtype=dtype).to(device)
+    config = transformers_config(path, experts=None)
+    model = auto_class(config).from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
+    return model.to(device)
 
 
 def _is_2_of_4(checkpoint: Checkpoint) -> bool:
