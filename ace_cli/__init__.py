@@ -34,3 +34,18 @@ T tokens (B times L), V vocabulary, W width of a channel
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+#: Public names, loaded when they are first used: a command line's help must not wait for them.
+_PUBLIC = ("Result", "evaluate", "load_report", "prune")
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        from ace_cli import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_PUBLIC]

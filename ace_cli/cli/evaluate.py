@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,17 @@ if TYPE_CHECKING:
 def main() -> None:
     """Exits 0 when done, 2 for what the user can mend."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
-    arguments = _parser().parse_args()
+    measure(sys.argv[1:])
+
+
+def measure(words: list[str]) -> facts.Comparison:
+    """What ``ace-eval`` does with these arguments. Raises AceError for what the user can mend."""
+    arguments = _parser().parse_args(words)
     try:
         options, texts = _checked(arguments)
         models = {name: named_model(name) for name in arguments.models}
         with lack_in_one_line("Lower --seq-len, or use --dtype bfloat16 or --device cpu."):
-            _evaluate(arguments, models, options, texts)
+            return _evaluate(arguments, models, options, texts)
     except AceError as fault:
         raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 
@@ -93,7 +99,7 @@ def _text(name: str, seq_len: int, max_windows: int | None) -> Evaluation:
 
 def _evaluate(
     arguments: argparse.Namespace, models: dict[str, Any], options: TaskOptions, texts: list[Evaluation]
-) -> None:
+) -> facts.Comparison:
     # torch and transformers take seconds to import; --help and faults must not wait for them
     with lasting():
         import dataclasses
@@ -125,6 +131,7 @@ def _evaluate(
     if arguments.json:
         facts.write_whole(arguments.json, json.dumps(dataclasses.asdict(comparison), indent=1, allow_nan=False) + "\n")
         terminal.say(f"Scores: {arguments.json}")
+    return comparison
 
 
 def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal) -> list[facts.TextScores]:

@@ -53,10 +53,10 @@ class _Screen(Console):
 
 
 class Terminal:
-    """Prints to standard output; a log file, once opened, gets the same text."""
+    """Prints to standard output, unless ``quiet``; a log file, once opened, gets the same text."""
 
-    def __init__(self) -> None:
-        self._screen = _Screen(highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False) -> None:
+        self._screen = _Screen(highlight=False, soft_wrap=True, quiet=quiet)
         self._log: Console | None = None
 
     @contextmanager

@@ -38,9 +38,16 @@ def finished(config: RunConfig) -> Report | None:
             return None
         if Checkpoint(Path(content["model"]["folder"])).fingerprint() != content["model"]["fingerprint"]:
             return None
-        return cast(Report, _built(Report, content))
+        return read_report(content)
     except (AceError, OSError, ValueError, KeyError, TypeError):
         return None  # not whole, or of another time: the job is simply done again
+
+
+def read_report(content: dict[str, Any]) -> Report:
+    """What report.json holds, typed. KeyError, TypeError or ValueError if it is of another kind, or of another time."""
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(f"it is of schema {content['schema_version']}, this version reads {SCHEMA_VERSION}")
+    return cast(Report, _built(Report, content))
 
 
 def _changed_since(config: RunConfig, report: Path) -> bool:
