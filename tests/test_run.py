@@ -474,3 +474,32 @@ def test_a_refinement_that_its_statistics_do_not_allow_is_refused_by_name(
     monkeypatch.setattr("ace_cli.methods.metrics.ace.ACE.refine", refine)
     with pytest.raises(AceError, match=r"layers[.]0[.].*q_proj.*: the Gram matrix of 128 tokens holds NaN or Inf"):
         prune_here(llama, tmp_path / "out", "metric=ace", "calib.n_samples=8", "calib.seq_len=16")
+
+
+@pytest.mark.parametrize("metric", ["varp", "ace", "magnitude"])
+def test_zeros_of_the_dense_model_are_measured_and_said(
+    own_llama: Path, tmp_path: Path, here: Callable[..., Any], metric: str
+) -> None:
+    """Half of every matrix is zero before: less than that has nothing to do, and says so before and after."""
+    file = own_llama / "model.safetensors"
+    for name in weights(own_llama):
+        if "_proj" in name:
+            edit(own_llama, name, lambda w: w.masked_fill(w.abs() < w.abs().median(), 0))
+    assert file.is_file()
+    out = tmp_path / "out"
+    options = [f"model.path={own_llama}", f"metric={metric}", "calib=self", "calib.n_samples=8", "eval=none"]
+    done = here(*options, "sparsity=0.3", f"output_dir={out}")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    assert "about 50% of the source's weights are zero already: sparsity=0.3 prunes next to nothing more" in said
+    assert "of these weights were zero before" in said
+    report = json.loads((out / "report.json").read_text())
+    assert report["sparsity"]["dense"] == pytest.approx(0.5, abs=0.01)
+    assert "| dense | not measured |  | 49.9" in (out / "report.md").read_text()
+
+
+def test_a_dense_source_is_not_called_sparse(llama: Path, tmp_path: Path, here: Callable[..., Any]) -> None:
+    options = [f"model.path={llama}", "calib=self", "calib.n_samples=8", "eval=none", f"output_dir={tmp_path / 'out'}"]
+    done = here(*options)
+    assert "zero" not in done.stdout.replace("zeros in pruned", "")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["sparsity"]["dense"] == 0

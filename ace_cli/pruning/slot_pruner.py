@@ -94,7 +94,9 @@ class SlotPruner:
         tokens = max((statistic.tokens for statistic in seen), default=0)
         if metric.needs() and not tokens:
             raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
-        diagnosis: dict[str, Any] = {**metric.diagnose(seen)}
+        weight_OI = slot.weight_OI
+        zeros_before = weight_OI.numel() - weight_OI.count_nonzero()  # a tensor: read when the block is done
+        diagnosis: dict[str, Any] = {**metric.diagnose(seen), "zeros_before": zeros_before}
         notes = self._by_rows(slot, seen) if self._goes_by_rows(slot) else self._whole(slot, seen, diagnosis)
         seconds = time.perf_counter() - start
         if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:

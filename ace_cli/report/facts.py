@@ -89,11 +89,15 @@ class Timeline:
 
 @dataclass
 class Sparsity:
-    """Fractions of zeros: asked for, found in the pruned weights, found in the whole model."""
+    """Fractions of zeros: asked for, found in the pruned weights, found in the whole model.
+
+    ``dense``: found in the same weights before they were pruned.
+    """
 
     requested: str
     achieved: float
     model: float
+    dense: float = 0.0
 
 
 @dataclass

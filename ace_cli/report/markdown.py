@@ -27,10 +27,11 @@ def perplexity_rows(report: Report) -> list[list[str]]:
     """Dense, pruned: perplexity, ratio, zeros, bytes."""
     numbers = report.perplexity
     ratio = f"{numbers.ratio:.3f}x" if numbers.ratio is not None else ""
+    zeros = [f"{share:.2%}".replace("%", " %") for share in (report.sparsity.dense, report.sparsity.achieved)]
     return [
-        ["dense", _number(numbers.dense), "", "0 %", gigabytes(report.bytes_on_disk["dense"])],
+        ["dense", _number(numbers.dense), "", zeros[0], gigabytes(report.bytes_on_disk["dense"])],
         [
-            "pruned", _number(numbers.pruned), ratio, f"{report.sparsity.achieved:.2%}".replace("%", " %"),
+            "pruned", _number(numbers.pruned), ratio, zeros[1],
             gigabytes(report.bytes_on_disk["pruned"]),
         ],
     ]  # fmt: skip

@@ -29,7 +29,7 @@ from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
 from ace_cli.report.card import without_places
-from ace_cli.run.checks import loops_of
+from ace_cli.run.checks import SPARSE, loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.plan import Plan
 
@@ -56,6 +56,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
     slots = [slot for block in work.finished for slot in block.slots]
     zeros = {name: entry.zeros for name, entry in read_manifest(work.final).slots.items()}
     pruned = sum(zeros.values())
+    dense = sum(slot.diagnosis.get("zeros_before", 0) for slot in slots) / plan.slot_weights
     seconds = _seconds(run)
     tokens = windows_NL.numel() if windows_NL is not None else 0
     loops = loops_of(config, model)
@@ -68,7 +69,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         model=_model(config, model, plan),
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
-        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters),
+        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters, dense),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
@@ -184,6 +185,9 @@ def _warnings(config: RunConfig, blocks: list[BlockFacts], plan: Plan, work: Wor
     warnings = _notes(slots)
     if loops.startswith("not compiled"):
         warnings.append(f"Loops were {loops}. Pruning took longer than it has to: install numba.")
+    before = sum(slot.diagnosis.get("zeros_before", 0) for slot in slots) / plan.slot_weights
+    if before >= SPARSE:
+        warnings.append(f"{before:.1%} of these weights were zero before: the model was pruned already.")
     if work.resumed:
         warnings.append("This run was interrupted and continued: its times are those of the last part alone.")
     flat = [slot.name for slot in slots if _like_magnitude(slot)]

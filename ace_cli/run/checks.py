@@ -14,6 +14,7 @@ from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.kernels import loops
 from ace_cli.kernels.selection import LARGE
+from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
@@ -21,6 +22,9 @@ from ace_cli.pruning.recipe import Permute
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import Texts
 from ace_cli.run.plan import Plan
+
+#: A source with at least this share of zeros was pruned before: training alone leaves next to none.
+SPARSE = 0.05
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
@@ -61,6 +65,21 @@ def check_inputs_stay(source: Checkpoint, config: RunConfig) -> None:
                 raise AceError(
                     f"{option}: {path} lies in {target}, where the result would go.", "Choose another output_dir."
                 )
+
+
+def already_sparse(model: StreamedModel, pattern: Pattern) -> str | None:
+    """What to say of a source that holds many zeros, by its first, middle and last block's smallest slots."""
+    blocks = [block for block in model.blocks if block.slots]
+    zeros = total = 0
+    for block in {id(block): block for block in (blocks[0], blocks[len(blocks) // 2], blocks[-1])}.values():
+        slot = min(block.slots, key=lambda slot: slot.shape[0] * slot.shape[1])
+        weight_OI = slot.in_file(model.checkpoint.read(slot.key))
+        zeros, total = zeros + int((weight_OI == 0).sum()), total + weight_OI.numel()
+    if zeros < SPARSE * total:
+        return None
+    share, asked = zeros / total, pattern.pruned(*slot.shape) / (slot.shape[0] * slot.shape[1])
+    what = "prunes next to nothing more" if asked <= share else "counts them as pruned"
+    return f"about {share:.0%} of the source's weights are zero already: sparsity={pattern} {what}"
 
 
 def check_training(config: RunConfig, plan: Plan) -> None:

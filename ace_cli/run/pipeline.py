@@ -30,6 +30,7 @@ from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
 from ace_cli.run.checks import (
+    already_sparse,
     check_inputs_stay,
     check_left,
     check_length,
@@ -153,6 +154,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     more = _stage_bytes(config, model.checkpoint)
     check_room(dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more), config.output_dir)
     check_training(config, plan)
+    if sparse := already_sparse(model, config.pattern):
+        terminal.say(f"Warning: {sparse}.", "yellow")
     if (loops := loops_of(config, model)).startswith("not compiled"):
         terminal.say(f"Warning: loops are {loops}. Pruning takes several times as long: install numba.", "yellow")
     return plan, limit
