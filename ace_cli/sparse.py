@@ -26,8 +26,12 @@ from ace_cli.model.streamed import StreamedModel
 FEW_TOKENS = 8
 
 
+#: Weights that are unpacked at once: they stay in a core's own cache until they are multiplied.
+_PIECE = 1 << 19
+
+
 class _Room(threading.local):
-    """Memory that every matrix is unpacked into, one for each thread: to ask for fresh pages takes longer."""
+    """Memory that matrices are unpacked into, one for each thread: to ask for fresh pages takes longer."""
 
     def __init__(self) -> None:
         self._rooms: dict[torch.dtype, Tensor] = {}
@@ -35,7 +39,8 @@ class _Room(threading.local):
     def __call__(self, count: int, dtype: torch.dtype) -> Tensor:
         """At least ``count`` elements."""
         if dtype not in self._rooms or len(self._rooms[dtype]) < count:
-            self._rooms[dtype] = torch.empty(count, dtype=dtype)
+            with torch.inference_mode(False):  # or it could not be written to outside of that mode
+                self._rooms[dtype] = torch.empty(count, dtype=dtype)
         return self._rooms[dtype]
 
 
@@ -73,8 +78,17 @@ class PackedLinear(nn.Module):
         plain = x.device.type == "cpu" and x.dtype == self.values.dtype and not x.requires_grad
         if plain and 0 < x.numel() <= FEW_TOKENS * self.in_features:
             return product(self.packed, x.reshape(-1, self.in_features), self.bias).view(*x.shape[:-1], -1)
-        room = _room(self.in_features * self.out_features, x.dtype) if plain else None
-        return linear(x, unpack(self.packed, room), self.bias)
+        return self._many(x) if plain else linear(x, self.weight, self.bias)
+
+    def _many(self, x: Tensor) -> Tensor:
+        """Some rows of the weight after the other, each unpacked into the same place."""
+        packed, count = self.packed, max(1, _PIECE // self.in_features)
+        room = _room(count * self.in_features, x.dtype)
+        outputs = []
+        for first in range(0, self.out_features, count):
+            bias = None if self.bias is None else self.bias[first : first + count]
+            outputs.append(linear(x, unpack(packed.rows(first, first + count), room), bias))
+        return torch.cat(outputs, dim=-1)
 
     def extra_repr(self) -> str:
         share = self.packed.nbytes / (self.out_features * self.in_features * self.values.element_size())

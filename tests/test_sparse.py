@@ -157,6 +157,19 @@ def test_what_is_saved_again_is_the_plain_checkpoint(tmp_path: Path) -> None:
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+@pytest.mark.parametrize("compiler", [True, False])
+def test_many_tokens_go_through_pieces_of_the_weight(
+    rows: int, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "_PIECE", 70 * rows)
+    if not compiler:
+        monkeypatch.setattr(bitmask, "_library", lambda: None)
+    weight, bias = random_matrix(9, 70, torch.float32), random_matrix(1, 9, torch.float32)[0]
+    x = random_matrix(30, 70, torch.float32, zeros=0).view(3, 10, 70)
+    assert torch.allclose(PackedLinear(pack(weight), bias)(x), x @ weight.T + bias, atol=1e-5)
+
+
 def test_gradients_reach_the_inputs(tmp_path: Path) -> None:
     weight = random_matrix(8, 64, torch.float32)
     x = torch.ones(2, 64, requires_grad=True)

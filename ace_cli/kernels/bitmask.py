@@ -44,6 +44,11 @@ class Bitmask:
         """Bytes that a product reads."""
         return self.mask.nbytes + self.values.nbytes + self.starts.nbytes
 
+    def rows(self, first: int, last: int) -> Bitmask:
+        """Some of its rows, in the same memory."""
+        shape = (min(last, self.shape[0]) - first, self.shape[1])
+        return Bitmask(shape, self.mask[first:last], self.values, self.starts[first:last])
+
 
 def packed_bytes(shape: Sequence[int], nonzeros: int, width: int) -> int:
     """Bytes of mask and values of a matrix (O, I) whose elements take ``width`` bytes."""
@@ -178,7 +183,8 @@ def _unpack_slowly(packed: Bitmask, out_OI: Tensor) -> Tensor:
     (rows, columns), mask = packed.shape, packed.mask
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     keep_OI = ((mask[:, :, None] >> bits) & 1).bool().view(rows, -1)[:, :columns]
-    out_OI.zero_()[keep_OI] = packed.values[: int(keep_OI.sum())]
+    first = int(packed.starts[0]) if rows else 0
+    out_OI.zero_()[keep_OI] = packed.values[first : first + int(keep_OI.sum())]
     return out_OI
 
 
