@@ -197,7 +197,8 @@ def test_a_run_measures_its_results(llama: Path, tmp_path: Path, prune_here: Any
     assert found == list(zip(["dense", "pruned", "packed"], kinds, strict=True))
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| packed | packed, float32 |" in text
-    assert "2 rounds: medians and quartiles" in text
+    assert "packed (packed, float32) against dense: " in text
+    assert "2 rounds: medians in tokens a second" in text
     assert report.seconds["bench"] > 0
 
 

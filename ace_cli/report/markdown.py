@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ace_cli.report.facts import Report, ZeroShot
-from ace_cli.report.speed import SPEED_HEAD, speed_line, speed_rows
+from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
 from ace_cli.report.zero_shot import task_head, task_line, task_rows
 
 
@@ -148,7 +148,7 @@ def render(report: Report) -> str:
         recovery_line(report),
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
-        f"{table(SPEED_HEAD, speed_rows(report.speed))}\n\n{speed_line(report.speed)}" if report.speed else "",
+        *([table(SPEED_HEAD, speed_rows(report.speed)), *speed_lines(report.speed)] if report.speed else []),
         "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
         *stage_lines(report),
         _calibration_line(report),

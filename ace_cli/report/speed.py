@@ -7,19 +7,31 @@ from ace_cli.report.facts import Speed, SpeedFacts, Spread
 #: Less is noise.
 _LEAST = 1.03
 
-SPEED_HEAD = ["model", "engine", "decode tokens/s", "prefill tokens/s", "first token", "resident", "files", "gain"]
+SPEED_HEAD = ["model", "engine", "decode", "prefill", "first token", "resident", "files"]
 
 
 def speed_rows(speed: Speed) -> list[list[str]]:
     """One for each model and engine."""
     return [
         [
-            entry.model, entry.engine, _between(entry.decode), _between(entry.prefill),
+            entry.model, entry.engine, f"{entry.decode.median:.1f}/s", f"{entry.prefill.median:.1f}/s",
             f"{entry.first_token.median:.3f} s", f"{entry.resident_bytes / 1e9:.2f} GB",
-            f"{entry.file_bytes / 1e9:.2f} GB", "" if number == 0 else gain(entry, speed.entries[0]),
+            f"{entry.file_bytes / 1e9:.2f} GB",
         ]
-        for number, entry in enumerate(speed.entries)
+        for entry in speed.entries
     ]  # fmt: skip
+
+
+def speed_lines(speed: Speed) -> list[str]:
+    """What each model gains over the first, and how it was measured, a sentence each."""
+    first, *others = speed.entries
+    gains = [f"{entry.model} ({entry.engine}) against {first.model}: {gain(entry, first)}." for entry in others]
+    where = f"{speed.threads} threads" if speed.device == "cpu" else speed.device
+    return [
+        *gains,
+        f"Greedy, {speed.new_tokens} tokens after a prompt of {speed.prompt_tokens}, on {where}; the models in turn, "
+        f"{speed.rounds} rounds: medians in tokens a second, quartiles of the ratios within each round.",
+    ]
 
 
 def gain(entry: SpeedFacts, baseline: SpeedFacts) -> str:
@@ -37,19 +49,6 @@ def gain(entry: SpeedFacts, baseline: SpeedFacts) -> str:
     worse = [f"slower {name} {_ratio(found)}" for name, found in speeds.items() if found.high < 1 / _LEAST]
     worse += [f"more {name} {share:.2f}x" for name, share in sizes.items() if share > _LEAST]
     return ", ".join([*(better or ["no gain"]), *worse])
-
-
-def speed_line(speed: Speed) -> str:
-    """How it was measured, in one sentence."""
-    where = f"{speed.threads} threads" if speed.device == "cpu" else speed.device
-    return (
-        f"Greedy, {speed.new_tokens} tokens after a prompt of {speed.prompt_tokens}, on {where}; the models in turn, "
-        f"{speed.rounds} rounds: medians and quartiles, ratios within each round against the first."
-    )
-
-
-def _between(found: Spread) -> str:
-    return f"{found.median:.1f} ({found.low:.1f}-{found.high:.1f})"
 
 
 def _ratio(found: Spread) -> str:

@@ -23,7 +23,7 @@ from ace_cli.report.markdown import (
     stage_lines,
     windows_line,
 )
-from ace_cli.report.speed import SPEED_HEAD, speed_line, speed_rows
+from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
 from ace_cli.report.zero_shot import (
     comparison_head,
     comparison_lines,
@@ -131,7 +131,8 @@ class Terminal:
     def speed(self, speed: Speed) -> None:
         """Tokens a second, memory and bytes, and how they were measured."""
         self._scores(SPEED_HEAD, speed_rows(speed))
-        self.say(speed_line(speed))
+        for line in speed_lines(speed):
+            self.say(line)
 
     def comparison(self, comparison: Comparison) -> None:
         """Models side by side, and the protocols."""
