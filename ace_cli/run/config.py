@@ -24,6 +24,8 @@ from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
 from ace_cli.evaluation.speed.options import Bench
+from ace_cli.export.gguf import Gguf
+from ace_cli.export.gguf import fault as gguf_fault
 from ace_cli.export.packed import Pack
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
@@ -62,6 +64,7 @@ class Schema:
     dtype: Dtype = Dtype.auto
     memory_gb: float | None = None
     pack: Any = False
+    export: str | None = None
     bench: bool = False
     keep_checkpoint: bool = True
     dry_run: bool = False
@@ -204,6 +207,10 @@ def _faults(parts: Any) -> list[str]:
         faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
     if parts.pack not in (True, False, "zstd"):
         faults.append(f"pack={parts.pack}: must be true, false or zstd")
+    if parts.export is not None and parts.export.partition(":")[0] != "gguf":
+        faults.append(f"export={parts.export}: must be gguf or gguf:TYPE")
+    elif parts.export and (wrong := gguf_fault(_gguf_kind(parts.export))):
+        faults.append(wrong)
     for name in ("include", "exclude"):
         if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
             faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")
@@ -228,7 +235,13 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
 
 def _stages(parts: Any) -> tuple[Stage, ...]:
     """What is made of the finished checkpoint, in this order."""
-    return (Pack(parts.pack == "zstd"),) if parts.pack else ()
+    packed = [Pack(parts.pack == "zstd")] if parts.pack else []
+    return (*packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
+
+
+def _gguf_kind(export: str) -> str:
+    """gguf -> stored, gguf:f16 -> f16."""
+    return export.partition(":")[2] or "stored"
 
 
 def _globs(value: Any) -> tuple[Any, ...]:

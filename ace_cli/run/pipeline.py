@@ -194,7 +194,8 @@ def _staged(run: RunContext, work: Work) -> dict[str, dict[str, Any]]:
     for stage in run.config.stages:
         with run.phases("export"):
             facts = run_stage(stage, work.final, work.digest, run.folder, run.terminal.progress)
-        found[stage.name] = {**facts, "result": str(run.folder / stage.name), "summary": stage.summary(facts)}
+        result = run.folder / stage.name / facts.get("file", "")
+        found[stage.name] = {**facts, "result": str(result), "summary": stage.summary(facts)}
     return found
 
 
