@@ -10,7 +10,6 @@ choice itself under "name": ``calib={"name": "text", "path": "pages.jsonl"}``.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -101,14 +100,13 @@ def evaluate(
 def load_report(folder: str | PathLike[str]) -> Report:
     """The report of a finished run: of its folder, or of its report.json. Raises AceError where there is none."""
     from ace_cli.core.errors import AceError
-    from ace_cli.run.finished import read_report
+    from ace_cli.report.facts import load
 
     file = Path(folder).expanduser()
     file = file / "report.json" if file.is_dir() else file
-    try:
-        return read_report(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise AceError(f"{file} is no report of a finished run: {fault}.", "Name the folder of a run.") from fault
+    if not file.is_file():
+        raise AceError(f"{file} is no report of a finished run.", "Name the folder of a run.")
+    return load(file)
 
 
 # --- from Python to the command line's words -------------------------------------------------------------------------

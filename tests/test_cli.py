@@ -11,10 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import composed
+from safetensors.torch import load_file
 from tiny_models import edit, make, write_documents
 
 from ace_cli.cli import verify
+from ace_cli.core.locks import locked
 from ace_cli.model.pruned import verify as verified
+from ace_cli.run.finished import finished
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -190,6 +195,47 @@ def test_a_sweep_of_another_model_or_option_is_done_anew(here: Command, own_llam
     assert "not repeated" not in here(*arguments, "keep_checkpoint=false").stdout
     edit(own_llama, "model.layers.1.mlp.up_proj.weight", lambda weight: weight.roll(1))
     assert "not repeated" not in here(*arguments, "keep_checkpoint=false").stdout
+
+
+def test_a_sweep_whose_import_is_gone_from_the_cache_is_still_finished(
+    here: Command, own_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACE_PRUNE_CACHE", str(tmp_path / "cache"))
+    torch.save(load_file(own_llama / "model.safetensors"), own_llama / "pytorch_model.bin")
+    (own_llama / "model.safetensors").unlink()
+    arguments = ["-m", f"model.path={own_llama}", "metric=magnitude", "sparsity=0.5", "eval=none", "output_dir=sweep"]
+    assert here(*arguments).returncode == 0
+    shutil.rmtree(tmp_path / "cache")
+    done = here(*arguments)
+    assert (done.returncode, done.stdout.count("not repeated")) == (0, 1)
+    assert not (tmp_path / "cache").exists()
+    (own_llama / "pytorch_model.bin").touch()
+    assert "not repeated" in here(*arguments).stdout, "the content is the same"
+    report = tmp_path / "sweep" / "0" / "report.json"
+    for junk in ("", "[]", "null", "{", "[" * 100_000, '{"schema_version": 2, "versions": [], "config": 5}'):
+        report.write_text(junk)
+        assert finished(composed(*arguments[1:-1], f"output_dir={report.parent}")) is None
+
+
+def test_a_sweep_of_a_model_with_other_weights_is_done_anew(here: Command, own_llama: Path) -> None:
+    """The first and last bytes of every tensor are as they were."""
+    arguments = ["-m", f"model.path={own_llama}", "metric=magnitude", "sparsity=0.5", "eval=none", "output_dir=sweep"]
+    assert here(*arguments).returncode == 0
+    edit(own_llama, "model.layers.1.mlp.up_proj.weight", lambda w: w.index_fill_(0, torch.tensor([40]), 0.5))
+    assert "not repeated" not in here(*arguments).stdout
+
+
+def test_a_second_sweep_in_the_folder_leaves_the_first_one_s_records(
+    here: Command, llama: Path, tmp_path: Path
+) -> None:
+    arguments = ["-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.5,0.3", "eval=none", "output_dir=sweep"]
+    assert here(*arguments).returncode == 0
+    first = (tmp_path / "sweep" / "sweep.json").read_text()
+    with locked(tmp_path / "sweep" / "0"):
+        done = here(*arguments, "html=false")
+    assert done.returncode != 0
+    assert "Another run is working" in done.stderr
+    assert (tmp_path / "sweep" / "sweep.json").read_text() == first
 
 
 def test_an_unknown_name_in_a_sweep_starts_no_job(here: Command, llama: Path, tmp_path: Path) -> None:

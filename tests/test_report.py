@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from ace_cli.core.errors import AceError
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report import facts
 from ace_cli.report.facts import SCHEMA_VERSION, Perplexity, Report
 from ace_cli.report.markdown import gigabytes, render, table, windows_line
 from ace_cli.report.sweep import Sweep
@@ -125,9 +127,27 @@ def test_tables_and_numbers() -> None:
 
 
 def test_a_report_is_read_as_it_was_written(finished: tuple[Report, Path]) -> None:
-    from ace_cli.run.finished import _built
+    report, folder = finished
+    assert facts.load(folder / "report.json") == json_like(report)
 
-    assert _built(Report, json.loads((finished[1] / "report.json").read_text())) == json_like(finished[0])
+
+@pytest.mark.parametrize("junk", ["", "[]", "null", "{", "[" * 100_000, "{}", '{"versions": [], "config": 5}'])
+def test_what_is_no_report_is_refused_in_one_line(tmp_path: Path, junk: str) -> None:
+    (tmp_path / "report.json").write_text(junk)
+    with pytest.raises(AceError, match=r"report\.json") as caught:
+        facts.load(tmp_path / "report.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["blocks", "seconds", "perplexity", "versions", "samples", "timeline", "command"])
+def test_a_part_of_a_report_of_the_wrong_type_is_named(
+    finished: tuple[Report, Path], tmp_path: Path, name: str
+) -> None:
+    content = json.loads((finished[1] / "report.json").read_text())
+    for junk in (5, [5], {"x": []}, None):
+        (tmp_path / "report.json").write_text(json.dumps({**content, name: junk}))
+        with pytest.raises(AceError, match=name):
+            facts.load(tmp_path / "report.json")
 
 
 def json_like(report: Report) -> Report:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +129,59 @@ def test_a_bin_file_of_anything_but_tensors_by_name(
         open_model(ModelConfig(path=str(own_llama)))
     assert words in str(caught.value)
     assert not list((own_cache / "imports").iterdir())
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_bin_folder_whose_other_files_changed_is_imported_anew(own_llama: Path, name: str) -> None:
+    as_bin(own_llama)
+    first = open_model(ModelConfig(path=str(own_llama)))
+    text = (own_llama / name).read_text() + " "
+    (own_llama / name).write_text(text)
+    second = open_model(ModelConfig(path=str(own_llama)))
+    assert (second.folder / name).read_text() == text
+    assert second.origin != first.origin
+    (own_llama / "README.md").write_text("decides nothing")
+    assert open_model(ModelConfig(path=str(own_llama))).folder == second.folder
+
+
+def test_a_damaged_import_is_made_again(own_llama: Path) -> None:
+    state = as_bin(own_llama)
+    folder = open_model(ModelConfig(path=str(own_llama))).folder
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-5])
+    assert weights(open_model(ModelConfig(path=str(own_llama))).folder).keys() == state.keys()
+    (folder / "tokenizer.json").unlink()
+    assert (open_model(ModelConfig(path=str(own_llama))).folder / "tokenizer.json").is_file()
+
+
+def test_a_file_that_changes_while_it_is_imported(
+    own_llama: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_bin(own_llama)
+    made = source.import_bin
+
+    def changing(*arguments: Any) -> None:
+        made(*arguments)
+        (own_llama / "config.json").write_text("{}")
+
+    monkeypatch.setattr(source, "import_bin", changing)
+    with pytest.raises(AceError, match=r"config\.json was changed"):
+        open_model(ModelConfig(path=str(own_llama)))
+    assert not list((own_cache / "imports").iterdir())
+
+
+def test_what_a_killed_import_left_goes_with_the_next_one(own_llama: Path, own_cache: Path) -> None:
+    """Not what another process is making just now, and nothing that no import makes."""
+    fcntl = pytest.importorskip("fcntl")
+    as_bin(own_llama)
+    left, busy, other = (own_cache / "imports" / name for name in (f"m-{'0' * 16}.abc_12", f"m-{'1' * 16}.xyz", "mine"))
+    for folder in (left, busy, other):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_text("large")
+    opened = os.open(busy, os.O_RDONLY)
+    fcntl.flock(opened, fcntl.LOCK_EX)
+    open_model(ModelConfig(path=str(own_llama)))
+    assert [folder.exists() for folder in (left, busy, other)] == [False, True, True]
+    os.close(opened)
 
 
 # --- GGUF ------------------------------------------------------------------------------------------------------------

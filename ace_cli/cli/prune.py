@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed, config_folders, for_hydra
 from ace_cli.cli.ending import MEND, command, mend, of_system
-from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.errors import AceError, BusyError, first_line
 from ace_cli.core.memory import lasting
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.sweep import Sweep
@@ -61,7 +61,7 @@ def main() -> None:
         print("\n" + sweep.write())
         sweep.finish()
         print(f"\nSweep: {sweep.folder}")
-        if sweep.failed:
+        if sweep.failed or sweep.shared:
             sys.exit(FAILED)
     if objections:
         sys.exit(WORSE)
@@ -87,6 +87,8 @@ def _job(
         _mend(fault)
         faults.append(fault)
         outcome = str(fault)
+        if many and isinstance(fault, BusyError):  # another sweep does this job, and records it
+            sweep.shared, outcome = True, None
     except CONFIGURATION_ERRORS as fault:  # values that cannot be resolved
         faults.append(explain(fault))
         _mend(faults[-1])

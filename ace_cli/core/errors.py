@@ -24,6 +24,10 @@ class TransientError(AceError):
     """A fault that may be gone at the next try: what is finished stays on disk, to be continued."""
 
 
+class BusyError(AceError):
+    """Another process is doing it: there is nothing to mend, and nothing to record."""
+
+
 def first_line(fault: BaseException) -> str:
     """What an exception of another library says, in one line; where that announces a cause, the cause with it."""
     first, *rest = (str(fault).strip() or type(fault).__name__).splitlines()

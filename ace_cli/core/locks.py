@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ace_cli.core.errors import AceError
+from ace_cli.core.errors import BusyError
 
 #: What the system says where another process holds the lock. Anything else: this place knows no such locks.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
@@ -16,14 +19,14 @@ _FILE = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold ``folder`` for this process. AceError if another one holds it.
+    """Hold ``folder`` for this process. BusyError if another one holds it.
 
     Gives False where the system or the file system has no locks: then nothing is held, and nobody is kept out.
     """
     with open(folder / _FILE, "a") as stream:
         state = try_lock(stream.fileno())
         if state is False:
-            raise AceError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
+            raise BusyError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
         yield state is True  # the file stays: unlinking it would let two others lock two different files
 
 
@@ -60,3 +63,41 @@ def fresh_folder(wanted: Path) -> Path:
             folder = wanted.with_name(f"{wanted.name}-{number}")
         else:
             return folder
+
+
+@contextmanager
+def locked_new_folder(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder in ``parent``, locked while this context lasts; then removed, if it was not renamed."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+        opened = _opened(folder)
+        if folder.is_dir() and (opened is None or try_lock(opened) is not False) and folder.is_dir():
+            break
+        if opened is not None:  # taken for abandoned, and removed, before it could be locked
+            os.close(opened)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if opened is not None:
+            os.close(opened)
+
+
+def remove_unlocked(folder: Path) -> None:
+    """Remove a folder of ``locked_new_folder`` that no process holds any more. Where there are no locks, it stays."""
+    opened = _opened(folder)
+    if opened is None:
+        return
+    try:
+        if try_lock(opened) is True:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(opened)
+
+
+def _opened(folder: Path) -> int | None:
+    """None where the system opens no folders, or it is gone."""
+    try:
+        return os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None

@@ -5,23 +5,19 @@ What must be converted (GGUF, ``.bin``, packed) is converted once into the cache
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from ace_cli.core.cache import cache_folder
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.model.bin_import import import_bin
-from ace_cli.model.files import Checkpoint
-from ace_cli.model.folder import INDEX, check_folder, weight_map
+from ace_cli.model.files import Checkpoint, Stamps, stamps_of
+from ace_cli.model.folder import INDEX, check_folder, is_document, other_files, weight_map
 from ace_cli.model.gguf_import import import_gguf
-from ace_cli.model.packed import PackedCheckpoint, is_packed, unpack_folder
+from ace_cli.model.imports import imported
+from ace_cli.model.packed import is_packed, unpack_folder
 
 
 class ImportDtype(Enum):
@@ -70,22 +66,48 @@ class ModelConfig:
         return self.path.count("/") == 1 and not self.path.startswith(("/", ".", "~")) and ".gguf" not in self.path
 
 
+@dataclass
+class Found:
+    """Where a model is. ``files`` decide the import that ``make`` does; none where nothing is to be imported."""
+
+    path: Path
+    files: dict[str, Path] = field(default_factory=dict)
+    options: str = ""
+    make: Callable[[Path], None] | None = None
+
+
 def open_model(config: ModelConfig) -> Checkpoint:
     """Find, fetch or import the model, and open its folder. Raises AceError when it cannot be had."""
+    found = _found(config)
+    if found.make is None:
+        return Checkpoint(found.path)
+    origin = stamps_of(found.files)
+    checkpoint = Checkpoint(imported(found.path.stem, found.files, found.options, found.make))
+    checkpoint.origin = origin
+    return checkpoint
+
+
+def origin_of(config: ModelConfig) -> Stamps:
+    """What ``open_model(config).origin`` would be, without an import. Raises AceError where there is no such model."""
+    found = _found(config)
+    return stamps_of(found.files) if found.make is not None else Checkpoint(found.path).origin
+
+
+def _found(config: ModelConfig) -> Found:
     path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return Checkpoint(
-            _cached(_gguf_key(path, config.import_dtype), lambda to: import_gguf(path, config.import_dtype.value, to))
-        )
+        dtype = config.import_dtype.value
+        return Found(path, {path.name: path}, dtype, lambda to: import_gguf(path, dtype, to))
     if not path.is_dir():
         path = _download(config)
     check_folder(path)
     if is_packed(path):
-        key = _key(path.name, PackedCheckpoint(path).fingerprint())
-        return Checkpoint(_cached(key, lambda to: unpack_folder(path, to)))
+        files = {file.name: file for file in path.iterdir() if file.is_file()}
+        return Found(path, files, "packed", lambda to: unpack_folder(path, to))
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
-        return Checkpoint(_cached(_bin_key(bins), lambda to: import_bin(path, bins, to)))
-    return Checkpoint(path)
+        names = [*(file.name for file in bins), *(name for name in other_files(path) if not is_document(name))]
+        return Found(path, {name: path / name for name in names}, "bin", lambda to: import_bin(path, bins, to))
+    return Found(path)
 
 
 def _package_file(config: ModelConfig) -> Path:
@@ -126,36 +148,3 @@ def _has_safetensors(folder: Path) -> bool:
 def _bin_files(folder: Path) -> list[Path]:
     named = sorted(set(weight_map(folder / "pytorch_model.bin.index.json").values()))
     return [folder / name for name in named] or sorted(folder.glob("pytorch_model.bin"))
-
-
-def _cached(key: str, make: Callable[[Path], None]) -> Path:
-    """The cached folder of this key, made in a sibling and renamed, so that it is whole or absent."""
-    final = cache_folder() / "imports" / key
-    if final.is_dir():
-        return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{key}.", dir=final.parent))
-    try:
-        make(work)
-        os.rename(work, final)
-    except OSError:
-        if not final.is_dir():  # another run may have finished the same import first
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return final
-
-
-def _key(name: str, *facts: object) -> str:
-    return f"{name}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
-
-
-def _gguf_key(path: Path, dtype: ImportDtype) -> str:
-    status = path.stat()
-    with open(path, "rb") as file:
-        head = hashlib.sha256(file.read(1 << 20)).hexdigest()
-    return _key(path.stem, head, status.st_size, status.st_mtime_ns, dtype.value)
-
-
-def _bin_key(files: list[Path]) -> str:
-    return _key(files[0].parent.name, *[(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files])

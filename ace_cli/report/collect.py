@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shlex
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.core.errors import AceError
-from ace_cli.core.json_reader import read_object
+from ace_cli.report import facts
 from ace_cli.report.facts import Score
 from ace_cli.report.markdown import protocol_words, table
 from ace_cli.report.zero_shot import percent, task_protocol
@@ -189,7 +190,7 @@ def row(file: Path, report: Mapping[str, Any], typed: Mapping[str, str]) -> Row:
 
 def _read(file: Path) -> Row:
     try:
-        report = read_object(file, "Leave it out.")
+        report = dataclasses.asdict(facts.load(file))
         words = [word for word in shlex.split(report["command"]) if "=" in word and not word.startswith("-")]
         typed = dict(word.split("=", 1) for word in words)
         return row(file, report, {n: value for n, value in typed.items() if n.partition(".")[0] not in _ASIDE})

@@ -8,6 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ace_cli.core.errors import AceError
+from ace_cli.core.json_reader import read_object
+from ace_cli.core.typed_json import typed
+
 SCHEMA_VERSION = 2
 
 
@@ -242,6 +246,18 @@ class Report:
 def save(report: Report, file: Path) -> None:
     """Write report.json."""
     write_whole(file, json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n")
+
+
+def load(file: Path) -> Report:
+    """The report in ``file``. Raises AceError if it is none, or one of another version."""
+    found = read_object(file, "Leave it out.")
+    try:
+        report = typed(Report, found, "it")
+        if report.schema_version != SCHEMA_VERSION:
+            raise ValueError(f"it has schema version {report.schema_version}")
+    except ValueError as fault:
+        raise AceError(f"{file} is no report of this version of ace-prune: {fault}.", "Leave it out.") from None
+    return report
 
 
 def write_whole(file: Path, text: str) -> None:

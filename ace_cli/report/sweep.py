@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.report.collect import Group, Row, as_markdown, groups, row
-from ace_cli.report.facts import Report
+from ace_cli.report.facts import Report, write_whole
 from ace_cli.report.markdown import table
 from ace_cli.report.zero_shot import task_protocol
 
@@ -23,6 +23,8 @@ class Sweep:
     folder: Path | None = None
     jobs: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
+    #: Another sweep works in this folder, too: it keeps the records, and its jobs are not overwritten in them.
+    shared: bool = False
 
     def add(self, overrides: list[str], outcome: Report | str) -> None:
         """Record one job."""
@@ -49,9 +51,11 @@ class Sweep:
         assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         tables = "\n\n".join(part for part in (as_markdown(self._groups()), self._failures()) if part)
+        if self.shared:
+            return tables
         content = {"schema_version": SCHEMA_VERSION, "jobs": self.jobs}
-        (self.folder / "sweep.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        (self.folder / "sweep.md").write_text(f"# Sweep\n\n{tables}\n", encoding="utf-8")
+        write_whole(self.folder / "sweep.json", json.dumps(content, indent=1) + "\n")
+        write_whole(self.folder / "sweep.md", f"# Sweep\n\n{tables}\n")
         return tables
 
     def finish(self) -> None:
@@ -59,6 +63,8 @@ class Sweep:
         from ace_cli.report import overview
 
         assert self.folder is not None
+        if self.shared:
+            return
         failures = [f"Job {job['job']} failed: {job['error']}" for job in self.jobs if "error" in job]
         overview.write(self._groups(), self.folder, "sweep", f"Sweep of {len(self.jobs)} jobs", failures)
 
