@@ -294,6 +294,3 @@ def test_the_probe_measures_once_however_late_it_is(
     monkeypatch.setattr(machine_limit, "_PROBE_SECONDS", -1.0)
     rates = machine_limit.probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path, NofM(2, 4))
     assert min(rates.matmul, rates.read, rates.write, rates.memory) > 0
-
-
-# --- junk ------------------------------------------------------------------------------------------------------------

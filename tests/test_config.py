@@ -162,3 +162,15 @@ def test_did_you_mean() -> None:
 
 def test_an_error_is_one_sentence_after_another() -> None:
     assert str(AceError("It broke", "Mend it.")) == str(AceError("It broke.", "Mend it.")) == "It broke. Mend it."
+
+
+def test_a_fault_that_is_its_own_cause_is_explained() -> None:
+    """OmegaConf raises one error from another and back, which found no end."""
+    first, second = ValueError("first"), ValueError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert "second" in str(explain(first))
+
+
+@pytest.mark.parametrize("key", ["calib.calib:1:30...`", "a.b.c.d", ".", "..x", "model", "gate.x.y"])
+def test_a_key_of_any_letters_is_explained(key: str) -> None:
+    assert "there is no such option" in str(explain(ValueError(f"Key '{key}' not in 'C4'\n    full_key: {key}")))

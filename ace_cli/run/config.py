@@ -327,9 +327,11 @@ def explain(fault: Exception) -> AceError:
 
 
 def _root(fault: BaseException) -> BaseException:
-    while fault.__cause__ is not None:
-        fault = fault.__cause__
-    return fault
+    """The first cause; OmegaConf makes an error its own cause where it raises it twice."""
+    passed = [fault]
+    while (cause := passed[-1].__cause__) is not None and cause not in passed:
+        passed.append(cause)
+    return passed[-1]
 
 
 def _words(cause: BaseException) -> str:
@@ -373,9 +375,9 @@ def offered(group: str) -> list[str]:
 
 def _known_keys(where: str, class_name: str = "") -> str:
     """The options beside the unknown option ``where``, which was looked for in a class of this name."""
-    group, _, name = where.rpartition(".")
-    if not group:
-        return did_you_mean(name, Schema.__dataclass_fields__)
+    group, _, name = where.partition(".")
+    if group not in ("model", *SETTINGS, *registry.PACKAGES) or not name:
+        return did_you_mean(name or group, Schema.__dataclass_fields__)
     single = {"model": ModelConfig, **SETTINGS}
     classes: list[Any] = [single[group]] if group in single else [*registry.choices(group).values()]
     known = {key for cls in classes if cls.__name__ == class_name for key in cls.__dataclass_fields__}
