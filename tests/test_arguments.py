@@ -294,3 +294,23 @@ def test_the_probe_measures_once_however_late_it_is(
     monkeypatch.setattr(machine_limit, "_PROBE_SECONDS", -1.0)
     rates = machine_limit.probe(torch.device("cpu"), torch.float32, Checkpoint(llama), tmp_path, NofM(2, 4))
     assert min(rates.matmul, rates.read, rates.write, rates.memory) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--device", "nonsense"], "--device nonsense: must be auto, cpu, cuda or cuda:N"),
+        (["--json", "."], "--json .: is a folder"),
+        (["--limit", "9" * 30], "must fit in 64 bits"),
+        (["--text", "~nobody-of-this-name/x.txt"], "no user of this name"),
+    ],
+)
+def test_ace_eval_checks_its_values_before_any_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    from ace_cli.cli import evaluate
+
+    monkeypatch.setattr(sys, "argv", ["ace-eval", "org/name", "--tasks", "none", "--text", "c4", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main()
+    assert expected in capsys.readouterr().err

@@ -53,7 +53,7 @@ def of_system(fault: OSError) -> AceError:
         except OSError:
             return unwritten(fault)
     if isinstance(fault, FileExistsError):
-        return AceError(f"{fault.filename} is a file, where a folder is needed", "Name another output_dir.")
+        return AceError(f"{fault.filename} is a file, where a folder is needed", "Name another one.")
     return AceError(f"{fault.strerror or fault}: {fault.filename}" if fault.filename else str(fault.strerror or fault))
 
 

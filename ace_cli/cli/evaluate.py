@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.cli.ending import command
-from ace_cli.core.device import Dtype, choose_device, choose_dtype
+from ace_cli.core.device import Dtype, choose_device, choose_dtype, device_faults
 from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
 from ace_cli.core.registry import choices
@@ -69,10 +69,13 @@ def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluatio
     options = TaskOptions(names, arguments.limit, arguments.task_data)
     texts = [_text(name, arguments.seq_len, arguments.max_windows) for name in arguments.text]
     faults = [fault for each in (options, *texts) for fault in unfit("eval", each) or each.faults()]
+    faults += device_faults(arguments.device)
     if not names and not texts:
         faults.append("nothing to measure: give --tasks or --text")
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         faults.append(f"--json {arguments.json}: there is no such folder")
+    if arguments.json and arguments.json.is_dir():
+        faults.append(f"--json {arguments.json}: is a folder; name a file")
     if faults:
         raise AceError("; ".join(dict.fromkeys(faults)))
     return options, texts

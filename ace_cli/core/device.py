@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,13 @@ class Dtype(Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+def device_faults(name: str) -> list[str]:
+    """What is wrong with the name of a device, one line; whether this machine has it is for ``choose_device``."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        return []
+    return [f"device={name}: must be auto, cpu, cuda or cuda:N"]
 
 
 def choose_device(name: str) -> torch.device:

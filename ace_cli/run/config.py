@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ace_cli.core import registry
-from ace_cli.core.device import Dtype
+from ace_cli.core.device import Dtype, device_faults
 from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.core.stage import Stage
 from ace_cli.data.calibration import Calibration
@@ -201,8 +201,7 @@ def _faults(parts: Any) -> list[str]:
         faults += getattr(parts, name).faults()
     if parts.gate.max_ppl_ratio is not None and isinstance(parts.eval, NoEvaluation):
         faults.append("gate.max_ppl_ratio needs a perplexity, eval=none measures none: choose an eval")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", parts.device):
-        faults.append(f"device={parts.device}: must be auto, cpu, cuda or cuda:N")
+    faults += device_faults(parts.device)
     if parts.memory_gb is not None and not parts.memory_gb > 0:
         faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
     if parts.pack not in (True, False, "zstd"):
