@@ -66,6 +66,20 @@ def test_windows_are_split_into_batches_of_bounded_tokens(llama: Path, monkeypat
     assert len(list(open_streamed(llama).batches(windows))) == 7
 
 
+def test_between_two_batches_gradients_are_as_the_caller_has_them(llama: Path) -> None:
+    """Blocks may be trained on what comes out: nothing of it was made in inference mode, and none is left on."""
+    model = open_streamed(llama)
+    for batches in (
+        model.batches(torch.ones(4, 8, dtype=torch.int64), tokens=16),
+        model.embedded([torch.ones(2, 8).long()]),
+    ):
+        for batch in batches:
+            assert not torch.is_inference_mode_enabled()
+            assert torch.is_grad_enabled()
+            assert not batch.hidden_BLH.is_inference()
+            assert not any(value.is_inference() for value in batch.calls[0].kwargs.values() if torch.is_tensor(value))
+
+
 def test_equal_masks_and_tables_are_kept_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Gemma2 builds a float mask per batch: without sharing, memory grows with the number of batches."""
     monkeypatch.setattr(streamed, "BATCH_TOKENS", 20)
