@@ -115,7 +115,6 @@ SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gat
 
 def store_schemas() -> None:
     """Make every registered choice, and the schema of the whole, known to Hydra."""
-    OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)  # for folders that Hydra makes
     store = ConfigStore.instance()
     store.store(group="schema", name="prune", node=Schema, package="_global_")
     for group in registry.PACKAGES:
@@ -364,6 +363,8 @@ def _not_a_group(file: str, class_name: str, value: str) -> AceError:
 
 
 CONFIGURATION_ERRORS = (HydraException, OmegaConfBaseException)
+# Of the folder that Hydra makes for a sweep; here, as a launcher's process that composes nothing reads its name, too.
+OmegaConf.register_new_resolver("home", os.path.expanduser, replace=True)
 
 
 def offered(group: str) -> list[str]:
