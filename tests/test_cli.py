@@ -340,5 +340,19 @@ def test_what_ctrl_c_leaves_is_said(
     assert_one_line(done, said)
 
 
+def test_ctrl_c_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    program = """
+import os, signal
+from ace_cli.cli.ending import stopping_at_once
+with stopping_at_once("ace-prune"):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException as fault:  # what a library makes of it in the middle of its own import
+        raise RecursionError from fault
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert_one_line(done, "Interrupted. Nothing was begun.")
+
+
 def stopped(*_: object, **__: object) -> None:
     raise KeyboardInterrupt

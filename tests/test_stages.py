@@ -67,3 +67,14 @@ def test_a_folder_of_others_is_left_alone(source: Path, tmp_path: Path) -> None:
     with pytest.raises(AceError, match="not made by ace-prune"):
         run_stage(Shout(), source, "a", tmp_path, Terminal().progress)
     assert (tmp_path / "shouted" / "mine").exists()
+
+
+@pytest.mark.parametrize("place", ["shouted", "shouted.partial"])
+def test_a_file_of_others_in_a_stage_s_folder_stays(source: Path, tmp_path: Path, place: str) -> None:
+    run_stage(Shout(), source, "a", tmp_path, Terminal().progress)
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / "mine").write_text("mine")
+    with pytest.raises(AceError, match="not written by ace-prune"):
+        run_stage(Shout("?"), source, "a", tmp_path, Terminal().progress)
+    assert (tmp_path / place / "mine").read_text() == "mine"
+    assert (tmp_path / "shouted" / "text").read_text() == "HELLO!"

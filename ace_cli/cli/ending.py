@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
 
@@ -37,6 +41,27 @@ def command(program: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
         return start
 
     return make
+
+
+@contextmanager
+def stopping_at_once(program: str) -> Iterator[None]:
+    """While large libraries are imported: Ctrl-C ends the process, in one line. Nothing is lost: nothing was begun.
+
+    An exception in the middle of their imports leaves them in pieces, and comes out as anything.
+    """
+
+    def stop(*_: object) -> None:
+        print(f"{program}: Interrupted. Nothing was begun.", file=sys.stderr, flush=True)
+        os._exit(MEND)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def mend(program: str, fault: AceError) -> int:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.cli.ending import command
+from ace_cli.cli.ending import command, stopping_at_once
 from ace_cli.core.device import Dtype, choose_device, choose_dtype, device_faults
 from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
@@ -104,7 +104,7 @@ def _evaluate(
     arguments: argparse.Namespace, models: dict[str, Any], options: TaskOptions, texts: list[Evaluation]
 ) -> facts.Comparison:
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    with lasting():
+    with lasting(), stopping_at_once("ace-eval"):
         import dataclasses
         import json
 

@@ -15,7 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed, config_folders, for_hydra
-from ace_cli.cli.ending import MEND, command, mend, of_system
+from ace_cli.cli.ending import MEND, command, mend, of_system, stopping_at_once
 from ace_cli.core.errors import AceError, BusyError, first_line
 from ace_cli.core.memory import lasting
 from ace_cli.evaluation.dense import DenseCache
@@ -109,7 +109,8 @@ def _job(
 
 
 def _kept(config: RunConfig) -> Report | None:
-    from ace_cli.run.finished import finished  # imports torch, in the end
+    with lasting(), stopping_at_once("ace-prune"):
+        from ace_cli.run.finished import finished  # imports torch, in the end
 
     report = finished(config)
     if report is not None:
@@ -119,7 +120,7 @@ def _kept(config: RunConfig) -> Report | None:
 
 def _run(config: RunConfig, dense_cache: DenseCache) -> Report | None:
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
-    with lasting():
+    with lasting(), stopping_at_once("ace-prune"):
         from ace_cli.report.terminal import Terminal
         from ace_cli.run.pipeline import run
 
