@@ -42,7 +42,7 @@ def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
     seconds = time.perf_counter() - start
     assert done.returncode == 0
     for text in (
-        "metric: ace, cosp, magnitude, ria, ria_varp, sparsegpt, varp, wanda",
+        "metric: ace, cfsp, cosp, flap, magnitude, ria, ria_varp, sparsegpt, varp, wanda",
         "smollm2",
         "sparsity",
         "Exit codes",

@@ -61,7 +61,7 @@ def written(source: Path, out: Path, **changes: torch.Tensor) -> Path:
     for name, tensor in changes.items():
         writer.write(name, tensor)
     writer.finish()
-    write_index(checkpoint, out)
+    write_index(checkpoint.tensors, out)
     copy_other_files(source, out)
     return out
 

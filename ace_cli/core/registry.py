@@ -19,6 +19,7 @@ PACKAGES = {
     "allocation": "ace_cli.methods.allocation",
     "repair": "ace_cli.methods.repair",
     "recover": "ace_cli.recovery",
+    "unit": "ace_cli.pruning.units",
     "calib": "ace_cli.data.calibration",
     "eval": "ace_cli.evaluation",
     "tracker": "ace_cli.report.trackers",
@@ -26,15 +27,20 @@ PACKAGES = {
 #: What is found the same way, but is a choice of several groups at once: a text source is one of calib and of eval.
 SHARED = {"source": "ace_cli.data.sources"}
 _choices: dict[str, dict[str, type]] = {group: {} for group in [*PACKAGES, *SHARED]}
+_brought: dict[tuple[str, str], dict[str, str]] = {}
 
 
-def register(group: str, name: str) -> Callable[[type[T]], type[T]]:
-    """Offer a dataclass as ``group=name`` on the command line; its fields become ``group.field=...``."""
+def register(group: str, name: str, **brings: str) -> Callable[[type[T]], type[T]]:
+    """Offer a dataclass as ``group=name`` on the command line; its fields become ``group.field=...``.
+
+    ``brings``: choices of other groups that come with it where the user does not say.
+    """
 
     def record(cls: type[T]) -> type[T]:
         if _choices[group].get(name, cls) is not cls:
             raise ValueError(f"{group}={name} is registered twice")
         _choices[group][name] = cls
+        _brought[group, name] = brings
         return cls
 
     return record
@@ -46,6 +52,11 @@ def choices(group: str) -> dict[str, type]:
     for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
         importlib.import_module(f"{package.__name__}.{module.name}")
     return dict(sorted(_choices[group].items()))
+
+
+def brought(group: str, name: str) -> dict[str, str]:
+    """What a choice brings: other group -> its choice."""
+    return _brought[group, name]
 
 
 def name_of(group: str, choice: object) -> str:

@@ -65,10 +65,13 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
     """
     from ace_cli.model.auto import auto_class
     from ace_cli.model.configuration import transformers_config
+    from ace_cli.model.uneven import class_of, shapes_of
 
     config = transformers_config(checkpoint.folder)
     auto, folder = auto_class(config), checkpoint.folder
     try:
+        if shapes_of(config):
+            return class_of(config).from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
         model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         return model.to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise

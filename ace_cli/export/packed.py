@@ -49,7 +49,7 @@ class Pack(Stage):
     def run(self, source: Path, target: Path, progress: Progress) -> dict[str, Any]:
         checkpoint = Checkpoint(source)
         with progress("packing", len(checkpoint.tensors)) as step:
-            for file, entries in shard_plan(checkpoint).items():
+            for file, entries in shard_plan(checkpoint.tensors).items():
                 name = file.replace("model", "packed", 1)
                 _write_shard(checkpoint, entries, target / name, self.zstd, step)
         _write_rest(checkpoint, target)

@@ -239,29 +239,31 @@ class Checkpoint:
 class CheckpointWriter:
     """Writes a copy of a checkpoint with some tensors replaced, in any order, into ``folder``.
 
-    Tensors keep their names, shapes and dtypes; shards hold at most 5 GB. Memory is one tensor. A folder begun by an
-    earlier writer of the same source is continued: its files are left as they are.
+    Tensors keep their names and dtypes, and their shapes unless ``entries`` has others; shards hold at most 5 GB.
+    Memory is one tensor. A folder begun by an earlier writer of the same source is continued: its files are left as
+    they are.
     """
 
-    def __init__(self, source: Checkpoint, folder: Path) -> None:
+    def __init__(self, source: Checkpoint, folder: Path, entries: Mapping[str, TensorEntry] | None = None) -> None:
         self.source = source
+        self.entries = source.tensors if entries is None else entries
         self.folder = folder
-        self.left = set(source.tensors)
+        self.left = set(self.entries)
         #: Tensor -> the hash of the bytes that were written for it.
         self.digests: dict[str, str] = {}
         #: False if a file had to be begun: whatever an earlier writer put there is gone.
         self.continued = True
         self._place: dict[str, tuple[Path, int]] = {}
-        for file, entries in shard_plan(source).items():
-            self._begin(folder / file, entries)
+        for file, shard in shard_plan(self.entries).items():
+            self._begin(folder / file, shard)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Store ``tensor`` (on the CPU, in the stored dtype) as ``name``."""
         import torch
 
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        if len(raw) != self.source.tensors[name].nbytes:
-            raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.source.tensors[name].nbytes}")
+        if len(raw) != self.entries[name].nbytes:
+            raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.entries[name].nbytes}")
         disk.write(*self._place[name], raw, self.source.around_cache)
         self.digests[name] = xxhash.xxh3_64_hexdigest(raw)
         self.left.discard(name)
@@ -269,6 +271,8 @@ class CheckpointWriter:
     def copy(self, names: Iterable[str]) -> None:
         """Copy the stored bytes of ``names`` as they are, without decoding."""
         for name in names:
+            if self.source.tensors[name].nbytes != self.entries[name].nbytes:
+                raise ValueError(f"{name}: to be stored smaller than it is")
             target, start = self._place[name]
             found = xxhash.xxh3_64()
             for piece in self.source.pieces(name):
@@ -325,10 +329,10 @@ def _reserve(file: Path, start: bytes, size: int) -> None:
         stream.truncate(size)
 
 
-def shard_plan(source: Checkpoint) -> dict[str, list[TensorEntry]]:
+def shard_plan(tensors: Mapping[str, TensorEntry]) -> dict[str, list[TensorEntry]]:
     """File name -> its tensors; in the source's order, a new shard where 5 GB would be passed."""
     shards: list[list[TensorEntry]] = [[]]
-    for entry in sorted(source.tensors.values(), key=lambda e: (str(e.file), e.start)):
+    for entry in sorted(tensors.values(), key=lambda e: (str(e.file), e.start)):
         if shards[-1] and sum(e.nbytes for e in shards[-1]) + entry.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(entry)
@@ -378,12 +382,12 @@ def _changed(file: Path) -> TransientError:
     )
 
 
-def write_index(source: Checkpoint, folder: Path) -> None:
-    """The index that several shards need; none for one file."""
-    plan = shard_plan(source)
+def write_index(tensors: Mapping[str, TensorEntry], folder: Path) -> None:
+    """The index that several shards of ``tensors`` need; none for one file."""
+    plan = shard_plan(tensors)
     if len(plan) > 1:
         index = {
-            "metadata": {"total_size": source.nbytes},
+            "metadata": {"total_size": sum(entry.nbytes for entry in tensors.values())},
             "weight_map": {entry.name: file for file, entries in plan.items() for entry in entries},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -111,14 +111,14 @@ class LinkFinder:
         self._short = next(iter([*model.batches(ids_N[: 2 * _LENGTH].view(2, _LENGTH))]))
         self._known: dict[tuple[Any, ...], list[Link]] = {}
 
-    def links(self, index: int) -> list[Link]:
-        """The proven links of loaded block ``index``. Call inside inference mode."""
+    def links(self, index: int, wanted: Callable[[Link], bool] = lambda _: True) -> list[Link]:
+        """The proven links of loaded block ``index``, of those ``wanted``. Call inside inference mode."""
         block = self._model.blocks[index]
         slots = _by_module(block)
         kind = (type(block.module), *((name, slot.shape) for name, slot in slots.items()))
         if kind not in self._known:
             self._known[kind] = self._find(index, slots)
-        return [link for link in self._known[kind] if self._preserves(index, link, slots)]
+        return [link for link in self._known[kind] if wanted(link) and self._preserves(index, link, slots)]
 
     def _find(self, index: int, slots: dict[str, Slot]) -> list[Link]:
         links = []

@@ -154,7 +154,7 @@ def unpack_folder(source: Path, target: Path) -> None:
     for name in packed.tensors:
         writer.write(name, packed.read(name))
     writer.finish()
-    write_index(packed, target)
+    write_index(packed.tensors, target)
     copy_other_files(source, target)
     for name in (PACKED, "README.md", RECORD):
         (target / name).unlink(missing_ok=True)

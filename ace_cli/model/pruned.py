@@ -22,8 +22,9 @@ from ace_cli.core.typed_json import typed
 from ace_cli.kernels.selection import loops_for
 from ace_cli.kernels.threads import LARGEST_PIECE
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
-from ace_cli.model.files import Checkpoint, shard_plan, write_index
+from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan, write_index
 from ace_cli.model.folder import INDEX, copy_other_files, other_files
+from ace_cli.model.header import TensorEntry
 from ace_cli.model.packed import open_folder
 from ace_cli.model.slots import Slot, View
 
@@ -35,6 +36,19 @@ MANIFEST = "pruning.json"
 RECOVERED = "recovery"
 
 
+@dataclass(frozen=True)
+class Smaller:
+    """Beside the weights of a model that got smaller: the tensors' entries, config.json, what its "pruning" entry adds,
+    other files by name, and what pruning.json tells of every cut.
+    """
+
+    entries: Mapping[str, TensorEntry]
+    config: Mapping[str, Any]
+    noted: Mapping[str, Any]
+    files: Mapping[str, str]
+    manifest: list[dict[str, Any]]
+
+
 def write_metadata(
     source: Checkpoint,
     folder: Path,
@@ -42,26 +56,32 @@ def write_metadata(
     slots: Iterable[dict[str, Any]],
     card: str,
     identity: str = "",
+    cut: Smaller | None = None,
 ) -> None:
     """Everything but the weights: configuration, tokenizer, index, manifest and model card.
 
-    ``identity`` tells the run that made it from any other.
+    ``identity`` tells the run that made it from any other. ``cut``: what else a model that got smaller needs.
     """
-    write_index(source, folder)
+    write_index(source.tensors if cut is None else cut.entries, folder)
     copy_other_files(source.folder, folder)
-    config = {**source.config(), "pruning": summary}
+    config = {**(source.config() if cut is None else cut.config), "pruning": summary}
+    if cut is not None:
+        config["pruning"] = {**summary, **cut.noted}
+        for name, text in cut.files.items():
+            (folder / name).write_text(text, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    files = checkpoint_files(source)
+    files = checkpoint_files(source, cut)
     manifest = {"schema_version": 1, "identity": identity, **summary, "slots": list(slots), "files": files}
+    manifest |= {"cuts": cut.manifest} if cut is not None else {}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def checkpoint_files(source: Checkpoint) -> list[str]:
+def checkpoint_files(source: Checkpoint, cut: Smaller | None = None) -> list[str]:
     """Everything that is written into the folder of a pruned ``source``, weights and all, by the paths in it."""
-    shards = shard_plan(source)
-    index = [INDEX] if len(shards) > 1 else []
-    return sorted({*shards, *index, *other_files(source.folder), "config.json", MANIFEST, "README.md"})
+    shards = shard_plan(source.tensors if cut is None else cut.entries)
+    index, code = [INDEX] if len(shards) > 1 else [], [] if cut is None else cut.files
+    return sorted({*shards, *index, *code, *other_files(source.folder), "config.json", MANIFEST, "README.md"})
 
 
 @dataclass(frozen=True)
@@ -91,12 +111,33 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class CutTensor:
+    """A tensor that got smaller, as it was written."""
+
+    shape: list[int]
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class CutEntry:
+    """The units of one weight: ``kept`` are those that stay of ``units``; it has ``fewer`` weights than it had."""
+
+    name: str
+    units: int
+    pattern: str
+    fewer: int
+    kept: list[int]
+    tensors: dict[str, CutTensor]
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What pruning.json tells. ``files`` are all that were written with it; None where an older version wrote it."""
 
     identity: str
     slots: dict[str, Entry]
     files: list[str] | None
+    cuts: list[CutEntry]
 
     def weights(self) -> dict[str, Pruned]:
         """Name -> where the weight lies and what it must look like."""
@@ -115,10 +156,11 @@ def read_manifest(folder: Path) -> Manifest:
             except (ValueError, ArithmeticError, AceError) as fault:
                 raise ValueError(f"slots[{place}]: {first_line(fault)}") from None
         by_name = {entry.name: entry for entry in slots}
-        if not slots or len(by_name) < len(slots):
+        cuts = typed(list[CutEntry], found.get("cuts", []), "cuts")
+        if not (slots or cuts) or len(by_name) < len(slots):
             raise ValueError("it lists a weight twice" if slots else "it lists no pruned weight")
         files = typed(list[str], found["files"], "files") if "files" in found else None
-        return Manifest(typed(str, found.get("identity"), "identity"), by_name, files)
+        return Manifest(typed(str, found.get("identity"), "identity"), by_name, files, cuts)
     except ValueError as fault:
         raise AceError(f"{file} is no list of pruned weights: {fault}.", hint) from None
 
@@ -235,7 +277,20 @@ def verify(folder: Path) -> int:
     for name, zeros in count_zeros(checkpoint, pruned).items():
         if zeros != manifest.slots[name].zeros:
             raise Violation(f"{name}: {zeros:,} zeros, {manifest.slots[name].zeros:,} were written")
-    return len(pruned)
+    check_cuts(checkpoint, manifest.cuts)
+    return len(pruned) + len(manifest.cuts)
+
+
+def check_cuts(checkpoint: Checkpoint, cuts: Iterable[CutEntry]) -> None:
+    """Re-read tensors that got smaller. Raises Violation at the first whose shape or bytes are not as written."""
+    for key, written in ((key, written) for cut in cuts for key, written in cut.tensors.items()):
+        if key not in checkpoint.tensors:
+            raise Violation(f"{key}: not in the checkpoint")
+        shape = list(checkpoint.tensors[key].shape)
+        if shape != written.shape:
+            raise Violation(f"{key}: shape {shape}, cut to {written.shape}")
+        if hash_of_tensor(checkpoint.read(key)) != written.xxh3:
+            raise Violation(f"{key}: not the bytes that were written")
 
 
 def _shape(checkpoint: Checkpoint, weight: Pruned) -> tuple[int, ...] | None:

@@ -8,9 +8,9 @@ logits, so no family needs code of its own.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Container, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from ace_cli.model.mapping import Conversion, Mapping
 from ace_cli.model.slots import Left, Part, Slot, SlotFilter, View, find_slots
 from ace_cli.model.ties import resolved, same_values
 from ace_cli.model.transformers_api import block_classes, kept_in_float32, tied_weights
+from ace_cli.model.uneven import resize, shapes_of
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
 #: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
@@ -128,6 +129,15 @@ class StreamedModel:
         """The same model with its weights read from another checkpoint of the same names."""
         other = copy.copy(self)
         other.checkpoint = checkpoint
+        return other
+
+    def watching(self, names: Container[str]) -> StreamedModel:
+        """The same model, of whose weights only those of these names are slots."""
+        other = copy.copy(self)
+        other.blocks = [
+            replace(block, slots=[slot for slot in block.slots if slot.name in names], experts=[])
+            for block in self.blocks
+        ]
         return other
 
     @property
@@ -431,17 +441,22 @@ def _build_skeleton(checkpoint: Checkpoint) -> Any:
         raise AceError(f"{checkpoint.folder} is quantised ({method}).", "Prune the 16-bit original, then quantise.")
     check_config(checkpoint.folder, checkpoint.tensors)
     # in float32, or tables of positions lose their digits
-    return _built(checkpoint, torch.float32).eval()
+    return skeleton_of(checkpoint).eval()
 
 
-def _built(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model as its class makes it for ``dtype``, its parameters on the meta device."""
+def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> Any:
+    """The model that transformers builds from the folder's config.json for ``dtype``, its parameters on meta.
+
+    Layers of widths of their own get them. Raises AceError for a configuration that its class cannot follow.
+    """
     from accelerate import init_empty_weights
 
     config = transformers_config(checkpoint.folder)
     try:
         with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta(len(checkpoint.tensors)):
-            return auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+            model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
+            resize(model, shapes_of(config))
+            return model
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         raise not_understood(checkpoint.folder, fault) from fault
 
@@ -455,7 +470,9 @@ def _kept_in_float32(checkpoint: Checkpoint, skeleton: Any, dtype: torch.dtype) 
         return lambda _: False
     named = kept_in_float32(skeleton, dtype)
     with torch.device("meta"):  # a second model, but of names alone: the first one was made in float32
-        made = {name for name, value in _built(checkpoint, dtype).state_dict().items() if value.dtype == torch.float32}
+        made = {
+            name for name, value in skeleton_of(checkpoint, dtype).state_dict().items() if value.dtype == torch.float32
+        }
     return lambda name: name in made or named(name)
 
 

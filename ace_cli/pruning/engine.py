@@ -32,6 +32,7 @@ from ace_cli.pruning.orders import order_of
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.slot_pruner import SlotPruner
+from ace_cli.pruning.unit_pruner import UnitPruner
 
 
 def prune(
@@ -75,7 +76,8 @@ def prune(
                 with clock("permute"):
                     links = finder.links(index) if finder is not None else []
                 finite = FiniteChecks(model.device)
-                pruner = SlotPruner(model, block, recipe, clock, finite, links)
+                kind = SlotPruner if recipe.cutting is None else UnitPruner
+                pruner = kind(model, block, recipe, clock, finite, links)
                 with clock("compare"):
                     comparison.before(index, batches)
                 if recovering is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ace_cli.pruning.diagnostics import ActivationFacts, OutputChange
 from ace_cli.recovery.base import RecoveryFacts
@@ -12,7 +12,8 @@ from ace_cli.recovery.base import RecoveryFacts
 class SlotFacts:
     """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took.
 
-    ``routed``: of an expert, how many of the calibration tokens the model sends to it.
+    ``routed``: of an expert, how many of the calibration tokens the model sends to it. Of a weight whose units were
+    cut, ``kept`` are those that stay and ``digests`` the hash of every tensor that got smaller, by name.
     """
 
     name: str
@@ -24,6 +25,8 @@ class SlotFacts:
     seconds: float
     routed: int | None = None
     activations: ActivationFacts | None = None
+    kept: list[int] | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.repair.base import Repair
     from ace_cli.methods.statistics import Statistic
+    from ace_cli.pruning.cutting import Cutting
 
 
 class Propagate(Enum):
@@ -45,6 +46,7 @@ class Recipe:
     all_experts: bool = False
     min_tokens: int = 1
     observed_tokens: int = 0  # of each slot's inputs, for the report alone
+    cutting: Cutting | None = None  # units that are cut out, instead of weights that become zeros
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +15,19 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
 from ace_cli.kernels.finite_checks import check_finite
 from ace_cli.methods.allocation.base import Allocation
-from ace_cli.methods.statistics import Seen
+from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
+
+
+@dataclass(frozen=True)
+class UnitScores:
+    """``score`` gives the scores (U,) of the units of a loaded block from what its slots have seen, with ``needs``."""
+
+    needs: tuple[Statistic, ...]
+    score: Callable[[Block, Mapping[str, Seen]], Tensor]
 
 
 def survey(
@@ -25,8 +35,11 @@ def survey(
     batches: list[Batch],
     allocation: Allocation,
     on_block: Callable[[int], None] = lambda _: None,
-) -> list[float]:
+    units: UnitScores | None = None,
+) -> list[Any]:
     """``allocation``'s measure of every block, dense weights and dense inputs; 0 for a block without slots.
+
+    ``units``: how a block's units are scored, for a rule about units.
 
     Leaves ``batches`` as they are; runs no block at all where the allocation needs no inputs. ``on_block`` is called
     with the index of each finished block. Raises AceError when a weight, an activation or a measure is not finite, or
@@ -37,23 +50,35 @@ def survey(
     with torch.inference_mode():
         for index, block in enumerate(model.blocks):
             with model.loaded(block):
-                seen = _observe(model, index, batches, allocation)
-                measures.append(_measure(block, seen, allocation) if block.slots else 0.0)
+                before = [batch.hidden_BLH for batch in batches]
+                seen = _observe(
+                    model, index, batches, units.needs if units else allocation.needs(), allocation.of_states
+                )
+                if allocation.of_states:
+                    measure = allocation.measure_states(before, [batch.hidden_BLH for batch in batches])
+                    measures.append(_checked(block, measure))
+                elif units is not None and block.slots:
+                    measures.append(allocation.measure_units(units.score(block, seen)))
+                else:
+                    measures.append(_measure(block, seen, allocation) if block.slots else 0.0)
+                del before
             trimmer()
             on_block(index)
     return measures
 
 
-def _observe(model: StreamedModel, index: int, batches: list[Batch], allocation: Allocation) -> dict[str, Seen]:
-    """What the block's slots see, while the hidden states move on."""
+def _observe(
+    model: StreamedModel, index: int, batches: list[Batch], needs: tuple[Statistic, ...], states: bool
+) -> dict[str, Seen]:
+    """What the block's slots see, while the hidden states move on; they do so if anything, or ``states``, is needed."""
     block = model.blocks[index]
-    observer = Observer({slot.name: Seen(allocation.needs()) for slot in block.layers})
+    observer = Observer({slot.name: Seen(needs) for slot in block.layers})
     calls: dict[int, list[ExpertCall]] = {}
 
     def watch(slot: Slot, x: Tensor, y: Tensor) -> None:
         observer.update(slot, x, lambda: y)
 
-    if allocation.needs():
+    if needs or states:
         with (
             hooked(block.layers, watch, before=False),
             reached(block.experts, lambda experts, call: calls.setdefault(id(experts), []).append(call)),
@@ -66,7 +91,7 @@ def _observe(model: StreamedModel, index: int, batches: list[Batch], allocation:
         for expert in range(experts.count):
             slots = [slot for stage in experts.stages(expert) for slot in stage]
             idle = not experts.tokens(calls.get(id(experts), []), expert)  # seen on all tokens rather than on none
-            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, allocation.needs())
+            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, needs)
     return seen
 
 
@@ -80,6 +105,10 @@ def _measure(block: Block, seen: dict[str, Seen], allocation: Allocation) -> flo
     measure = allocation.measure(
         [slot.weight_OI.float() for slot in block.slots], [seen[slot.name] for slot in block.slots]
     )
+    return _checked(block, measure)
+
+
+def _checked(block: Block, measure: float) -> float:
     if not math.isfinite(measure):
         raise AceError(f"The allocation finds no number for {block.name} (got {measure}).", "Use allocation=uniform.")
     return measure

@@ -30,10 +30,15 @@ def model_card(base: str, on_hub: bool, command: str, summary: Mapping[str, Any]
     data["tags"] = list(dict.fromkeys([*(tags if isinstance(tags, list) else [tags]), *own]))
     head = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
     facts = table(["", ""], [[name, str(value)] for name, value in summary.items() if name != "targets"])
+    return f"---\n{head}---\n\n# {base}, pruned\n\n{_loading(summary)}\n\n{facts}\n\nMade by\n\n```\n{command}\n```\n"
+
+
+def _loading(summary: Mapping[str, Any]) -> str:
+    if summary.get("unit", "weight") == "weight":
+        return "A standard dense Transformers checkpoint with zeroed weights: load it as any other."
     return (
-        f"---\n{head}---\n\n# {base}, pruned\n\n"
-        f"A standard dense Transformers checkpoint with zeroed weights: load it as any other.\n\n{facts}\n\n"
-        f"Made by\n\n```\n{command}\n```\n"
+        "A smaller dense Transformers checkpoint: load it as any other, but with trust_remote_code=True if there is a "
+        "modeling_pruned.py beside it."
     )
 
 

@@ -96,12 +96,22 @@ class Sparsity:
     """Fractions of zeros: asked for, found in the pruned weights, found in the whole model.
 
     ``dense``: found in the same weights before they were pruned.
+    Of a model that got smaller: the share of units asked for, and twice the share of its parameters that is gone.
     """
 
     requested: str
     achieved: float
     model: float
     dense: float = 0.0
+
+
+@dataclass
+class Size:
+    """Of a model that got smaller. ``parameters``: "dense", "pruned"; ``stay``: weight that reads units -> how many."""
+
+    unit: str
+    parameters: dict[str, int]
+    stay: dict[str, int]
 
 
 @dataclass
@@ -240,6 +250,7 @@ class Report:
     speed: Speed | None = None
     #: Of a training of the whole model: its error on held-out windows "before" and "after"; "epochs" that were kept.
     recovery: dict[str, Any] | None = None
+    size: Size | None = None
     schema_version: int = SCHEMA_VERSION
 
 

@@ -37,6 +37,20 @@ def perplexity_rows(report: Report) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def share_name(report: Report) -> str:
+    """What the share in ``perplexity_rows`` is of."""
+    return "zeros in pruned weights" if report.size is None else "parameters fewer"
+
+
+def size_line(report: Report) -> str:
+    """What the checkpoint is good for, by itself."""
+    if report.size is None:
+        return "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself."
+    dense, pruned = report.size.parameters["dense"], report.size.parameters["pruned"]
+    what = f"{report.size.unit.capitalize()}s were cut out"
+    return f"{what}: {dense:,} -> {pruned:,} parameters; the checkpoint is smaller and faster as it is."
+
+
 def protocol_line(report: Report) -> str:
     """The perplexity protocol in one sentence."""
     protocol = report.perplexity.protocol
@@ -142,14 +156,14 @@ def render(report: Report) -> str:
     parts = [
         f"# {report.method['metric']} {report.sparsity.requested}: {report.model['path']}",
         f"```\n{report.command}\n```",
-        table(["model", "perplexity", "ratio", "zeros in pruned weights", "on disk"], perplexity_rows(report)),
+        table(["model", "perplexity", "ratio", share_name(report), "on disk"], perplexity_rows(report)),
         protocol_line(report),
         windows_line(report),
         recovery_line(report),
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         *([table(SPEED_HEAD, speed_rows(report.speed)), *speed_lines(report.speed)] if report.speed else []),
-        "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself.",
+        size_line(report),
         *stage_lines(report),
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",

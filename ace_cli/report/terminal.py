@@ -20,6 +20,7 @@ from ace_cli.report.markdown import (
     perplexity_rows,
     protocol_line,
     recovery_line,
+    share_name,
     stage_lines,
     windows_line,
 )
@@ -84,6 +85,7 @@ class Terminal:
             "calibration": calibration,
             "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in "
             f"{len(plan.shapes)} matrices ({plan.coverage:.1%} of the blocks' weights)",
+            **({"cuts": _cut_line(plan)} if plan.cut else {}),
             "computes": f"on {plan.device} in {plan.dtype}",
             "needs": f"{gigabytes(plan.host_bytes)} memory"
             + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
@@ -92,6 +94,8 @@ class Terminal:
         }
         if limit.rates.busy:
             rows["machine"] = "busy: the same product took up to " + f"{limit.rates.spread:.1f} times as long"
+        if plan.cut:
+            rows.pop("prunes")
         if plan.copied:
             rows["copies"] = "; ".join(plan.copied)
         if plan.spills(plan.tokens):
@@ -151,7 +155,7 @@ class Terminal:
     def result(self, report: Report) -> None:
         """The table and the warnings."""
         table = Table(title_justify="left")
-        for name in ("model", "perplexity", "ratio", "zeros in pruned weights", "on disk"):
+        for name in ("model", "perplexity", "ratio", share_name(report), "on disk"):
             table.add_column(name, justify="left" if name == "model" else "right")
         for row in perplexity_rows(report):
             table.add_row(*row)
@@ -181,6 +185,14 @@ def quiet_libraries() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def _cut_line(plan: Plan) -> str:
+    before, after, share = plan.parameters, plan.parameters_left, 1 - plan.parameters_left / plan.parameters
+    return (
+        f"{plan.cut}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} M parameters ({share:.1%} fewer), "
+        f"{gigabytes(plan.bytes_source)} -> {gigabytes(plan.bytes_left)}"
+    )
 
 
 def _limit(report: Report) -> str:

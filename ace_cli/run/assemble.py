@@ -54,7 +54,9 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
     """The report of a run whose checkpoint is in place."""
     config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
-    zeros = {name: entry.zeros for name, entry in read_manifest(work.final).slots.items()}
+    manifest = read_manifest(work.final)
+    zeros = {name: entry.zeros for name, entry in manifest.slots.items()}
+    zeros |= {cut.name: cut.fewer for cut in manifest.cuts}  # what is no longer there
     pruned = sum(zeros.values())
     dense = sum(slot.diagnosis.get("zeros_before", 0) for slot in slots) / plan.slot_weights
     seconds = _seconds(run)
@@ -69,7 +71,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         model=_model(config, model, plan),
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
-        sparsity=facts.Sparsity(str(config.pattern), pruned / plan.slot_weights, pruned / plan.parameters, dense),
+        sparsity=_sparsity(run, pruned, dense),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
@@ -89,7 +91,22 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         speed=measured.speed,
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
+        size=_size(run) if run.cutting is not None else None,
     )
+
+
+def _sparsity(run: RunContext, zeros: int, dense: float) -> facts.Sparsity:
+    """Shares of zeros; of a model that got smaller, the share of its parameters that is gone."""
+    if run.cutting is not None:
+        gone = 1 - _size(run).parameters["pruned"] / run.plan.parameters
+        return facts.Sparsity(run.config.requested, gone, gone)
+    return facts.Sparsity(run.config.requested, zeros / run.plan.slot_weights, zeros / run.plan.parameters, dense)
+
+
+def _size(run: RunContext) -> facts.Size:
+    assert run.cutting is not None
+    left = sum(entry.numel for entry in run.cutting.cut().entries(run.model.checkpoint).values())
+    return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
 
 
 def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Protocol:
@@ -132,7 +149,8 @@ def _method(config: RunConfig, plan: Plan) -> dict[str, Any]:
         choice = getattr(config, group)
         choices |= {group: name_of(group, choice), f"{group}_options": _options(choice)}
     return {
-        **choices, "pattern": str(config.pattern),
+        **choices, "unit": name_of("unit", config.unit), "unit_options": _options(config.unit),
+        "pattern": config.requested,
         "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
         "propagate": config.propagate.value, "permute": config.permute.value,
         "device": plan.device, "dtype": plan.dtype,
@@ -172,7 +190,8 @@ def _timeline(phases: Phases) -> facts.Timeline:
 
 def _slot(slot: SlotFacts, zeros: int) -> dict[str, Any]:
     sparsity = zeros / (slot.shape[0] * slot.shape[1])
-    return {**dataclasses.asdict(slot), "zeros": zeros, "sparsity": sparsity, "like_magnitude": _like_magnitude(slot)}
+    known = dataclasses.asdict(dataclasses.replace(slot, digests={}))
+    return {**known, "zeros": zeros, "sparsity": sparsity, "like_magnitude": _like_magnitude(slot)}
 
 
 def _like_magnitude(slot: SlotFacts) -> bool:
@@ -280,7 +299,10 @@ def method_line(config: RunConfig) -> str:
     """Metric, pattern, repair, allocation and orders in one line."""
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
     others = [f"{group} {with_options(group, getattr(config, group))}" for group in ("repair", "allocation", "recover")]
-    parts = [with_options("metric", config.metric), f"{config.pattern}{scope}", *others]
+    asked = f"{config.pattern}{scope}"
+    if config.unit.cuts:
+        asked = f"{config.requested} of unit {with_options('unit', config.unit)}"
+    parts = [with_options("metric", config.metric), asked, *others]
     return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
 
 
@@ -306,7 +328,8 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
         "recover": name_of("recover", config.recover),
         "allocation": name_of("allocation", config.allocation),
         "permute": config.permute.value,
-        "pattern": str(config.pattern),
+        "unit": name_of("unit", config.unit),
+        "pattern": config.requested,
         "sparsity": sparsity,
         "base_model": config.model.name,
         "calibration": calibration,

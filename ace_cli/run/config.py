@@ -34,6 +34,7 @@ from ace_cli.methods.repair.base import Repair
 from ace_cli.model.source import ModelConfig
 from ace_cli.pruning.diagnostics import Observe
 from ace_cli.pruning.recipe import Permute, Propagate
+from ace_cli.pruning.units.base import Unit
 from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
 
@@ -47,9 +48,11 @@ class Schema:
     allocation: Any = MISSING
     repair: Any = MISSING
     recover: Any = MISSING
+    unit: Any = MISSING
     calib: Any = MISSING
     eval: Any = MISSING
     sparsity: Any = "0.5"
+    keep: int | None = None
     scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
     permute: Permute = Permute.none
@@ -83,6 +86,8 @@ class RunConfig:
     calib: Calibration
     eval: Evaluation | NoEvaluation
     pattern: Pattern
+    unit: Unit
+    keep: int | None
     propagate: Propagate
     permute: Permute
     include: tuple[str, ...]
@@ -104,6 +109,11 @@ class RunConfig:
     text: str
 
     @property
+    def requested(self) -> str:
+        """What was asked for, in short: a sparsity, or units to keep."""
+        return str(self.pattern) if self.keep is None else f"keep {self.keep}"
+
+    @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
         return any(part.needs() for part in (self.metric, self.repair, self.allocation)) or self.recover.acts
@@ -119,7 +129,13 @@ def store_schemas() -> None:
     store.store(group="schema", name="prune", node=Schema, package="_global_")
     for group in registry.PACKAGES:
         for name, cls in registry.choices(group).items():
-            store.store(group=group, name=name, node=cls)
+            brought = registry.brought(group, name)
+            where = f"schema/{group}" if brought else group
+            store.store(group=where, name=name, node=cls)
+            if brought:
+                others = [{f"override /{other}": choice} for other, choice in brought.items()]
+                node = {"defaults": [f"/{where}/{name}@{group}", "_self_", *others]}
+                store.store(group=group, name=name, node=node, package="_global_")
 
 
 def config_folder() -> Path:
@@ -155,7 +171,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     pattern: Pattern | None = None
     try:
         pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
-        faults += _misfits(parts, pattern)
+        faults += _misfits(parts, pattern) + _misfits_of_unit(parts, pattern)
     except AceError as fault:
         faults.append(str(fault).rstrip("."))
     if faults or pattern is None:
@@ -164,11 +180,13 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         model=parts.model,
         metric=parts.metric,
         allocation=parts.allocation,
-        repair=parts.metric.with_repair(parts.repair),
+        repair=parts.repair if parts.unit.cuts else parts.metric.with_repair(parts.repair),
         recover=parts.recover,
         calib=parts.calib,
         eval=parts.eval,
         pattern=pattern,
+        unit=parts.unit,
+        keep=parts.keep,
         propagate=parts.propagate,
         permute=parts.permute,
         include=_globs(parts.include),
@@ -240,6 +258,39 @@ def _stages(parts: Any) -> tuple[Stage, ...]:
 def _gguf_kind(export: str) -> str:
     """gguf -> stored, gguf:f16 -> f16."""
     return export.partition(":")[2] or "stored"
+
+
+def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
+    """What makes no sense with the unit that is taken out."""
+    unit = registry.name_of("unit", parts.unit)
+    faults = []
+    for refusal in parts.unit.refusals(parts.metric, parts.repair):
+        group, _, reason = refusal.partition(": ")
+        faults.append(
+            f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
+        )
+    if not parts.unit.cuts:
+        if parts.keep is not None:
+            faults.append("keep means nothing for unit=weight: give a sparsity")
+        if parts.allocation.units_only:
+            faults.append(f"allocation={registry.name_of('allocation', parts.allocation)} is for units: unit=channel")
+        return faults
+    if parts.recover.acts:
+        faults.append(f"recover={registry.name_of('recover', parts.recover)} trains single weights: use recover=none")
+    if isinstance(pattern, NofM):
+        faults.append(f"sparsity={pattern} means nothing for unit={unit}: give the share that goes (20%), or keep")
+    elif not pattern.p and parts.keep is None:  # type: ignore[attr-defined]
+        faults.append(f"sparsity={parts.sparsity} takes no {unit}s away")
+    if parts.allocation.surveys and not parts.unit.uneven:
+        name = registry.name_of("allocation", parts.allocation)
+        faults.append(f"allocation={name} gives blocks widths of their own: add unit.uneven=true, or use uniform")
+    if parts.allocation.surveys and parts.keep is not None:
+        faults.append("keep is the same number in every block: with an allocation give a sparsity")
+    reasons = dict.fromkeys(("include", "exclude"), "the weights that make and read units go together")
+    for name, reason in {**reasons, "scope": "units of a block are compared"}.items():
+        if getattr(parts, name) is not None:
+            faults.append(f"{name} means nothing for unit={unit}: {reason}")
+    return faults
 
 
 def _globs(value: Any) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ from ace_cli.evaluation.base import Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot.harness import Tasks
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.cutting import Cutting
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.config import RunConfig
 from ace_cli.run.machine_limit import Limit
@@ -33,7 +34,8 @@ class RunContext:
     """One run under way. ``command`` repeats it; ``dense`` is what this process knows of dense models.
 
     ``phases`` are what a person waits for; ``inner`` is what happens inside pruning, without waiting for a device: what
-    it still computes counts where its result is needed.
+    it still computes counts where its result is needed. ``cutting``: the units that are taken out; then ``model`` has
+    the weights that read them as its only slots.
     """
 
     config: RunConfig
@@ -45,6 +47,7 @@ class RunContext:
     plan: Plan
     limit: Limit
     texts: Texts
+    cutting: Cutting | None
     start: datetime.datetime
     inner: Clock = field(default_factory=Clock)
 

@@ -72,7 +72,10 @@ class Work:
     where something would have to give way that this run, or one that was replaced by it, did not make.
     """
 
-    def __init__(self, folder: Path, identity: dict[str, Any], model: StreamedModel, keep: bool = True) -> None:
+    def __init__(
+        self, folder: Path, identity: dict[str, Any], model: StreamedModel, keep: bool = True, more: Iterable[str] = ()
+    ) -> None:
+        """``more``: files of the checkpoint beside those that it has whatever is pruned."""
         self.folder = folder
         self.final = folder / "checkpoint"
         self.partial = folder / "checkpoint.partial"
@@ -85,7 +88,7 @@ class Work:
         self.news = ""
         self._model = model
         self._noted: set[str] = set()  # tensors whose hash the journal has
-        self._head = Head(identity, model.checkpoint.stamps, checkpoint_files(model.checkpoint), keep)
+        self._head = Head(identity, model.checkpoint.stamps, [*checkpoint_files(model.checkpoint), *more], keep)
         journal = read_journal(folder)
         self._check_ours(journal)
         remove(self._old, _files_of(self._old), last=MANIFEST)  # a stop left it

@@ -22,6 +22,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.slots import SlotFilter
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.cutting import Cutting
 from ace_cli.report import facts
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
@@ -43,6 +44,7 @@ from ace_cli.run.checks import (
 from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
+from ace_cli.run.cut import begin, describe, own_files
 from ace_cli.run.journal import Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
@@ -81,20 +83,23 @@ def _run(
     quiet_libraries()
     with phases("import"):
         model = _open(config, device)
-    plan, limit = _plan(config, model, terminal)
+        cutting = begin(config, model) if config.unit.cuts else None
+        model = model if cutting is None else cutting.watched
+    plan, limit = _plan(config, model, cutting, terminal)
     if config.dry_run:
         return None
     texts = _texts(config, model.checkpoint, device, terminal, phases)
     check_tokens(model, texts)
     identity = identity_of(config, model, texts.windows_NL)
     config = dataclasses.replace(config, output_dir=_output_folder(config, identity))
-    run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, start)
+    run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start)
     terminal.say(f"{'expects':12} {forecast.of_run(run).line()}")
     with locked(run.folder) as alone, terminal.logging_to(run.folder / "run.log"):
         terminal.say(f"$ {command}")
         if not alone:
             terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
-        work = Work(run.folder, identity, model, config.keep_checkpoint)
+        more = () if cutting is None else own_files(cutting)
+        work = Work(run.folder, identity, model, config.keep_checkpoint, more)
         try:
             report = _do(run, work)
         except KeyboardInterrupt:
@@ -125,12 +130,12 @@ def _open(config: RunConfig, device: torch.device) -> StreamedModel:
     return StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
 
 
-def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[Plan, Limit]:
+def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, terminal: Terminal) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     check_left(model, config)
     tokens = config.calib.tokens if config.needs_data else 0
     statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
-    alone = pruned_by_rows(config, model)
+    alone = pruned_by_rows(config, model) and cutting is None
 
     def flops(rows: int, columns: int) -> int:
         return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
@@ -142,6 +147,8 @@ def _plan(config: RunConfig, model: StreamedModel, terminal: Terminal) -> tuple[
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, demand, memory_budget(config.memory_gb, model.device))
+    if cutting is not None:
+        plan = plan.smaller(cutting.cut().entries(model.checkpoint), describe(cutting, config))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)
     largest = max(rows * columns for rows, columns in plan.shapes.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ace_cli.run.machine_limit import Limit, Rates, existing
 if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.statistics import Statistic
+    from ace_cli.model.header import TensorEntry
     from ace_cli.model.slots import Slot
     from ace_cli.model.streamed import Block, StreamedModel
 
@@ -89,10 +90,21 @@ class Plan:
     fixed_bytes: int
     token_bytes: int
     budget_bytes: float
+    bytes_source: int
     flops: int
     method_flops: int
     forwards: float
     by_rows: bool
+    #: Of a model that gets smaller: what is cut, in words, and what is left.
+    cut: str = ""
+    parameters_left: int = 0
+    bytes_left: int = 0
+
+    def smaller(self, entries: Mapping[str, TensorEntry], cut: str) -> Plan:
+        """The plan of a model whose files will hold ``entries``."""
+        left, nbytes = (sum(getattr(entry, name) for entry in entries.values()) for name in ("numel", "nbytes"))
+        disk = self.disk_bytes - self.bytes_source + nbytes
+        return replace(self, cut=cut, parameters_left=left, bytes_left=nbytes, disk_bytes=disk)
 
     def spills(self, tokens: int) -> bool:
         """Whether the hidden states of so many tokens must go to disk."""
@@ -161,6 +173,7 @@ def make_plan(
         fixed_bytes=fixed,
         token_bytes=token_bytes,
         budget_bytes=budget,
+        bytes_source=model.checkpoint.nbytes,
         flops=sum(round(2 * demand.tokens * share * rows * columns) for share, (rows, columns) in shares),
         method_flops=sum(
             s.flops(round(demand.tokens * share), *shape) for s in demand.statistics for share, shape in shares

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from ace_cli.core.errors import AceError, TransientError
 from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.methods.patterns import Pattern
+from ace_cli.model.cuts import Grown
 from ace_cli.model.files import Checkpoint, CheckpointWriter
-from ace_cli.model.pruned import RECOVERED, Pruned, Rereading, count_zeros, manifest_entry, write_metadata
+from ace_cli.model.header import TensorEntry
+from ace_cli.model.pruned import RECOVERED, Pruned, Rereading, count_zeros, manifest_entry, verify, write_metadata
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.engine import prune, replay
@@ -30,6 +33,7 @@ from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
+from ace_cli.run.cut import check_loads, kept_units, manifest_of, smaller, widths
 from ace_cli.run.journal import Work
 from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
 
@@ -43,7 +47,8 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
     return {
         "model": model.checkpoint.fingerprint(),
         **choices,
-        "sparsity": f"{config.pattern!r}",
+        "sparsity": f"{config.pattern!r}" if config.keep is None else config.requested,
+        "unit": with_options("unit", config.unit),
         "propagate": config.propagate.value,
         "permute": config.permute.value,
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
@@ -64,7 +69,7 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
     if work.complete:
         return
     try:
-        _prune(run, work)
+        (_prune if run.cutting is None else _cut)(run, work)
         run.model.checkpoint.check_unchanged()
         if warning := work.publish():
             run.terminal.say(f"Warning: {warning}", "yellow")
@@ -94,16 +99,9 @@ def _prune(run: RunContext, work: Work) -> None:
     with Rereading(work.partial, pruned) as written:
 
         def on_disk(block: BlockFacts) -> None:
-            work.record(block, writer)
             written.check(slot.name for slot in block.slots)
 
-        with run.terminal.progress("pruning", len(model.blocks), done) as step:
-            for block in prune(model, batches, recipe, writer, clock, done, on_disk, compared, recovering):
-                work.finished.append(block)
-                step()
-        with clock("write"):
-            writer.finish()
-            model.checkpoint.check_unchanged()
+        _stream(run, work, batches, recipe, writer, compared, recovering, on_disk)
         with clock("verify"):
             zeros = written.zeros()
     recovered = recorded(work)
@@ -132,6 +130,61 @@ def _describe(
         source, base = run.model.checkpoint, run.config.model
         card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
         write_metadata(source, work.partial, summary, entries, card, work.digest)
+
+
+def _cut(run: RunContext, work: Work) -> None:
+    """The same for units that are cut out: tensors get smaller, config.json says so."""
+    model, clock, cutting = run.model, run.inner, run.cutting
+    assert cutting is not None
+    batches, compared = _batches(run, work)
+    cutting.stay = widths(run, cutting, batches)
+    cut, source = cutting.cut(), model.checkpoint
+    with clock("write"):
+        writer = _writer(model, work, run.terminal, cut.entries(source))
+    done = len(work.finished)
+    recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting)
+    if not recipe.wanted:
+        batches = [copy.copy(compared)] if compared is not None else []
+    if batches and 0 < done < len(model.blocks):
+        weights = Grown(Checkpoint(work.partial, bare=True), source, cut, kept_units(cutting, work.finished))
+        replay(model.reading(source if recipe.propagate is Propagate.dense else weights), batches, done, clock)
+    _stream(run, work, batches, recipe, writer, compared)
+    with clock("write"):
+        entries = manifest_of(cut, work.finished, writer.entries)
+        sparsity = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
+        summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
+        base = run.config.model
+        card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
+        write_metadata(source, work.partial, summary, [], card, work.digest, smaller(cutting, writer.entries, entries))
+    with clock("verify"):
+        verify(work.partial)
+        check_loads(model, work.partial)
+
+
+def _stream(
+    run: RunContext,
+    work: Work,
+    batches: list[Batch],
+    recipe: Recipe,
+    writer: CheckpointWriter,
+    compared: Batch | None,
+    recovering: Recovering | None = None,
+    on_disk: Callable[[BlockFacts], None] = lambda _: None,
+) -> None:
+    """All blocks that are left; ``on_disk`` hears of each that is safely on disk."""
+    model, done = run.model, len(work.finished)
+
+    def record(block: BlockFacts) -> None:
+        work.record(block, writer)
+        on_disk(block)
+
+    with run.terminal.progress("pruning", len(model.blocks), done) as step:
+        for block in prune(model, batches, recipe, writer, run.inner, done, record, compared, recovering):
+            work.finished.append(block)
+            step()
+    with run.inner("write"):
+        writer.finish()
+        model.checkpoint.check_unchanged()
 
 
 def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
@@ -164,13 +217,15 @@ def _recipe(config: RunConfig, patterns: dict[str, Pattern]) -> Recipe:
     )  # fmt: skip
 
 
-def _writer(model: StreamedModel, work: Work, terminal: Terminal) -> CheckpointWriter:
+def _writer(
+    model: StreamedModel, work: Work, terminal: Terminal, entries: Mapping[str, TensorEntry] | None = None
+) -> CheckpointWriter:
     """Begins the new checkpoint, or continues one whose finished blocks are on disk."""
-    writer = CheckpointWriter(model.checkpoint, work.partial)
+    writer = CheckpointWriter(model.checkpoint, work.partial, entries)
     if work.finished and not writer.continued:
         terminal.say(f"{work.partial} is not as it was left: starting anew.")
         work.restart()
-        writer = CheckpointWriter(model.checkpoint, work.partial)
+        writer = CheckpointWriter(model.checkpoint, work.partial, entries)
     writer.left -= {key for block in model.blocks[: len(work.finished)] for key in block.files}
     return writer
 

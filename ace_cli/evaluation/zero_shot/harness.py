@@ -103,7 +103,8 @@ def dense_and_pruned(
 ) -> facts.ZeroShot:
     """The pruned checkpoint from its files, beside the dense model unless that was declined."""
     models = {"dense": dense} if tasks.options.tasks_dense else {}
-    return compare(tasks, {**models, "pruned": dense.reading(Checkpoint(folder))}, terminal, cache)
+    pruned = StreamedModel(Checkpoint(folder), dense.device, dense.dtype)  # it may have got smaller
+    return compare(tasks, {**models, "pruned": pruned}, terminal, cache)
 
 
 def compare(

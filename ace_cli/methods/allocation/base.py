@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
 
@@ -32,6 +32,10 @@ class Allocation:
 
     #: False if the rule does not look at the model at all.
     surveys = True
+    #: Whether it is one for units alone, whose scores are its measure (``measure_units``).
+    units_only = False
+    #: Whether its measure is of the states that go into a block and come out of it (``measure_states``).
+    of_states = False
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
@@ -45,11 +49,23 @@ class Allocation:
         """One number for a block, from its slots' weights (float32 (O, I), not to be changed) and statistics."""
         return 0.0
 
+    def measure_states(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+        """One number for a block, from the states (B, L, H) of each batch that go into it and come out, dense."""
+        raise NotImplementedError
+
+    def measure_units(self, score_U: Tensor) -> Any:
+        """What ``sparsities`` reads of a block, from the scores of its units."""
+        raise NotImplementedError
+
+    def shares(self, p: float, sizes: Sequence[int], measures: Sequence[Any], high: float) -> list[float]:
+        """The share of its units that each block loses, between 0 and ``high``; their mean by ``sizes`` is ``p``."""
+        return bounded(self.sparsities(p, sizes, measures), sizes, p, 0.0, high)
+
     def span(self, p: float) -> float:
         """The furthest apart that the sparsities of two blocks can get around a mean of ``p``."""
         raise NotImplementedError
 
-    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[float]) -> list[float]:
+    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[Any]) -> list[float]:
         """The sparsity of each block by the rule alone, bounds aside; their mean weighted by ``sizes`` is ``p``."""
         raise NotImplementedError
 

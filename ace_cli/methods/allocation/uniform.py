@@ -20,6 +20,9 @@ class Uniform(Allocation):
     def refusal(self, pattern: Pattern) -> str | None:
         return None
 
+    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[float]) -> list[float]:
+        return [p] * len(sizes)
+
     def patterns(
         self, pattern: Pattern, blocks: Sequence[Mapping[str, tuple[int, int]]], measures: Sequence[float]
     ) -> dict[str, Pattern]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.repair.base import Repair
     from ace_cli.methods.statistics import Seen, Statistic
+    from ace_cli.methods.units import Units
 
     #: Some rows of a weight, float32 (R, I), not to be changed, and which they are -> their scores, float32 (R, I).
     RowScores = Callable[[Tensor, slice], Tensor]
@@ -29,6 +30,9 @@ class Metric:
 
     #: What a ratio compares where the user does not say.
     default_scope = Scope.row
+    #: Whether it scores whole units, and single weights.
+    units = True
+    weights = True
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``score`` reads; none for a metric that looks at weights alone."""
@@ -48,6 +52,15 @@ class Metric:
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         """How to score any rows of ``weight_OI`` (of any float dtype); what all rows need is computed here, once."""
         raise NotImplementedError
+
+    def score_units(self, weight_OI: Tensor, seen: Seen, units: Units) -> Tensor:
+        """Importance of each unit, (U,), float32 or float64; higher = keep.
+
+        ``weight_OI``, float32 and not to be changed, reads the units; ``seen`` is of its inputs. By default the squares
+        of the weights' own scores, summed over a unit's columns: with Wanda's, what removing the unit does to the
+        output if its inputs are uncorrelated.
+        """
+        return units.summed(self.score(weight_OI, seen).square_().sum(0))
 
     @property
     def by_rows(self) -> bool:

@@ -52,6 +52,7 @@ class Admm(Repair):
     conjugate gradients alone (iterations = 0) cost no more than ADMM and end closer to the same optimum.
     """
 
+    units = True
     shrinkage: float | None = None
     rho: float = 1.0
     iterations: int = 0
@@ -75,6 +76,9 @@ class Admm(Repair):
         if self.iterations + self.polish < 1:
             found.append("repair.iterations and repair.polish are both 0: raise one, or use repair=none")
         return found
+
+    def keeps_mask(self) -> bool:
+        return self.mask_iterations == 0
 
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.statistics import Seen, Statistic
+    from ace_cli.methods.units import Units
 
 
 @dataclass
@@ -34,6 +36,9 @@ class Repair:
 
     #: False for one that leaves both as they are.
     acts = True
+    #: Whether it is one for whole units, and for single weights.
+    units = False
+    weights = True
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``repair`` reads."""
@@ -50,3 +55,18 @@ class Repair:
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """``weight_OI`` float32 (O, I) dense, ``keep_OI`` bool (O, I) -> new weights, read only where kept."""
         raise NotImplementedError
+
+    def keeps_mask(self) -> bool:
+        """Whether, with these knobs, what was kept stays kept: then it can follow a cut of whole units."""
+        return True
+
+    def repair_units(self, weight_OI: Tensor, keep_U: Tensor, seen: Seen, units: Units) -> Repaired:
+        """``repair`` of the weight that reads ``units``, of which ``keep_U`` stay: all rows keep the same inputs.
+
+        One that chooses units itself keeps as many in every region.
+        """
+        from ace_cli.methods.patterns import Ratio
+
+        keep_OI = units.inputs(keep_U, weight_OI.shape[1]).expand(weight_OI.shape).contiguous()
+        pruned = Fraction(int((~keep_OI[0]).sum()), keep_OI.shape[1])
+        return self.repair(weight_OI, keep_OI, seen, Ratio(pruned))

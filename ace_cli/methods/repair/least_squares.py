@@ -116,7 +116,7 @@ class Factors:
         if key not in self._made:
             import torch
 
-            lower = self._cholesky(self.damped(0.0).double(), ridge)
+            lower = self.cholesky(self.damped(0.0).double(), ridge)
             self._made[key] = torch.cholesky_inverse(lower).float()
         return self._made[key]
 
@@ -130,12 +130,12 @@ class Factors:
         if key not in self._made:
             matrix = (self.damped(0.0) if unit else self.gram_II).flip(0, 1).double()
             matrix.diagonal()[self.dead_I.flip(0)] = 1.0
-            lower = self._cholesky(matrix, damping * float(matrix.diagonal().mean()))
+            lower = self.cholesky(matrix, damping * float(matrix.diagonal().mean()))
             # from its last input to its first H = L L^T, so H^{-1} = L^{-T} L^{-1}, and L^{-1} turned back is upper
             self._made[key] = _inverse_of_lower(lower).float().flip(0, 1)
         return self._made[key]
 
-    def _cholesky(self, matrix_II: Tensor, ridge: float) -> Tensor:
+    def cholesky(self, matrix_II: Tensor, ridge: float) -> Tensor:
         """Lower Cholesky factor of matrix + ridge * I; a failure raises the ridge tenfold, three times at most, noted.
 
         Changes the matrix. Raises ArithmeticError when the last step fails too.

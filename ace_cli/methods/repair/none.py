@@ -21,6 +21,7 @@ class NoRepair(Repair):
     """The kept weights stay as they are."""
 
     acts = False
+    units = True
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         return Repaired(weight_OI, keep_OI)

@@ -73,6 +73,7 @@ class SparseGPT(Repair):
     Damping pulls towards the original weights.
     """
 
+    units = True
     damping: float | None = 0.01
     damping_of: Damping = Damping.mean
     block_columns: int = 128
@@ -88,6 +89,9 @@ class SparseGPT(Repair):
         if not 0 <= self.refit_steps <= MOST_STEPS:
             found.append(f"repair.refit_steps is {self.refit_steps}: give 0 up to {MOST_STEPS:,}, such as 30")
         return found
+
+    def keeps_mask(self) -> bool:
+        return not self.adaptive
 
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)

@@ -1,0 +1,60 @@
+"""CFSP's coarse importance of blocks (Wang et al., COLING 2025, arXiv 2409.13199)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.core.registry import register
+from ace_cli.methods.allocation.base import Allocation, weighted_mean
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The authors divide a sum over 128 x 1024 tokens by 1e4: so much for a mean over tokens.
+_SCALE = 128 * 1024 / 1e4
+
+
+@register("allocation", "angular")
+@dataclass
+class Angular(Allocation):
+    """Blocks that turn the hidden states further keep more: 1 - p_l = (1 - p) s_l / mean s.
+
+    s_l = sigmoid(a z_l), z_l = 13.1 (I_l - mean I), I_l the mean over tokens of the angle between the states that go
+    into the dense block and those that come out, as a share of pi (Equation 2 and the authors' code, whose sum over
+    128 x 1024 tokens is made a mean here). Where a block would keep more than all, s is drawn to its mean until the
+    most important one keeps 1 / 1.05 of that (the code's rule). Means are weighted by parameters.
+    """
+
+    of_states = True
+    a: float = 1.0
+
+    def faults(self) -> list[str]:
+        return [] if 0 < self.a <= 100 else [f"allocation.a={self.a:g}: must lie in (0, 100]"]
+
+    def measure_states(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+        """I_l. Angles as 2 atan2(|u - v|, |u + v|) of unit vectors: exact for small ones too."""
+        import torch
+
+        total, tokens = 0.0, 0
+        for x_BLH, y_BLH in zip(before, after, strict=True):
+            x_TH, y_TH = (state.float().flatten(0, -2) for state in (x_BLH, y_BLH))
+            u_TH, v_TH = (torch.nn.functional.normalize(state_TH, dim=1) for state_TH in (x_TH, y_TH))
+            angle_T = 2 * torch.atan2((u_TH - v_TH).norm(dim=1), (u_TH + v_TH).norm(dim=1))
+            total += float(angle_T.sum(dtype=torch.float64)) / math.pi
+            tokens += len(angle_T)
+        return total / tokens
+
+    def span(self, p: float) -> float:
+        return 1 - p
+
+    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[float]) -> list[float]:
+        middle = weighted_mean(measures, sizes)
+        s = [1 / (1 + math.exp(-self.a * _SCALE * (measure - middle))) for measure in measures]
+        mean = weighted_mean(s, sizes)
+        if (1 - p) * max(s) / mean >= 1:
+            drawn = mean * (1 / (1 - p) - 1) / (max(s) - mean) / 1.05
+            s = [mean + (each - mean) * drawn for each in s]
+        return [1 - (1 - p) * each / mean for each in s]

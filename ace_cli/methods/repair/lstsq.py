@@ -1,0 +1,73 @@
+"""The least-squares refit of a weight whose units were cut, in closed form (methods of GRAIL and OSSCAR).
+
+Shapes: O outputs, I inputs, P inputs that stay, Z inputs that go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.core.errors import AceError
+from ace_cli.core.registry import register
+from ace_cli.methods.repair.base import Repair, Repaired
+from ace_cli.methods.repair.least_squares import Factors, factor_flops, factors_of, finish, pull_faults
+from ace_cli.methods.statistics import Gram
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ace_cli.methods.patterns import Pattern
+    from ace_cli.methods.statistics import Seen, Statistic
+
+
+@register("repair", "lstsq")
+@dataclass
+class LeastSquares(Repair):
+    """What the inputs that go gave, as far as those that stay can tell, is added to their weights:
+
+        Z_P = V_P + V_Z R_ZP (R_PP + shrinkage I)^{-1},    V = W s, s_j = sqrt(G_jj), R = G / (s s^T).
+
+    The exact minimum of ||(W - W') X||^2 + shrinkage ||(W - W') s||^2 with the same inputs kept in every row, so that
+    one factorisation, in float64, serves all rows. ``shrinkage=None`` takes inputs / tokens (`Factors.noise`).
+    """
+
+    shrinkage: float | None = None
+    units = True
+    weights = False
+
+    def faults(self) -> list[str]:
+        return pull_faults("shrinkage", self.shrinkage, 0.0)
+
+    def needs(self) -> tuple[Statistic, ...]:
+        return (Gram(),)
+
+    def flops(self, rows: int, columns: int) -> int:
+        return factor_flops(columns) + 2 * rows * columns**2
+
+    def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
+        """Of a mask that is the same in every row. Raises ArithmeticError if the Gram matrix is not finite."""
+        if not bool((keep_OI == keep_OI[0]).all()):
+            raise AceError("repair=lstsq refits whole inputs.", "Use repair=sparsegpt for single weights.")
+        factors = factors_of(seen[Gram()])
+        new_OI = refitted(weight_OI, keep_OI[0], factors, pull(factors, self.shrinkage))
+        return finish(weight_OI, new_OI, keep_OI, keep_OI, factors.gram_II, factors.all_notes())
+
+
+def pull(factors: Factors, shrinkage: float | None) -> float:
+    """The shrinkage asked for, or inputs / tokens."""
+    return factors.noise() if shrinkage is None else shrinkage
+
+
+def refitted(weight_OI: Tensor, keep_I: Tensor, factors: Factors, shrinkage: float) -> Tensor:
+    """The weights that the class describes, float32 (O, I); what goes is 0."""
+    import torch
+
+    stay_P, go_Z = keep_I.nonzero().flatten(), (~keep_I).nonzero().flatten()
+    unit_II = factors.damped(0.0)
+    lower_PP = factors.cholesky(unit_II[stay_P][:, stay_P].double(), shrinkage)
+    taught_ZP = torch.cholesky_solve(unit_II[stay_P][:, go_Z].double(), lower_PP).T.float()
+    unit_OI = weight_OI * factors.scale_I
+    new_OI = torch.zeros_like(weight_OI)
+    new_OI[:, stay_P] = (unit_OI[:, stay_P] + unit_OI[:, go_Z] @ taught_ZP) / factors.scale_I[stay_P]
+    return new_OI

@@ -1,0 +1,99 @@
+"""Where the units of a model lie, and how many of them stay: known in shape before any block is pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ace_cli.core.errors import AceError
+from ace_cli.methods.units import Units
+from ace_cli.model.cuts import Coupling, Cut, coupling, rows_of
+from ace_cli.model.links import LinkFinder
+from ace_cli.model.streamed import Block, StreamedModel
+
+if TYPE_CHECKING:
+    from ace_cli.pruning.units.base import Unit
+
+
+@dataclass
+class Cutting:
+    """The units of ``model`` of the kind ``unit``; ``couplings`` of each block. ``name``: the unit's, as asked for.
+
+    ``stay``: coupling's name -> how many of each region's units stay; all, until an allocation said otherwise.
+
+    Making one reads a block of each kind, to see how its weights hang together. Raises AceError if there are no units.
+    """
+
+    model: StreamedModel
+    unit: Unit
+    name: str
+    couplings: tuple[tuple[Coupling, ...], ...] = field(init=False)
+    stay: dict[str, int] = field(init=False)
+    _finder: LinkFinder = field(init=False)
+    _index: dict[str, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        with torch.no_grad():
+            self._finder = LinkFinder(self.model)
+            found: dict[Any, list[Any]] = {}
+            for index, block in enumerate(self.model.blocks):
+                if _kind(block) not in found:
+                    with self.model.loaded(block):
+                        links = self.unit.links(self._finder, index)
+                    found[_kind(block)] = [(link, rows_of(link)) for link in links]
+        self.couplings = tuple(
+            tuple(coupling(block, link, rows) for link, rows in found[_kind(block)]) for block in self.model.blocks
+        )
+        self.stay = {each.name: each.width for block in self.couplings for each in block}
+        self._index = {block.name: index for index, block in enumerate(self.model.blocks)}
+        if not any(self.couplings):
+            kind = type(self.model.skeleton).__name__
+            raise AceError(f"unit={self.name}: no {self.name}s were found in {kind}.", "Choose another unit.")
+
+    @property
+    def watched(self) -> StreamedModel:
+        """The model with the weights that read units as its only slots: what is observed, scored and repaired."""
+        return self.model.watching({each.name for block in self.couplings for each in block})
+
+    def cut(self) -> Cut:
+        """The shapes that follow."""
+        return Cut(self.couplings, self.stay)
+
+    def units(self, block: str, each: Coupling) -> Units:
+        """The units of ``each`` as methods see them; ``block``, by name, is loaded when they ask for rows."""
+        slots = {slot.name: slot for slot in self.model.blocks[self._index[block]].slots}
+
+        def producers() -> list[Tensor]:
+            return [slots[name].weight_OI.float()[rows_I] for name, rows_I in each.producers]
+
+        return Units(each.columns_RWC, producers)
+
+    @property
+    def sizes(self) -> dict[int, int]:
+        """Numbers that the configuration may hold -> what they become, where all blocks keep equally many."""
+        found: dict[int, int] = {}
+        for each in (each for block in self.couplings for each in block):
+            stay = self.stay[each.name]
+            found |= {each.width: stay, each.regions * each.width: each.regions * stay}
+        return found
+
+    def proven(self, block: str) -> dict[str, Coupling]:
+        """The couplings of this loaded block by name; AceError if its weights do not hang together so."""
+        index = self._index[block]
+        parts = self.model.blocks[index].parts
+        found = {parts[f"{link.consumer}.weight"][0].key for link in self.unit.links(self._finder, index)}
+        for each in self.couplings[index]:
+            if each.name not in found:
+                raise AceError(
+                    f"{each.name}: {self.name}s cannot be taken out of it without changing what the others do.",
+                    "Choose another unit.",
+                )
+        return {each.name: each for each in self.couplings[index]}
+
+
+def _kind(block: Block) -> Any:
+    """Blocks of one kind have the same code and shapes."""
+    return type(block.module), tuple((name, value.shape) for name, value in block.module.state_dict().items())

@@ -1,0 +1,1 @@
+"""What may be taken out of a model. One file each."""

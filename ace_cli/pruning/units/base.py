@@ -1,0 +1,42 @@
+"""What a unit is: the thing that is taken out of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ace_cli.methods.metrics.base import Metric
+    from ace_cli.methods.repair.base import Repair
+    from ace_cli.model.links import Link, LinkFinder
+
+
+@dataclass
+class Unit:
+    """Single weights are zeroed; every other unit is cut out, so that the model gets smaller.
+
+    A subclass says where its units lie in a block (``links``).
+    """
+
+    #: False if weights become zeros, and no tensor gets smaller.
+    cuts = True
+    #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
+    multiple = 1
+    uneven = False
+
+    def faults(self) -> list[str]:
+        """What is wrong with the options, one line each; empty when all is well."""
+        return [] if self.multiple >= 1 else [f"unit.multiple={self.multiple}: must be 1 or more"]
+
+    def refusals(self, metric: Metric, repair: Repair) -> list[str]:
+        """Why these do not go with the unit: "metric: it scores ..."."""
+        found = [] if metric.units else ["metric: it scores single weights only"]
+        if not repair.units:
+            found.append("repair: it treats single weights only")
+        elif not repair.keeps_mask():
+            found.append("repair: with its options it chooses single weights")
+        return found
+
+    def links(self, finder: LinkFinder, index: int) -> list[Link]:
+        """The units of loaded block ``index``: one link for each weight that reads some, proven with its weights."""
+        raise NotImplementedError

@@ -1,0 +1,25 @@
+"""Single weights: nothing gets smaller."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.core.registry import register
+from ace_cli.pruning.units.base import Unit
+
+if TYPE_CHECKING:
+    from ace_cli.methods.metrics.base import Metric
+    from ace_cli.methods.repair.base import Repair
+
+
+@register("unit", "weight")
+@dataclass
+class Weight(Unit):
+    """Weights become zeros where they are; files keep their shapes and load everywhere."""
+
+    cuts = False
+
+    def refusals(self, metric: Metric, repair: Repair) -> list[str]:
+        found = [] if metric.weights else ["metric: it scores whole units only"]
+        return found + ([] if repair.weights else ["repair: it refits whole units only"])

@@ -1,0 +1,208 @@
+"""Cutting units out of a model: how many stay, what the new folder must say, and whether it loads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ace_cli.core import memory
+from ace_cli.core.errors import AceError
+from ace_cli.core.registry import name_of
+from ace_cli.data.generation import whole_model
+from ace_cli.methods.allocation.base import MOST
+from ace_cli.methods.patterns import Ratio
+from ace_cli.methods.statistics import Seen
+from ace_cli.methods.units import equal_width, kept_width, uneven_widths
+from ace_cli.model import uneven
+from ace_cli.model.auto import auto_class
+from ace_cli.model.cuts import Cut
+from ace_cli.model.files import Checkpoint, shard_plan
+from ace_cli.model.header import TensorEntry
+from ace_cli.model.proven_config import changed, proven_changes
+from ace_cli.model.pruned import Smaller
+from ace_cli.model.streamed import Block, StreamedModel
+from ace_cli.pruning.cutting import Cutting
+from ace_cli.pruning.facts import BlockFacts
+from ace_cli.pruning.survey import UnitScores, survey
+from ace_cli.pruning.unit_pruner import unit_scores
+
+if TYPE_CHECKING:
+    from ace_cli.run.config import RunConfig
+    from ace_cli.run.context import RunContext
+
+#: So many tokens go through the finished folder, as transformers loads it, and through the streamed model.
+_TOKENS = 16
+
+
+def begin(config: RunConfig, model: StreamedModel) -> Cutting:
+    """The units of the model, and how many would stay if all blocks kept the same share.
+
+    Raises AceError where the model has no such units, no width fits, or no configuration of its class says it.
+    """
+    cutting = Cutting(model, config.unit, name_of("unit", config.unit))
+    cutting.stay = _equal(config, cutting)
+    if not config.unit.uneven and _changes(cutting) is None:
+        raise AceError(
+            f"{type(model.skeleton).__name__} has no key in its configuration for a narrower width in every block.",
+            "Add unit.uneven=true: a modelling file is then written into the folder.",
+        )
+    return cutting
+
+
+def describe(cutting: Cutting, config: RunConfig) -> str:
+    """What is cut, in words: "1216 of 1536 channels stay in each of 30 blocks"."""
+    counts = {
+        (cutting.stay[each.name], each.width, each.regions): len(cutting.couplings)
+        for block in cutting.couplings
+        for each in block
+    }
+    blocks = sum(bool(block) for block in cutting.couplings)
+    words = [
+        f"{stay} of {width} {cutting.name}s stay" + (f" in each of {regions} groups" if regions > 1 else "")
+        for stay, width, regions in counts
+    ]
+    where = "on average" if config.unit.uneven and config.allocation.surveys else "each"
+    return f"{', '.join(words)} in {blocks} blocks, {where}"
+
+
+def widths(run: RunContext, cutting: Cutting, batches: list[Any]) -> dict[str, int]:
+    """Coupling's name -> how many units of each region stay, after a look at the dense model if one is asked for."""
+    config, allocation, equal = run.config, run.config.allocation, _equal(run.config, cutting)
+    if not allocation.surveys:
+        return equal
+    scores = UnitScores(config.metric.needs(), _scorer(config, cutting)) if allocation.units_only else None
+    with run.inner("survey"), run.terminal.progress("surveying", len(run.model.blocks)) as step:
+        measures = survey(run.model, batches, allocation, lambda _: step(), scores)
+    assert isinstance(config.pattern, Ratio)
+    filled = [index for index, block in enumerate(cutting.couplings) if block]
+    sizes = [sum(each.width * each.regions for each in cutting.couplings[index]) for index in filled]
+    shares = allocation.shares(float(config.pattern.p), sizes, [measures[index] for index in filled], MOST)
+    found, of_block = dict(equal), dict(zip(filled, shares, strict=True))
+    pairs = [(index, each) for index in filled for each in cutting.couplings[index]]
+    counts = uneven_widths(
+        [each.width for _, each in pairs], [equal[each.name] for _, each in pairs],
+        [of_block[index] for index, _ in pairs], config.unit.multiple,
+    )  # fmt: skip
+    return found | {each.name: count for (_, each), count in zip(pairs, counts, strict=True)}
+
+
+def kept_units(cutting: Cutting, blocks: Iterable[BlockFacts]) -> dict[str, Tensor]:
+    """Coupling's name -> which of its units stayed, bool (U,), of finished blocks."""
+    each_of = {each.name: each for block in cutting.couplings for each in block}
+    found = {}
+    for slot in (slot for block in blocks for slot in block.slots):
+        keep_U = torch.zeros(each_of[slot.name].regions * each_of[slot.name].width, dtype=torch.bool)
+        keep_U[slot.kept or []] = True
+        found[slot.name] = keep_U
+    return found
+
+
+def manifest_of(cut: Cut, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]) -> list[dict[str, Any]]:
+    """What pruning.json tells of every cut: the units kept, and the tensors as they were written."""
+    each_of = {each.name: each for block in cut.couplings for each in block}
+    return [
+        {
+            "name": slot.name, "units": each_of[slot.name].regions * each_of[slot.name].width, "pattern": slot.pattern,
+            "fewer": slot.shape[0] * slot.shape[1] - entries[slot.name].numel, "kept": slot.kept,
+            "tensors": {
+                key: {"shape": list(entries[key].shape), "xxh3": found} for key, found in slot.digests.items()
+            },
+        }
+        for block in blocks
+        for slot in block.slots
+    ]  # fmt: skip
+
+
+def smaller(cutting: Cutting, entries: Mapping[str, TensorEntry], manifest: list[dict[str, Any]]) -> Smaller:
+    """What the folder needs beside its weights: config.json of the stock class, or a modelling file as well."""
+    model = cutting.model
+    raw = model.checkpoint.config()
+    changes = None if cutting.cut().uneven else _changes(cutting)
+    if changes is not None:
+        return Smaller(entries, changed(raw, changes), {}, {}, manifest)
+    kind, auto = type(model.skeleton), auto_class(model.skeleton.config).__name__
+    config = {**raw, "auto_map": {auto: f"{Path(uneven.FILE).stem}.{uneven.CLASS}"}}
+    files = {uneven.FILE: uneven.source_of(kind.__name__)}
+    return Smaller(entries, config, {uneven.RESIZED: _resized(model, cutting.cut(), entries)}, files, manifest)
+
+
+def own_files(cutting: Cutting) -> list[str]:
+    """Files that the folder of a smaller model may hold beside those of a zeroed one."""
+    shards = shard_plan(cutting.cut().entries(cutting.model.checkpoint))
+    return [uneven.FILE, *shards]
+
+
+def check_loads(model: StreamedModel, folder: Path) -> None:
+    """The folder as transformers loads it, against the model streamed from it; where both fit into memory.
+
+    Raises AceError if their logits differ by more than rounding: then this tool wrote what it did not mean.
+    """
+    written = Checkpoint(folder)
+    need = sum(entry.numel for entry in written.tensors.values()) * model.dtype.itemsize
+    if need > memory.free() / 2:
+        return
+    ids_1L = (torch.arange(_TOKENS) % model.skeleton.get_input_embeddings().weight.shape[0])[None]
+    streamed = StreamedModel(written, model.device, model.dtype)
+    batches = [*streamed.batches(ids_1L)]
+    streamed.run(batches)
+    with streamed.head_loaded():
+        ours_1LV = streamed.logits(ids_1L, batches[0].hidden_BLH).float()
+    whole = whole_model(written, model.dtype, model.device, "This is a fault of ace-prune: please report it.")
+    with torch.inference_mode():
+        theirs_1LV = whole(input_ids=ids_1L.to(model.device), use_cache=False).logits.float()
+    off = float((ours_1LV - theirs_1LV).norm() / theirs_1LV.norm().clamp(min=1e-30))
+    if not off <= max(1e-4, 32 * torch.finfo(model.dtype).eps):
+        raise AceError(
+            f"{folder} does not compute, loaded by transformers, what was written: logits are off by {off:.1e}.",
+            "This is a fault of ace-prune: please report it.",
+        )
+
+
+def _equal(config: RunConfig, cutting: Cutting) -> dict[str, int]:
+    share = config.pattern.p if isinstance(config.pattern, Ratio) else Fraction(0)
+    multiple = config.unit.multiple
+    return {
+        each.name: equal_width(cutting.name, each.width, share, multiple)
+        if config.keep is None
+        else kept_width(cutting.name, each.width, config.keep, multiple)
+        for block in cutting.couplings
+        for each in block
+    }
+
+
+def _changes(cutting: Cutting) -> dict[tuple[str, ...], Any] | None:
+    source = cutting.model.checkpoint
+    return proven_changes(source, cutting.cut().entries(source), cutting.sizes)
+
+
+def _scorer(config: RunConfig, cutting: Cutting) -> Any:
+    index = {block.name: number for number, block in enumerate(cutting.model.blocks)}
+
+    def score(block: Block, seen: Mapping[str, Seen]) -> Tensor:
+        slots = {slot.name: slot for slot in block.slots}
+        scores = [
+            unit_scores(
+                config.metric, slots[each.name].weight_OI.float(), seen[each.name],
+                cutting.units(block.name, each), each.name,
+            )
+            for each in cutting.couplings[index[block.name]]
+        ]  # fmt: skip
+        return torch.cat(scores)
+
+    return score
+
+
+def _resized(model: StreamedModel, cut: Cut, entries: Mapping[str, TensorEntry]) -> dict[str, list[int]]:
+    """Parameter -> shape, of those that are not as the stock class builds them."""
+    keys = cut.keys
+    return {
+        f"{block.name}.{inner}": list(entries[parts[0].key].shape)
+        for block in model.blocks
+        for inner, parts in block.parts.items()
+        if parts[0].key in keys
+    }
