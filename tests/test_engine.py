@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from ace_cli.methods.metrics.magnitude import Magnitude
 from ace_cli.methods.metrics.wanda import Wanda
 from ace_cli.methods.patterns import Scope, parse_sparsity
 from ace_cli.methods.repair.none import NoRepair
-from ace_cli.methods.statistics import SecondMoment
+from ace_cli.methods.repair.sparsegpt import SparseGPT
+from ace_cli.methods.statistics import Gram, SecondMoment
 from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.streamed import StreamedModel
@@ -278,3 +280,34 @@ def test_a_writer_that_fails_stops_the_engine(model_of: Any, tmp_path: Path, mon
     monkeypatch.setattr(CheckpointWriter, "write", full)
     with pytest.raises(OSError, match="No space left"):
         run_engine(model_of("llama"), tmp_path / "out", Wanda())
+
+
+@pytest.mark.parametrize("propagate", ["sublayer", "block"])
+def test_statistics_of_a_pruned_slot_are_let_go_of(
+    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch, propagate: str
+) -> None:
+    """A Gram matrix may be gigabytes: when the last slot of a block is repaired, no other's is in memory."""
+    grams: weakref.WeakSet[Any] = weakref.WeakSet()
+    alive: list[int] = []
+    update, repair = Gram.update, SparseGPT.repair
+
+    class Key:
+        def __init__(self, gram: Gram) -> None:
+            gram.key = self  # type: ignore[attr-defined]  # lives as long as the statistic
+
+    def updated(self: Gram, *args: Any) -> None:
+        if not hasattr(self, "key"):
+            grams.add(Key(self))
+        update(self, *args)
+
+    def repaired(self: Any, *args: Any) -> Any:
+        alive.append(len(grams))
+        return repair(self, *args)
+
+    monkeypatch.setattr(Gram, "update", updated)
+    monkeypatch.setattr(SparseGPT, "repair", repaired)
+    prune_here(llama, tmp_path / "out", "metric=wanda", "repair=sparsegpt", f"propagate={propagate}")
+    first, second = alive[:7], alive[7:]
+    assert len(second) == 7
+    assert first[-1] == second[-1] == 1
+    assert max(alive) == (1 if propagate == "sublayer" else 4), "q, k and v share one, as do gate and up"

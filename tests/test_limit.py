@@ -23,6 +23,7 @@ from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.recipe import Propagate
 from ace_cli.report.facts import Report
 from ace_cli.run import forecast
 from ace_cli.run import machine_limit as limit
@@ -88,8 +89,8 @@ def test_matrix_products_of_statistics() -> None:
     assert Gram().flops(10, 3, 5) == 10 * 25  # half of it mirrored
     assert CosineTerm("second").flops(10, 3, 5) == 2 * 10 * 15
     assert CosineTerm("token").flops(10, 3, 5) == 0
-    # a Gram matrix of 5 inputs, beside it what is factored or damped of it
-    assert (Gram().nbytes(10, 3, 5), CosineTerm("second").nbytes(10, 3, 5)) == (200, 60)
+    # a Gram matrix of 5 inputs
+    assert (Gram().nbytes(10, 3, 5), CosineTerm("second").nbytes(10, 3, 5)) == (100, 60)
 
 
 ACTING = [Swaps(), Swaps(refit_steps=5), Admm(), Admm(iterations=20), SparseGPT(), SparseGPT(refit_steps=30)]
@@ -230,3 +231,20 @@ def test_the_forecast_grows_with_what_is_done(llama: Path) -> None:
     ):
         assert few[0] < many[0]
         assert few[1] < many[1]
+
+
+def test_the_plan_counts_what_repairs_and_logits_hold(llama: Path) -> None:
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    patterns = {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}
+    rows, columns = max((slot.shape for slot in model.blocks[0].slots), key=lambda shape: shape[1])
+    plain = make_plan(model, patterns, Demand(64, 16, (Gram(),), by_rows=False))
+    repaired = make_plan(model, patterns, Demand(64, 16, (Gram(),), by_rows=False, nbytes=SparseGPT().nbytes))
+    assert repaired.fixed_bytes - plain.fixed_bytes >= 16 * columns**2
+    assert SparseGPT().nbytes(rows, columns) >= 16 * columns**2
+    long = make_plan(model, patterns, Demand(64, 16, evaluated=10**6))
+    assert long.fixed_bytes > 10**6 * 128 * (4 + 8)  # a vocabulary of 128
+    at_once, one = (
+        make_plan(model, patterns, Demand(64, 16, (Gram(),), propagate=order)).fixed_bytes
+        for order in (Propagate.block, Propagate.sublayer)
+    )
+    assert at_once > one, "in sublayer order one input's statistics are in memory at a time"

@@ -398,3 +398,14 @@ def test_notes_that_differ_in_their_numbers_alone_are_one_warning() -> None:
     notes = {"a": ["damping raised to 0.1"], "b": ["damping raised to 1e-03", "2 dead inputs"], "c": []}
     slots = [SlotFacts(name, (1, 1), "0.5", 1, {}, noted, 0.0) for name, noted in notes.items()]
     assert _notes(slots) == ["a: damping raised to 0.1 (so, or nearly so, 1 other weights)", "b: 2 dead inputs"]
+
+
+@pytest.mark.parametrize("size", [3, 40, 100])
+def test_a_lower_triangular_matrix_is_inverted_in_place(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(least_squares, "_SOLVED", 8)
+    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lower = torch.linalg.cholesky(matrix @ matrix.T + torch.eye(size, dtype=torch.float64))
+    inverse = lower.clone()
+    least_squares._invert_lower(inverse)
+    torch.testing.assert_close(inverse @ lower, torch.eye(size, dtype=torch.float64))
+    assert torch.equal(inverse, inverse.tril())

@@ -377,7 +377,7 @@ class Gram(Statistic):
         return tokens * columns**2
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
-        return 8 * columns**2  # itself, and what is factored or damped of it
+        return 4 * columns**2
 
     def reordered(self, order_I: Tensor) -> Self:
         other = super().reordered(order_I)

@@ -15,12 +15,16 @@ from ace_cli.model.slots import Slot
 
 @dataclass
 class Observer:
-    """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only."""
+    """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only.
+
+    ``seen`` may be emptied of slots that are pruned: what others share with them stays.
+    """
 
     seen: dict[str, Seen]
     _leader: dict[str, str] = field(default_factory=dict)
     _input: Tensor | None = None
     _reader: str = ""
+    _read: Seen | None = None  # of the first that read the last input
 
     def update(self, slot: Slot, x: Tensor, output: Callable[[], Tensor]) -> None:
         """Add one call of ``slot``: input (..., I); ``output`` gives its (..., O) if a statistic needs it."""
@@ -28,8 +32,10 @@ class Observer:
         if slot.name not in self._leader:  # the first batch decides who observes for whom
             same = self._input is x
             self._leader[slot.name] = self._leader[self._reader] if same else slot.name
-            if same:
-                seen.share(self.seen[self._leader[slot.name]])
+            if same and self._read is not None:
+                seen.share(self._read)
+        if self._input is not x:
+            self._read = seen
         self._input, self._reader = x, slot.name
         follows = self._leader[slot.name] != slot.name
         due = [statistic for statistic in seen if statistic.needs_output or not follows]

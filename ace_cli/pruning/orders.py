@@ -158,9 +158,10 @@ class Sublayer(Order):
                 raise _Stop
 
         def prune_now(slot: Slot, x: Tensor) -> Tensor | None:
-            self._note(slot, x)
-            self._prune([slot])
-            done([slot])
+            if slot.name in self._observer.seen:  # not yet pruned
+                self._note(slot, x)
+                self._prune([slot])
+                done([slot])
             order_I = self.pruner.orders.get(slot.name)  # what made this input ran before it was reordered
             return None if order_I is None else x[..., order_I]
 

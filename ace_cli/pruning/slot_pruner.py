@@ -7,7 +7,7 @@ checkpoint. Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -53,9 +53,12 @@ class SlotPruner:
         self._activations: dict[str, Activations] = {}
         self._written: dict[str, Tensor] = {}  # file tensor -> its new content
 
-    def prune(self, slots: list[Slot], seen: Mapping[str, Seen], routed: int | None = None) -> None:
-        """Prune ``slots`` from what each of them has ``seen``. Raises AceError, by name, where that does not do."""
-        self.facts += [self._prune(slot, seen[slot.name], routed) for slot in slots]
+    def prune(self, slots: list[Slot], seen: MutableMapping[str, Seen], routed: int | None = None) -> None:
+        """Prune ``slots`` from what each of them has ``seen``, which is let go of: one slot's may be gigabytes.
+
+        Raises AceError, by name, where that does not do.
+        """
+        self.facts += [self._prune(slot, seen.pop(slot.name), routed) for slot in slots]
         for slot in slots:  # only now: a producer may be pruned after its consumer
             if slot.name in self.orders:
                 self._reorder_producers(self._links[slot.name], self.orders[slot.name])

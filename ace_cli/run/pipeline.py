@@ -143,6 +143,8 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     demand = Demand(
         tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone, flops,
         config.recover.forwards(), config.recover.bytes_per_weight(),
+        lambda rows, columns: max(config.metric.nbytes(rows, columns), config.repair.nbytes(rows, columns)),
+        config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}

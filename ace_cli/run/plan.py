@@ -39,7 +39,8 @@ class Demand:
     an allocation. ``by_rows``: whether scores and patterns of a row need that row alone, so that no temporary is as
     large as a weight. ``flops(rows, columns)``: operations that refining and repairing a weight of this shape take.
     ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all tokens and in bytes for each
-    weight of a block.
+    weight of a block. ``nbytes(rows, columns)``: what refining and repairing such a weight hold beside the statistics.
+    ``evaluated``: tokens of one evaluation window, whose logits are in memory at once.
     """
 
     tokens: int = 1
@@ -51,6 +52,8 @@ class Demand:
     flops: Callable[[int, int], int] = lambda rows, columns: 0
     training_forwards: float = 0.0
     training_bytes: int = 0
+    nbytes: Callable[[int, int], int] = lambda rows, columns: 0
+    evaluated: int = 0
 
     def forwards(self, batch_tokens: int) -> float:
         """How often all tokens go through every block.
@@ -227,19 +230,28 @@ def _copied(model: StreamedModel) -> list[str]:
     return copied
 
 
-def _statistics(block: Block, demand: Demand) -> int:
-    """Bytes of the statistics that are held at once: of every linear layer, and of one expert."""
+def _statistics(block: Block, demand: Demand, at_a_time: bool) -> int:
+    """Bytes of the statistics that are held at once: of every linear layer, or one ``at_a_time``; and of one expert."""
 
     def held(slots: Iterable[Slot]) -> int:
         return sum(statistic.nbytes(demand.tokens, *slot.shape) for slot in slots for statistic in demand.statistics)
 
     first = [[s for s in each.slots if s.in_module.index == each.slots[0].in_module.index] for each in block.experts]
-    return held(block.layers) + max((held(slots) for slots in first), default=0)
+    layers = max((held([slot]) for slot in block.layers), default=0) if at_a_time else held(block.layers)
+    return layers + max((held(slots) for slots in first), default=0)
 
 
 def _hidden_size(model: StreamedModel) -> int:
     size: int = model.skeleton.config.get_text_config().hidden_size
     return size
+
+
+def evaluation_bytes(model: StreamedModel, tokens: int) -> int:
+    """What the head and the logits of one window take: as computed, in float32, and their logarithms."""
+    if not tokens:
+        return 0
+    head = model.skeleton.get_input_embeddings().weight
+    return int(head.numel() * model.dtype.itemsize + tokens * head.shape[0] * (model.dtype.itemsize + 8))
 
 
 def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, int, int]:
@@ -256,8 +268,11 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     converted = stored if any(entry.nbytes != entry.numel * width for entry in blocks[0]) else 0
     kept = max(sum(entry.nbytes for entry in block if entry.nbytes < MAPPED) for block in blocks)
     shapes = [slot.shape for block in model.blocks for slot in block.slots]
-    working = 0 if demand.by_rows else 14 * max(rows * columns for rows, columns in shapes)
-    held = max(_statistics(block, demand) for block in model.blocks)
+    working = (
+        0 if demand.by_rows else max(14 * rows * columns + demand.nbytes(rows, columns) for rows, columns in shapes)
+    )
+    at_a_time = demand.propagate is Propagate.sublayer and demand.tokens <= model.batch_tokens
+    held = max(_statistics(block, demand, at_a_time) for block in model.blocks)
     in_batch = min(demand.tokens, model.batch_tokens)
     active = in_batch * (4 * max(max(shape) for shape in shapes) + 6 * _hidden_size(model)) * width
     embeddings = model.skeleton.get_input_embeddings().weight.numel() * width
@@ -266,6 +281,7 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
     if demand.training_bytes:  # what goes into a block and what should come out of it are held in memory
         held += 3 * hidden + demand.training_bytes * max(sum(entry.numel for entry in block) for block in blocks)
-    fixed = max(embeddings, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
+    logits = evaluation_bytes(model, demand.evaluated)
+    fixed = max(embeddings, logits, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
     whole = fixed + (0 if fixed + hidden > budget else hidden)
     return (fixed, whole, 0) if model.device.type == "cpu" else (fixed, on_host, whole)

@@ -11,7 +11,7 @@ from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.metrics.cosp import Mode, cosine_loss, cosine_needs, cosine_score
 from ace_cli.methods.metrics.relative import RelativeWeight
 from ace_cli.methods.metrics.varp import Form, Norm, variance_factor, variance_needs
-from ace_cli.methods.repair.exchange import exchange_flops, exchanged
+from ace_cli.methods.repair.exchange import exchange_bytes, exchange_flops, exchanged
 from ace_cli.methods.repair.least_squares import MOST_STEPS
 from ace_cli.methods.statistics import Gram
 
@@ -94,3 +94,6 @@ class ACE(Metric):
 
     def flops(self, rows: int, columns: int) -> int:
         return exchange_flops(rows, columns, self.sweeps) if self.sweeps else 0
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return exchange_bytes(columns) if self.sweeps else 0

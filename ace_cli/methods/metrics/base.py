@@ -82,6 +82,10 @@ class Metric:
         """What ``refine`` costs for a weight (rows, columns), in operations of large matrix products; roughly."""
         return 0
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """What ``score`` and ``refine`` hold at most that is of the size of a Gram matrix, beside the statistics."""
+        return 0
+
     def diagnose(self, seen: Seen) -> dict[str, Tensor | float]:
         """Numbers about one slot's statistics that show when the metric does not do what its name says.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import Scope
-from ace_cli.methods.repair.least_squares import factors_of
+from ace_cli.methods.repair.least_squares import ROOT_BYTES, factors_of
 from ace_cli.methods.repair.none import NoRepair
 from ace_cli.methods.repair.sparsegpt import SparseGPT
 from ace_cli.methods.statistics import Gram
@@ -38,6 +38,9 @@ class SparseGPTMetric(Metric):
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         root_II = factors_of(seen[Gram()]).inverse_root(0.01, unit=False)
         return weight_OI.square() / root_II.square().sum(0)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return ROOT_BYTES * columns**2
 
     def with_repair(self, repair: Repair) -> Repair:
         if isinstance(repair, NoRepair):

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
+    COPIES,
+    INVERSE_BYTES,
     MOST_STEPS,
     factor_flops,
     factors_of,
@@ -86,6 +88,9 @@ class Admm(Repair):
     def flops(self, rows: int, columns: int) -> int:
         rounds = factor_flops(columns) + 2 * (self.iterations + 1) * rows * columns**2 if self.iterations else 0
         return rounds + refit_flops(rows, columns, self.polish)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return (4 + (INVERSE_BYTES if self.iterations else 0)) * columns**2 + COPIES * rows * columns
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Refit the kept weights of (O, I); with mask_iterations also choose them, by the pattern.

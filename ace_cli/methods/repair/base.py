@@ -52,6 +52,10 @@ class Repair:
         """What ``repair`` costs for a weight (rows, columns), in operations of large matrix products; roughly."""
         return 0
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        """What ``repair`` holds at most of a weight (rows, columns), beside the statistics and the weight itself."""
+        return 0
+
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """``weight_OI`` float32 (O, I) dense, ``keep_OI`` bool (O, I) -> new weights, read only where kept."""
         raise NotImplementedError

@@ -126,6 +126,11 @@ def _within(matrix_II: Tensor, order_I: Tensor, width: int) -> Tensor:
     return matrix_II[order_GM[:, :, None], order_GM[:, None, :]]
 
 
+def exchange_bytes(columns: int) -> int:
+    """The damped matrix, and where no loops are compiled, its inputs in another order."""
+    return 8 * columns**2
+
+
 def exchange_flops(rows: int, columns: int, sweeps: int) -> int:
     """In operations of large matrix products; roughly, and where the loops are compiled."""
     return round(rows * columns * (2 * columns + sweeps * (_LOOKING + _FOLLOWING * columns)))

@@ -34,6 +34,13 @@ _PART = 256
 #: Columns of a triangular matrix that are solved at once.
 _SOLVED = 256
 
+#: Bytes for every element of a Gram matrix that its factors take at most, themselves included: a matrix in float64 and
+#: its Cholesky factor; for the inverse, the damped matrix that it is made of, too.
+ROOT_BYTES, INVERSE_BYTES = 16, 20
+
+#: And for every weight, beside itself: the one that is worked on, the new one, and what either loses.
+COPIES = 12
+
 LADDER = (1.0, 10.0, 100.0, 1000.0)
 
 
@@ -131,8 +138,10 @@ class Factors:
             matrix = (self.damped(0.0) if unit else self.gram_II).flip(0, 1).double()
             matrix.diagonal()[self.dead_I.flip(0)] = 1.0
             lower = self.cholesky(matrix, damping * float(matrix.diagonal().mean()))
+            del matrix
             # from its last input to its first H = L L^T, so H^{-1} = L^{-T} L^{-1}, and L^{-1} turned back is upper
-            self._made[key] = _inverse_of_lower(lower).float().flip(0, 1)
+            _invert_lower(lower)
+            self._made[key] = lower.float().flip(0, 1)
         return self._made[key]
 
     def cholesky(self, matrix_II: Tensor, ridge: float) -> Tensor:
@@ -160,20 +169,19 @@ class Factors:
         )
 
 
-def _inverse_of_lower(lower_NN: Tensor) -> Tensor:
-    """Of a lower triangular matrix, by halves: [[A, 0], [B, C]]^{-1} = [[A^{-1}, 0], [-C^{-1} B A^{-1}, C^{-1}]]."""
+def _invert_lower(lower_NN: Tensor) -> None:
+    """In place, by halves: [[A, 0], [B, C]]^{-1} = [[A^{-1}, 0], [-C^{-1} B A^{-1}, C^{-1}]]."""
     import torch
 
     size = len(lower_NN)
     if size <= _SOLVED:
-        solved_NN: Tensor = torch.linalg.solve_triangular(lower_NN, torch.eye(size).to(lower_NN), upper=False)
-        return solved_NN
+        lower_NN.copy_(torch.linalg.solve_triangular(lower_NN, torch.eye(size).to(lower_NN), upper=False))
+        return
     half = size // 2
-    inverse_NN = torch.zeros_like(lower_NN)
-    first, last = _inverse_of_lower(lower_NN[:half, :half]), _inverse_of_lower(lower_NN[half:, half:])
-    inverse_NN[:half, :half], inverse_NN[half:, half:] = first, last
-    inverse_NN[half:, :half] = -(last @ lower_NN[half:, :half]) @ first
-    return inverse_NN
+    first_AA, last_CC = lower_NN[:half, :half], lower_NN[half:, half:]
+    _invert_lower(first_AA)
+    _invert_lower(last_CC)
+    lower_NN[half:, :half] = (last_CC @ lower_NN[half:, :half]).neg_() @ first_AA
 
 
 def factors_of(gram: Gram) -> Factors:

@@ -17,7 +17,9 @@ from ace_cli.kernels.threads import HEAVY, each_piece
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
+    COPIES,
     MOST_STEPS,
+    ROOT_BYTES,
     Factors,
     factor_flops,
     factors_of,
@@ -100,6 +102,10 @@ class SparseGPT(Repair):
         sweep = rows * columns**2 + _AROUND * rows * columns
         return sweep + factor_flops(columns) + refit_flops(rows, columns, self.refit_steps)
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        unit = 4 if self.damping_of is Damping.unit or self.refit_steps else 0
+        return (ROOT_BYTES + unit) * columns**2 + COPIES * rows * columns
+
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Refit the kept weights, or choose and refit; with ``adaptive`` only the loss before looks at ``keep_OI``.
 
@@ -133,7 +139,8 @@ class SparseGPT(Repair):
         damped_II = shared.damped(damping)
         if self.damping_of is Damping.mean:
             ridge = damping * shared.gram_II.diagonal().mean().float()
-            damped_II = shared.damped(0.0) + (ridge / shared.scale_I.square()).diag()
+            damped_II = shared.damped(0.0).clone()
+            damped_II.diagonal().add_(ridge / shared.scale_I.square())
         unit_OI, start_OI = weight_OI * shared.scale_I, new_OI * shared.scale_I
         return refit(unit_OI, keep_OI, damped_II, self.refit_steps, self.tolerance, start_OI) / shared.scale_I
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.methods.repair.base import Repair, Repaired
-from ace_cli.methods.repair.exchange import exchange_flops, exchanged
-from ace_cli.methods.repair.least_squares import MOST_STEPS, factors_of, finish, pull_faults, refit, refit_flops
+from ace_cli.methods.repair.exchange import exchange_bytes, exchange_flops, exchanged
+from ace_cli.methods.repair.least_squares import COPIES, MOST_STEPS, factors_of, finish, pull_faults, refit, refit_flops
 from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ class Swaps(Repair):
 
     def flops(self, rows: int, columns: int) -> int:
         return exchange_flops(rows, columns, self.sweeps) + refit_flops(rows, columns, self.refit_steps)
+
+    def nbytes(self, rows: int, columns: int) -> int:
+        return exchange_bytes(columns) + COPIES * rows * columns
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Better masks of the same counts, weights unchanged or refitted.
