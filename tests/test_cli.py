@@ -16,6 +16,7 @@ from conftest import composed
 from safetensors.torch import load_file
 from tiny_models import edit, make, write_documents
 
+from ace_cli import __version__
 from ace_cli.cli import verify
 from ace_cli.core.locks import locked
 from ace_cli.model.pruned import verify as verified
@@ -50,6 +51,15 @@ def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
         assert text in done.stdout
     assert seconds < 6  # half a second alone; torch alone would take longer on a busy machine
     assert not list(tmp_path.iterdir())
+
+
+def test_without_arguments_it_says_what_can_be_typed_and_does_nothing(here: Command, tmp_path: Path) -> None:
+    done = here()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ace-prune --help" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert not list(tmp_path.iterdir())
+    assert here("--version").stdout == f"ace-prune {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["metric=wand"], ["model=llama7b", "calib.n_samples=0"]])

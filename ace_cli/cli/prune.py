@@ -14,6 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from ace_cli import __version__
 from ace_cli.cli.arguments import as_typed, config_folders, for_hydra
 from ace_cli.cli.ending import MEND, command, mend, of_system, stopping_at_once
 from ace_cli.core.errors import AceError, BusyError, first_line
@@ -26,11 +27,24 @@ if TYPE_CHECKING:
     from ace_cli.report.facts import Report
 
 FAILED, WORSE = 1, 3
+_BRIEFLY = """\
+ace-prune makes a language model sparse or smaller, and proves what it did.
+
+  ace-prune model=smollm2 experiment=best sparsity=0.5     a first look: needs no hub and no data
+  ace-prune model=FOLDER metric=ace sparsity=2:4           a model of yours, or a hub id
+  ace-prune model=FOLDER sparsity=0.5 dry_run=true         what it would do, need and take
+  ace-prune -m metric=wanda,varp,ace sparsity=0.5,2:4      a table
+
+  ace-prune --help       every choice and option
+  ace-eval, ace-bench, ace-report, ace-verify              judge, time, compare and check what was made"""
 
 
 @command("ace-prune")
 def main() -> None:
     """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend, 3 at the gate."""
+    if sys.argv[1:] in ([], ["--version"]):
+        print(f"ace-prune {__version__}" if sys.argv[1:] else _BRIEFLY)
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra lets errors through, to be explained here
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks for large pages: fewer faults on fresh memory
