@@ -172,6 +172,13 @@ def test_a_folder_of_templates_elsewhere_is_refused(own_llama: Path, tmp_path: P
     assert "is a link to" in refusal(Checkpoint, own_llama)
 
 
+def test_links_to_what_is_never_read_do_not_matter(own_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("logs", ".git"):
+        (own_llama / name).symlink_to(tmp_path / "elsewhere")
+    assert open_model(ModelConfig(path=str(own_llama))).tensors
+
+
 @pytest.mark.parametrize("where", ["the hub's cache", "a cache elsewhere", "the folder itself"])
 def test_links_of_the_hubs_cache_are_followed(
     own_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str

@@ -24,7 +24,8 @@ def check_folder(folder: Path) -> None:
             "Merge it first with peft (model.merge_and_unload(), then save_pretrained), or take it out of the folder.",
         )
     for file in (*folder.iterdir(), *(folder / TEMPLATES).glob("*")):
-        if file.is_symlink() and not _is_own(file, folder):
+        aside = file.name.startswith(".") or (file.is_dir() and file.name != TEMPLATES)  # never read
+        if file.is_symlink() and not aside and not _is_own(file, folder):
             raise AceError(
                 f"{file} is a link to {file.readlink()}, outside of the folder and of the hub's cache.",
                 "Put the file itself there.",

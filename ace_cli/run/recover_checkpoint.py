@@ -34,7 +34,7 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
             run.model, Checkpoint(work.partial), windows_NL, training, run.terminal.progress
         )
         write_whole(done, json.dumps(dataclasses.asdict(facts)))
-    facts = RecoveryFacts(**json.loads(done.read_text(encoding="utf-8")))
+    facts = RecoveryFacts(**read_object(done))
     if facts.epochs:  # else nothing got better: the files are those that are there
         for file in sorted({entry.file.name for entry in Checkpoint(work.partial).tensors.values()}):
             if (training / file).exists():
