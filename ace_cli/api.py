@@ -46,9 +46,8 @@ class Result:
 
         from ace_cli.model.auto import auto_class
 
-        given = {"trust_remote_code": False, **options}
-        config = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=given["trust_remote_code"])
-        return auto_class(config).from_pretrained(self.checkpoint, **given)
+        config = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=False)
+        return auto_class(config).from_pretrained(self.checkpoint, trust_remote_code=False, **options)
 
 
 def prune(
