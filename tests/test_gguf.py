@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import composed
 from gguf import GGUFReader, dequantize
+from safetensors.torch import save_file
 from test_packed import make_sparse
 from tiny_models import load, make, weights
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -72,6 +73,15 @@ def test_transformers_reads_back_the_same_model(family: str, tmp_path: Path) -> 
     for kind, error in (("f16", 5e-3), ("q8_0", 0.15)):
         found = logits(read_back(exported(source, tmp_path / kind, kind)))
         assert (found - wanted).abs().max() < error * wanted.abs().max()
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_a_head_that_is_declared_tied_but_stored(other: bool, tmp_path: Path) -> None:
+    source = make(tmp_path / "plain", "llama", tie_word_embeddings=True)
+    state = weights(source)
+    head = state["model.embed_tokens.weight"].flip(0) if other else state["model.embed_tokens.weight"].clone()
+    save_file(state | {"lm_head.weight": head.contiguous()}, source / "model.safetensors", {"format": "pt"})
+    assert torch.allclose(logits(load(source)), logits(read_back(exported(source, tmp_path / "out"))), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -15,7 +15,9 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.stage import Progress, Stage
 from ace_cli.export.gguf_families import Family, NoForm, family_of, frequency_factors, keys_of, laid_out
 from ace_cli.export.gguf_tokenizer import vocabulary_of
+from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.ties import same_values
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -104,14 +106,21 @@ class _Source:
     """A checkpoint seen as a GGUF file. Raises NoForm where it cannot be one."""
 
     def __init__(self, folder: Path, kind: str) -> None:
-        from transformers import AutoConfig
-
         self.checkpoint, self.kind = Checkpoint(folder), kind
-        self.config = AutoConfig.from_pretrained(folder)
+        self.config = transformers_config(folder)
         self.family: Family = family_of(self.config)
         self.keys = keys_of(self.config, self.family)
         self.names = self._names()
         self.vocabulary = vocabulary_of(folder, self.config.vocab_size)
+
+    def _head_is_tied(self) -> bool:
+        """Whether a stored head is the embedding once more; one of other values counts, whatever config.json says."""
+        import torch
+
+        embedding = next((name for name in self.checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
+        if embedding is None or not self.config.tie_word_embeddings:
+            return False
+        return same_values(self.checkpoint, "lm_head.weight", embedding, torch.float32)
 
     def _names(self) -> dict[str, str]:
         """Name in GGUF -> name in the checkpoint."""
@@ -121,7 +130,7 @@ class _Source:
         known = get_tensor_name_map(arch, self.config.num_hidden_layers)
         found = {}
         for name in self.checkpoint.tensors:
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and self._head_is_tied()):
                 continue  # computed; the embedding itself
             called = known.get_name(name, try_suffixes=(".weight", ".bias"))
             if called is None:
