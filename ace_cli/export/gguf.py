@@ -17,7 +17,6 @@ from ace_cli.export.gguf_families import Family, NoForm, family_of, frequency_fa
 from ace_cli.export.gguf_tokenizer import vocabulary_of
 from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.ties import same_values
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType
@@ -116,6 +115,8 @@ class _Source:
     def _head_is_tied(self) -> bool:
         """Whether a stored head is the embedding once more; one of other values counts, whatever config.json says."""
         import torch
+
+        from ace_cli.model.ties import same_values
 
         embedding = next((name for name in self.checkpoint.tensors if name.endswith("embed_tokens.weight")), None)
         if embedding is None or not self.config.tie_word_embeddings:
