@@ -71,7 +71,8 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
     auto, folder = auto_class(config), checkpoint.folder
     try:
         if shapes_of(config):
-            return class_of(config).from_pretrained(folder, config=config, dtype=dtype).to(device).eval()
+            model = class_of(config).from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+            return model.to(device).eval()
         model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         return model.to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise
