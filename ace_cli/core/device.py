@@ -42,6 +42,7 @@ def choose_device(name: str) -> torch.device:
         index = int(name.partition(":")[2] or 0)
         if index >= count:
             raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
+        torch.cuda.set_device(index)  # or libraries that ask for "cuda", and pinned memory, would wake the first one
     return torch.device(name)
 
 

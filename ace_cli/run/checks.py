@@ -31,8 +31,13 @@ def memory_budget(memory_gb: float | None, device: torch.device) -> float:
     """Bytes of the memory that computes which the run may use: as told, or nine tenths of what is free."""
     if memory_gb is not None:
         return memory_gb * 1e9
-    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else memory.available()
-    return 0.9 * free
+    return 0.9 * (on_device(device) if device.type == "cuda" else memory.available())
+
+
+def on_device(device: torch.device) -> int:
+    """Bytes of a CUDA device that this process may take in all: what is free, and what torch has reserved there."""
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free + torch.cuda.memory_reserved(device)
 
 
 def pruned_by_rows(config: RunConfig, model: StreamedModel) -> bool:

@@ -129,7 +129,7 @@ def probe(
 
     OSError when the disk cannot be written.
     """
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     matmul, spread = _matmul(device, dtype, wait)
     float32 = 0.0 if dtype is torch.float32 else _matmul(device, torch.float32, wait)[0]
     rates = (

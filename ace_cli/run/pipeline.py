@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def _run(
     device = choose_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    phases = Phases(Clock(torch.cuda.synchronize if device.type == "cuda" else lambda: None), sampler)
+    phases = Phases(Clock(partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None), sampler)
     quiet_libraries()
     with phases("import"):
         model = _open(config, device)

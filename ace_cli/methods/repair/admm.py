@@ -90,7 +90,7 @@ class Admm(Repair):
         return rounds + refit_flops(rows, columns, self.polish)
 
     def nbytes(self, rows: int, columns: int) -> int:
-        return (4 + (INVERSE_BYTES if self.iterations else 0)) * columns**2 + COPIES * rows * columns
+        return (6 + (INVERSE_BYTES if self.iterations else 0)) * columns**2 + COPIES * rows * columns
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Refit the kept weights of (O, I); with mask_iterations also choose them, by the pattern.
