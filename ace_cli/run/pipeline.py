@@ -152,6 +152,7 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     plan = make_plan(model, patterns, demand, memory_budget(config.memory_gb, model.device))
     if cutting is not None:
         plan = plan.smaller(cutting.cut().entries(model.checkpoint), describe(cutting, config))
+    plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)
     largest = max(rows * columns for rows, columns in plan.shapes.values())
@@ -161,8 +162,7 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed", takes)
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
-    more = _stage_bytes(config, model.checkpoint)
-    check_room(dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more), config.output_dir)
+    check_room(plan, config.output_dir)
     check_training(config, plan)
     if sparse := already_sparse(model, config.pattern):
         terminal.say(f"Warning: {sparse}.", "yellow")

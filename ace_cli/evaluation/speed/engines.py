@@ -6,6 +6,7 @@ way: a prompt goes in, tokens come out one by one, greedily.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -33,8 +34,8 @@ class Writer(Protocol):
 
     vocabulary: int
 
-    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
-        """Write ``count`` tokens after the prompt ``ids``; ``on_token`` is called when each is known."""
+    def write(self, ids: list[int], count: int) -> tuple[float, float]:
+        """Write ``count`` tokens after the prompt ``ids``: seconds to the first of them, and from there to the last."""
 
 
 @dataclass(frozen=True)
@@ -54,48 +55,76 @@ class _Transformers:
         self._model = model.eval()
         self.vocabulary = int(model.config.get_text_config().vocab_size)
 
-    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+    def write(self, ids: list[int], count: int) -> tuple[float, float]:
         prompt = torch.tensor([ids], device=self._model.device)
+        watch = _Watch()
         self._model.generate(
             prompt, attention_mask=torch.ones_like(prompt), do_sample=False, min_new_tokens=count,
-            max_new_tokens=count, pad_token_id=0, streamer=_Streamer(on_token),
+            max_new_tokens=count, pad_token_id=0, streamer=watch,
         )  # fmt: skip
+        return watch.seconds()
 
 
-class _Streamer:
-    """Told of the prompt, then of each token."""
+class _Watch:
+    """A streamer of transformers: told of the prompt, then of each token once it is on the host."""
 
-    def __init__(self, on_token: Callable[[], None]) -> None:
-        self._on_token, self._prompt = on_token, True
+    def __init__(self) -> None:
+        self._start, self._known = time.perf_counter(), list[float]()
 
     def put(self, value: Any) -> None:
-        """A token is known once it is on the host."""
-        if not self._prompt:
-            self._on_token()
-        self._prompt = False
+        """The prompt, or a token."""
+        self._known.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing is left to show."""
 
+    def seconds(self) -> tuple[float, float]:
+        """To the first token, and from there to the last."""
+        _, first, *others = self._known
+        return first - self._start, [first, *others][-1] - first
 
-class _LlamaCpp:
-    """llama.cpp by its Python package llama-cpp-python."""
+
+class _LlamaCppPython:
+    """llama.cpp by its package llama-cpp-python."""
 
     def __init__(self, file: Path, context: int) -> None:
         from llama_cpp import Llama
 
-        try:
-            self._model = Llama(str(file), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False)
-        except (ValueError, RuntimeError) as fault:
-            raise AceError(f"llama.cpp cannot load {file}: {first_line(fault)}.", "Is it a whole file?") from fault
+        self._model = Llama(str(file), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False)
         self.vocabulary = int(self._model.n_vocab())
 
-    def write(self, ids: list[int], count: int, on_token: Callable[[], None]) -> None:
+    def write(self, ids: list[int], count: int) -> tuple[float, float]:
         self._model.reset()
+        start = time.perf_counter()
         tokens = self._model.generate(ids, temp=0.0)
-        for _ in range(count):
-            next(tokens)
-            on_token()
+        known = [time.perf_counter() for _ in zip(range(count), tokens, strict=False)]
+        return known[0] - start, known[-1] - known[0]
+
+
+class _Xllamacpp:
+    """llama.cpp by its package xllamacpp, which comes built; the times are those that llama.cpp takes itself."""
+
+    def __init__(self, file: Path, context: int) -> None:
+        from gguf import GGUFReader
+        from xllamacpp import CommonParams, Server
+
+        told = GGUFReader(file)
+        if told.fields["tokenizer.ggml.model"].contents() == "none":  # it would end this process
+            raise AceError(f"{file} has no tokenizer, without which xllamacpp does not start.", "Leave it out.")
+        params = CommonParams()
+        params.model.path, params.n_ctx, params.n_parallel = str(file), context, 1
+        params.cpuparams.n_threads, params.verbosity = torch.get_num_threads(), 0
+        self._server = Server(params)
+        self.vocabulary = next(int(t.shape[-1]) for t in told.tensors if t.name == "token_embd.weight")
+
+    def write(self, ids: list[int], count: int) -> tuple[float, float]:
+        asked = {"prompt": ids, "max_tokens": count, "temperature": 0, "top_k": 1, "ignore_eos": True}
+        took = self._server.handle_completions({**asked, "cache_prompt": False})["timings"]
+        return took["prompt_ms"] / 1e3, took["predicted_ms"] / 1e3 * (count - 1) / took["predicted_n"]
+
+
+#: Packages that run llama.cpp.
+_LLAMA_CPP: dict[str, Callable[[Path, int], Writer]] = {"llama_cpp": _LlamaCppPython, "xllamacpp": _Xllamacpp}
 
 
 def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | None, context: int) -> list[Subject]:
@@ -105,8 +134,8 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
     """
     if path.suffix == ".gguf":
         if why := no_llama_cpp():
-            raise AceError(f"{path}: {why}.", "pip install llama-cpp-python")
-        return [Subject(name, "llama.cpp", path.stat().st_size, lambda: _LlamaCpp(path, context))]
+            raise AceError(f"{path}: {why}.", "pip install xllamacpp, or llama-cpp-python")
+        return [Subject(name, "llama.cpp", path.stat().st_size, lambda: _llama_cpp(path, context))]
     checkpoint = open_folder(path)
     check_positions(name, path, context)
     dtype = dtype or sparse.stored_dtype(checkpoint)
@@ -134,7 +163,17 @@ def check_positions(name: str, path: Path, context: int) -> None:
 
 def no_llama_cpp() -> str:
     """Why llama.cpp cannot be had; empty where it can."""
-    return "" if find_spec("llama_cpp") else "llama.cpp is not installed"
+    return "" if any(find_spec(package) for package in _LLAMA_CPP) else "llama.cpp is not installed"
+
+
+def _llama_cpp(file: Path, context: int) -> Writer:
+    engine = next(engine for package, engine in _LLAMA_CPP.items() if find_spec(package))
+    try:
+        return engine(file, context)
+    except AceError:
+        raise
+    except Exception as fault:  # a damaged file fails in many layers of three libraries
+        raise AceError(f"llama.cpp cannot load {file}: {first_line(fault)}.", "Is it a whole file?") from fault
 
 
 def no_semi_structured(device: torch.device, dtype: torch.dtype) -> str:
