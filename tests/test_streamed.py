@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,3 +244,30 @@ def test_a_block_that_reads_more_of_the_one_before_is_refused(
     monkeypatch.setattr(decoder, "forward", forward)
     with pytest.raises(AceError, match="block 1 reads more of the one before than hidden states"):
         list(model.batches(token_windows(2, 8)))
+
+
+def test_the_next_block_is_read_while_one_is_computed(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = open_streamed(llama)
+    read, computed = model.read, model.advance
+    events: list[str] = []
+    second = threading.Event()
+
+    def reading(block: Any) -> Any:
+        events.append(f"read {block.name[-1]} on {threading.current_thread() is not threading.main_thread()}")
+        tensors = read(block)
+        if block.name.endswith("1"):
+            second.set()
+        return tensors
+
+    def advance(index: int, batches: Any) -> None:
+        assert second.wait(20), "the second block is read only after the first was computed"
+        events.append(f"advance {index}")
+        computed(index, batches)
+
+    monkeypatch.setattr(model, "read", reading)
+    monkeypatch.setattr(model, "advance", advance)
+    model.run(list(model.batches(token_windows(2, 8))))
+    assert events == ["read 0 on True", "read 1 on True", "advance 0", "advance 1"]
+    assert all(parameter.is_meta for parameter in model.skeleton.parameters()), "all are let go of"
+    assert list(model.one_by_one(1)) == [0]
+    assert list(model.one_by_one(0)) == []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -209,13 +210,27 @@ class StreamedModel:
         for batch in batches:
             batch.hidden_BLH = self.forward(index, batch)
 
+    def one_by_one(self, blocks: int | None = None) -> Iterator[int]:
+        """The numbers of the first ``blocks`` blocks, all if not said; each is loaded until the next one is asked for.
+
+        Meanwhile the next block is read, on a thread of its own: two blocks are in memory.
+        """
+        wanted = self.blocks[:blocks]
+        with ThreadPoolExecutor(1) as reader:
+            ahead = [reader.submit(self.read, block) for block in wanted[:1]]
+            for index, block in enumerate(wanted):
+                tensors = ahead.pop().result()
+                ahead += [reader.submit(self.read, following) for following in wanted[index + 1 : index + 2]]
+                with self.loaded(block, tensors):
+                    del tensors
+                    yield index
+
     def run(self, batches: list[Batch], on_block: Callable[[int], None] = lambda _: None) -> None:
         """Take ``batches`` through all blocks, each read once; ``on_block`` is called with the index of each."""
         trimmer = Trimmer()
         with torch.inference_mode():
-            for index, block in enumerate(self.blocks):
-                with self.loaded(block):
-                    self.advance(index, batches)
+            for index in self.one_by_one():
+                self.advance(index, batches)
                 trimmer()
                 on_block(index)
 

@@ -109,8 +109,8 @@ def prune(
 
 def replay(model: StreamedModel, batches: list[Batch], blocks: int, clock: Clock) -> None:
     """Bring ``batches`` to where they were after ``blocks`` finished blocks, whose weights ``model`` reads."""
-    for index in range(blocks):
-        with clock("replay"), torch.no_grad(), model.loaded(model.blocks[index]):
+    with clock("replay"), torch.no_grad():
+        for index in model.one_by_one(blocks):
             model.advance(index, batches)
 
 

@@ -48,20 +48,18 @@ def survey(
     batches = [copy.copy(batch) for batch in batches]  # hidden states are replaced, never changed in place
     measures, trimmer = [], Trimmer()
     with torch.inference_mode():
-        for index, block in enumerate(model.blocks):
-            with model.loaded(block):
-                before = [batch.hidden_BLH for batch in batches]
-                seen = _observe(
-                    model, index, batches, units.needs if units else allocation.needs(), allocation.of_states
-                )
-                if allocation.of_states:
-                    measure = allocation.measure_states(before, [batch.hidden_BLH for batch in batches])
-                    measures.append(_checked(block, measure))
-                elif units is not None and block.slots:
-                    measures.append(allocation.measure_units(units.score(block, seen)))
-                else:
-                    measures.append(_measure(block, seen, allocation) if block.slots else 0.0)
-                del before
+        for index in model.one_by_one():
+            block = model.blocks[index]
+            before = [batch.hidden_BLH for batch in batches]
+            seen = _observe(model, index, batches, units.needs if units else allocation.needs(), allocation.of_states)
+            if allocation.of_states:
+                measure = allocation.measure_states(before, [batch.hidden_BLH for batch in batches])
+                measures.append(_checked(block, measure))
+            elif units is not None and block.slots:
+                measures.append(allocation.measure_units(units.score(block, seen)))
+            else:
+                measures.append(_measure(block, seen, allocation) if block.slots else 0.0)
+            del before
             trimmer()
             on_block(index)
     return measures
