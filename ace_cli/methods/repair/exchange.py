@@ -154,8 +154,9 @@ def _sweep(
     Changes ``side_IO``, 1 where kept, -1 where pruned, and ``pull_IO``.
     """
     beside = _beside(matrix_II, width)
-    for first in range(0, unit_IO.shape[1], _ROWS):
-        some = slice(first, first + _ROWS)
+    rows = _ROWS if unit_IO.device.type == "cpu" else unit_IO.shape[1]  # a device is called as rarely as can be
+    for first in range(0, unit_IO.shape[1], rows):
+        some = slice(first, first + rows)
         unit_IR, side_IR, pull_IR = (each_IO[:, some][order_I].contiguous() for each_IO in (unit_IO, side_IO, pull_IO))
         _sweep_rows(unit_IR, side_IR, pull_IR, matrix_II, beside, width)
         side_IO[order_I, some], pull_IO[order_I, some] = side_IR, pull_IR
@@ -196,7 +197,7 @@ def _pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """One of each pair of a group, the other, both: 0 or 1, float32 (P, M). Small products pick faster than indices."""
     import torch
 
-    p_P, q_P = torch.triu_indices(width, width, 1)
+    p_P, q_P = torch.triu_indices(width, width, 1, device=device)
     one_MM = torch.eye(width, device=device)
     return one_MM[p_P], one_MM[q_P], one_MM[p_P] + one_MM[q_P]
 
