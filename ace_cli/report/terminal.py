@@ -76,8 +76,8 @@ class Terminal:
         if self._log is not None:
             self._log.print(content, markup=False)
 
-    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str, takes: str) -> None:
-        """What will happen and what it needs; ``takes``: how long pruning will be."""
+    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str, takes: str, instead: str = "") -> None:
+        """What will happen and what it needs; ``takes``: how long pruning will be; ``instead``: what is cheaper."""
         rows = {
             "model": f"{plan.architecture}, {plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks",
             "from": plan.model,
@@ -92,6 +92,8 @@ class Terminal:
             + f", {gigabytes(plan.disk_bytes)} disk",
             "takes": f"{takes} to prune and write; the limit here is {limit.seconds:,.1f} s",
         }
+        if instead:
+            rows["cheaper"] = instead
         if limit.rates.busy:
             rows["machine"] = "busy: the same product took up to " + f"{limit.rates.spread:.1f} times as long"
         if plan.cut:

@@ -159,7 +159,8 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     takes = forecast.span(forecast.pruning(plan, limit))
-    terminal.plan(plan, limit, method_line(config), calibration_line(config) if tokens else "none needed", takes)
+    calibration = calibration_line(config) if tokens else "none needed"
+    terminal.plan(plan, limit, method_line(config), calibration, takes, _instead(config, plan, limit))
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
@@ -177,6 +178,15 @@ def _output_folder(config: RunConfig, identity: dict[str, Any]) -> Path:
         config.output_dir.mkdir(parents=True, exist_ok=True)
         return config.output_dir
     return find_unfinished(config.output_dir.parent, identity) or fresh_folder(config.output_dir)
+
+
+def _instead(config: RunConfig, plan: Plan, limit: Limit) -> str:
+    """What would be much cheaper than the metric, and what that loses; empty where nothing is."""
+    plain = dataclasses.replace(plan, method_flops=0, by_rows=True)
+    seconds = plain.seconds(dataclasses.replace(limit, method_flops=0))
+    if not config.metric.cheaper or plan.seconds(limit) < 2 * seconds:
+        return ""
+    return f"{config.metric.cheaper}: {forecast.span(forecast.pruning(plain, limit))}"
 
 
 def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal: Terminal, phases: Phases) -> Texts:

@@ -33,6 +33,8 @@ class Metric:
     #: Whether it scores whole units, and single weights.
     units = True
     weights = True
+    #: What to choose instead where its own cost is too much, and what that loses; empty where nothing is much cheaper.
+    cheaper = ""
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``score`` reads; none for a metric that looks at weights alone."""
