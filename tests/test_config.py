@@ -24,7 +24,7 @@ CARDS = sorted(file.stem for file in (config_folder() / "model").glob("*.yaml"))
 
 def test_defaults(configure: Configure) -> None:
     config = configure("model=llama7b")
-    assert isinstance(config.metric, VarP)
+    assert isinstance(config.metric, ACE)
     assert (config.calib.n_samples, config.calib.seq_len, config.calib.seed) == (128, 16, 0)
     assert config.pattern == Ratio(Fraction(1, 2), Scope.row)
     assert not config.dry_run

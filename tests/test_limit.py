@@ -248,3 +248,18 @@ def test_the_plan_counts_what_repairs_and_logits_hold(llama: Path) -> None:
         for order in (Propagate.block, Propagate.sublayer)
     )
     assert at_once > one, "in sublayer order one input's statistics are in memory at a time"
+
+
+def test_the_plan_names_what_is_much_cheaper(
+    llama: Path, tmp_path: Path, prune_here: Callable[..., object], capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("ace_cli.methods.metrics.ace.ACE.flops", lambda self, rows, columns: 10**13)
+    prune_here(llama, tmp_path / "a", "metric=ace")
+    prune_here(llama, tmp_path / "b", "metric=varp")
+    first, second = capfd.readouterr().out.split("Results:")[:2]
+    (line,) = [line for line in first.splitlines() if line.startswith("cheaper")]
+    assert "metric=varp" in line
+    assert re.search(r": [\d.]+(?: to [\d.]+)? s$", line)
+    assert float(line.split()[-2]) < 10  # beside thousands of seconds for the exchanges
+    assert "cheaper" not in second

@@ -183,10 +183,10 @@ def _output_folder(config: RunConfig, identity: dict[str, Any]) -> Path:
 def _instead(config: RunConfig, plan: Plan, limit: Limit) -> str:
     """What would be much cheaper than the metric, and what that loses; empty where nothing is."""
     plain = dataclasses.replace(plan, method_flops=0, by_rows=True)
-    seconds = plain.seconds(dataclasses.replace(limit, method_flops=0))
-    if not config.metric.cheaper or plan.seconds(limit) < 2 * seconds:
+    least = dataclasses.replace(limit, method_flops=0)
+    if not config.metric.cheaper or plan.seconds(limit) < 2 * plain.seconds(least):
         return ""
-    return f"{config.metric.cheaper}: {forecast.span(forecast.pruning(plain, limit))}"
+    return f"{config.metric.cheaper}: {forecast.span(forecast.pruning(plain, least))}"
 
 
 def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal: Terminal, phases: Phases) -> Texts:
