@@ -40,6 +40,7 @@ from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.units.base import Unit
 from ace_cli.pruning.units.channel import Channel
+from ace_cli.pruning.units.head import Head, Heads
 from ace_cli.run.cut import _changes, kept_units, manifest_of, smaller
 
 CPU = torch.device("cpu")
@@ -449,3 +450,38 @@ def test_a_model_without_the_key_says_what_to_do(tmp_path: Path, prune_here: Any
     folder = make(tmp_path / "dense", "bloom")
     with pytest.raises(AceError, match=r"has no key in its configuration .* Add unit.uneven=true"):
         prune_here(folder, tmp_path / "run", *RUN)
+
+
+# --- heads -----------------------------------------------------------------------------------------------------------
+
+
+#: What their classes can say: queries alone are cut where several share a key-value head.
+HEADS = [("llama", "group"), ("llama", "query"), ("qwen2", "group"), ("qwen3", "query"), ("phi3", "group"),
+         ("phi3", "query"), ("mistral", "group"), ("starcoder2", "group")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "of"), HEADS)
+def test_heads_go_and_the_folder_loads_anywhere(family: str, of: str, tmp_path: Path) -> None:
+    folder, out = make(tmp_path / "dense", family), tmp_path / "out"
+    cutting, kept, _ = cut_into(folder, out, lambda index: 1, Wanda(), unit=Head(Heads(of)))
+    assert not (out / FILE).exists()
+    ours = streamed_logits(out)
+    assert torch.equal(logits(out), ours)
+    changed = zeroed(folder, cutting, kept)
+    (tmp_path / "zeroed").mkdir()
+    checkpoint = Checkpoint(folder)
+    writer = CheckpointWriter(checkpoint, tmp_path / "zeroed")
+    for name in {each.name for block in cutting.couplings for each in block}:
+        writer.write(name, changed[name])
+    writer.finish()
+    write_metadata(checkpoint, tmp_path / "zeroed", {}, [], "card")
+    assert torch.allclose(ours, logits(tmp_path / "zeroed"), atol=1e-4)
+    assert verify(out) == len(cutting.couplings)
+
+
+@pytest.mark.parametrize("family", ["bloom", "olmo2"])
+def test_heads_that_are_not_alike_stay(family: str, tmp_path: Path) -> None:
+    """Their biases of positions, or norms over all heads together, tell heads apart."""
+    folder = make(tmp_path / "dense", family)
+    with pytest.raises(AceError, match="no heads were found"):
+        Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Head(), "head")

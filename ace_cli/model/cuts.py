@@ -173,3 +173,15 @@ class Grown(Checkpoint):
         tensor = super().read(name)
         written = tensor.shape != self._source.tensors[name].shape
         return self._cut.grown(name, tensor, self._source.tensors[name].shape, self._kept) if written else tensor
+
+
+class Sliced(Checkpoint):
+    """A checkpoint read as if it had been cut: ``kept`` says which units stay, coupling's name -> bool (U,)."""
+
+    def __init__(self, source: Checkpoint, cut: Cut, kept: Mapping[str, Tensor]) -> None:
+        self.__dict__.update(source.__dict__)
+        self.tensors = cut.entries(source)
+        self._source, self._cut, self._kept = source, cut, kept
+
+    def read(self, name: str) -> Tensor:
+        return self._cut.sliced(name, self._source.read(name), self._kept)

@@ -113,12 +113,24 @@ class LinkFinder:
 
     def links(self, index: int, wanted: Callable[[Link], bool] = lambda _: True) -> list[Link]:
         """The proven links of loaded block ``index``, of those ``wanted``. Call inside inference mode."""
+        return [link for link in self.likely(index) if wanted(link) and self.proves(index, link)]
+
+    def likely(self, index: int) -> list[Link]:
+        """The links that blocks like loaded block ``index`` have, not proven with its own weights."""
         block = self._model.blocks[index]
         slots = _by_module(block)
         kind = (type(block.module), *((name, slot.shape) for name, slot in slots.items()))
         if kind not in self._known:
             self._known[kind] = self._find(index, slots)
-        return [link for link in self._known[kind] if wanted(link) and self._preserves(index, link, slots)]
+        return self._known[kind]
+
+    def proves(self, index: int, link: Link) -> bool:
+        """Whether a random reordering by ``link`` leaves what loaded block ``index`` computes."""
+        return self._preserves(index, link, _by_module(self._model.blocks[index]))
+
+    def rows(self, index: int) -> dict[str, int]:
+        """Slot, by its module's name in block ``index`` -> how many outputs it has."""
+        return {name: slot.shape[0] for name, slot in _by_module(self._model.blocks[index]).items()}
 
     def _find(self, index: int, slots: dict[str, Slot]) -> list[Link]:
         links = []
@@ -275,7 +287,10 @@ def _units(producers: tuple[Producer, ...], inputs: int) -> Tensor | None:
 def _random_order(link: Link, draw: _Noise) -> Tensor:
     order_I = torch.arange(link.channels_RWC.numel())
     for channels_WC in link.channels_RWC:
-        order_I[channels_WC] = channels_WC[draw.order(len(channels_WC))]
+        order_W = draw.order(len(channels_WC))
+        if torch.equal(order_W, order_W.sort().values):  # of few units, random ones may stay, which proves nothing
+            order_W = order_W.roll(1)
+        order_I[channels_WC] = channels_WC[order_W]
     return order_I
 
 

@@ -1,4 +1,4 @@
-"""The change of config.json that says a cut, found by trying and proven by the shapes of the model it builds.
+"""The change of config.json that says a cut, found by trying and proven by the model that it builds.
 
 No family has a row here: which key holds a width is seen from which key, changed, gives every tensor its new shape.
 """
@@ -8,15 +8,15 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.model.configuration import transformers_config
+from ace_cli.model.cuts import Sliced
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.header import TensorEntry
 from ace_cli.model.mapping import Mapping as NameMapping
 from ace_cli.model.transformers_api import tied_weights
 
@@ -25,21 +25,34 @@ Place = tuple[str, ...]
 
 
 def proven_changes(
-    checkpoint: Checkpoint, entries: Mapping[str, TensorEntry], sizes: Mapping[int, int]
+    cut: Sliced, sizes: Mapping[int, int], right: Callable[[Checkpoint], bool]
 ) -> dict[Place, Any] | None:
-    """Place in config.json -> new value, such that the stock class builds exactly the shapes of ``entries``.
+    """Place in config.json -> new value, such that the stock class builds exactly the shapes of ``cut``.
 
-    ``sizes``: old number -> new number that the change may be about. None if no key, and no two or three keys, say it.
+    ``sizes``: old number -> new number that the change may be about. ``right`` has the last word, of a checkpoint whose
+    config.json is changed so: other heads may have the same shapes. None if no key, and no two or three keys, say it.
     """
-    raw = checkpoint.config()
-    candidates = [*_candidates(raw, _complete(checkpoint.folder), sizes)]
+    raw, complete = cut.config(), _complete(cut.folder)
+    candidates = [*_candidates(raw, complete, sizes)]
     for count in (1, 2, 3):
         for chosen in combinations(candidates, count):
-            changes = dict(chosen)
-            if len(changes) == count and _builds(changed(raw, changes), _Described(checkpoint, entries)):
-                return changes
+            for pinned in _pins(raw, complete):
+                changes = {**pinned, **dict(chosen)}
+                if len(dict(chosen)) == count and _says(changed(raw, changes), cut, right):
+                    return changes
         candidates = candidates[:8]  # of pairs, only what is written in the file and holds the very number
     return None
+
+
+def _pins(raw: Mapping[str, Any], complete: Mapping[str, Any]) -> Iterator[dict[Place, Any]]:
+    """Nothing; then a size of heads that the file leaves to be computed from what may change."""
+    yield {}
+    written = {place for place, _ in _leaves(raw)}
+    yield from (
+        {place: value}
+        for place, value in _leaves(complete)
+        if place[-1] == "head_dim" and place not in written and value
+    )
 
 
 def changed(raw: Mapping[str, Any], changes: Mapping[Place, Any]) -> dict[str, Any]:
@@ -85,25 +98,19 @@ def _leaves(config: Mapping[str, Any], above: Place = ()) -> Iterator[tuple[Plac
             yield (*above, name), value
 
 
-class _Described(Checkpoint):
-    """A checkpoint of which only the shapes are known."""
-
-    def __init__(self, checkpoint: Checkpoint, entries: Mapping[str, TensorEntry]) -> None:
-        self.__dict__.update(checkpoint.__dict__)
-        self.tensors = dict(entries)
-
-
-def _builds(config: Mapping[str, Any], described: _Described) -> bool:
-    """Whether the stock class, of this configuration, has a place of the right shape for every tensor."""
+def _says(config: Mapping[str, Any], cut: Sliced, right: Callable[[Checkpoint], bool]) -> bool:
+    """Whether the stock class, of this configuration, has a place of the right shape for every tensor, and computes."""
     from ace_cli.model.streamed import skeleton_of
 
+    described = copy.copy(cut)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         described.folder = Path(folder)
+        (described.folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             skeleton = skeleton_of(described)
         except AceError:  # a value that makes no model
             return False
-    mapping, state = NameMapping(skeleton, described), dict(skeleton.state_dict(keep_vars=True))
-    tied = tied_weights(skeleton)
-    return not mapping.misfits(state) and all(name in mapping or name in tied for name in state)
+        mapping, state = NameMapping(skeleton, described), dict(skeleton.state_dict(keep_vars=True))
+        tied = tied_weights(skeleton)
+        fits = not mapping.misfits(state) and all(name in mapping or name in tied for name in state)
+        return fits and right(described)

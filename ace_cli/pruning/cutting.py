@@ -11,6 +11,7 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.methods.units import Units
 from ace_cli.model.cuts import Coupling, Cut, coupling, rows_of
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.links import LinkFinder
 from ace_cli.model.streamed import Block, StreamedModel
 
@@ -73,12 +74,58 @@ class Cutting:
 
     @property
     def sizes(self) -> dict[int, int]:
-        """Numbers that the configuration may hold -> what they become, where all blocks keep equally many."""
+        """Numbers that the configuration may hold -> what they become, where all blocks keep equally many.
+
+        Beside the units themselves what is in proportion to them: query heads where groups of them are taken out.
+        """
         found: dict[int, int] = {}
         for each in (each for block in self.couplings for each in block):
-            stay = self.stay[each.name]
-            found |= {each.width: stay, each.regions * each.width: each.regions * stay}
+            copies, stay = each.columns_RWC.shape[2], self.stay[each.name]
+            parts = [each.regions, *(part for part in range(1, copies + 1) if copies % part == 0)]
+            found |= {part * each.width: part * stay for part in reversed(parts)}
         return found
+
+    @property
+    def first_units(self) -> dict[str, Tensor]:
+        """Coupling's name -> the first of each region's units, as many as stay, bool (U,): for trying shapes."""
+        return {
+            each.name: (torch.arange(each.width) < self.stay[each.name]).repeat(each.regions)
+            for block in self.couplings
+            for each in block
+        }
+
+    def computes(self, sliced: Checkpoint) -> bool:
+        """Whether blocks of ``sliced``, the model with ``first_units``, do what its own do with zeros there.
+
+        One block of each kind is run on a few tokens.
+        """
+        narrow = StreamedModel(sliced, self.model.device, self.model.dtype)
+        ids_BL = (torch.arange(16) % self.model.skeleton.get_input_embeddings().weight.shape[0]).view(2, 8)
+        (wide_batch,), (narrow_batch,) = self.model.batches(ids_BL), narrow.batches(ids_BL)
+        kinds = {_kind(block): index for index, block in reversed(list(enumerate(self.model.blocks)))}
+        with torch.no_grad():
+            for index in kinds.values():
+                with self.model.loaded(self.model.blocks[index]):
+                    self._zero(index)
+                    expected_BLH = self.model.forward(index, wide_batch)
+                with narrow.loaded(narrow.blocks[index]):
+                    found_BLH = narrow.forward(index, narrow_batch)
+                if not float((found_BLH - expected_BLH).norm()) <= self._rounding * float(expected_BLH.norm()):
+                    return False
+        return True
+
+    def _zero(self, index: int) -> None:
+        """Of loaded block ``index``, zeros for the columns of all but ``first_units``."""
+        slots = {slot.name: slot for slot in self.model.blocks[index].slots}
+        for each in self.couplings[index]:
+            weight_OI = slots[each.name].weight_OI.clone()
+            keep_I = Units(each.columns_RWC).inputs(self.first_units[each.name], weight_OI.shape[1])
+            weight_OI[:, (~keep_I).to(weight_OI.device)] = 0
+            slots[each.name].put(weight_OI)
+
+    @property
+    def _rounding(self) -> float:
+        return max(1e-3, 16 * torch.finfo(self.model.dtype).eps)
 
     def proven(self, block: str) -> dict[str, Coupling]:
         """The couplings of this loaded block by name; AceError if its weights do not hang together so."""

@@ -283,7 +283,8 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"sparsity={parts.sparsity} takes no {unit}s away")
     if parts.allocation.surveys and not parts.unit.uneven:
         name = registry.name_of("allocation", parts.allocation)
-        faults.append(f"allocation={name} gives blocks widths of their own: add unit.uneven=true, or use uniform")
+        hint = "add unit.uneven=true, or use uniform" if "uneven" in vars(parts.unit) else "use uniform"
+        faults.append(f"allocation={name} gives blocks widths of their own: {hint}")
     if parts.allocation.surveys and parts.keep is not None:
         faults.append("keep is the same number in every block: with an allocation give a sparsity")
     reasons = dict.fromkeys(("include", "exclude"), "the weights that make and read units go together")

@@ -20,7 +20,7 @@ from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import equal_width, kept_width, uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
-from ace_cli.model.cuts import Cut
+from ace_cli.model.cuts import Cut, Sliced
 from ace_cli.model.files import Checkpoint, shard_plan
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import changed, proven_changes
@@ -48,8 +48,10 @@ def begin(config: RunConfig, model: StreamedModel) -> Cutting:
     cutting.stay = _equal(config, cutting)
     if not config.unit.uneven and _changes(cutting) is None:
         raise AceError(
-            f"{type(model.skeleton).__name__} has no key in its configuration for a narrower width in every block.",
-            "Add unit.uneven=true: a modelling file is then written into the folder.",
+            f"{type(model.skeleton).__name__} has no key in its configuration for so few {cutting.name}s.",
+            "Add unit.uneven=true: a modelling file is then written into the folder."
+            if "uneven" in vars(config.unit)
+            else "Choose another unit, or another number.",
         )
     return cutting
 
@@ -176,8 +178,8 @@ def _equal(config: RunConfig, cutting: Cutting) -> dict[str, int]:
 
 
 def _changes(cutting: Cutting) -> dict[tuple[str, ...], Any] | None:
-    source = cutting.model.checkpoint
-    return proven_changes(source, cutting.cut().entries(source), cutting.sizes)
+    sliced = Sliced(cutting.model.checkpoint, cutting.cut(), cutting.first_units)
+    return proven_changes(sliced, cutting.sizes, cutting.computes)
 
 
 def _scorer(config: RunConfig, cutting: Cutting) -> Any:
