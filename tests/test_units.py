@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from fractions import Fraction
@@ -41,6 +42,8 @@ from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.units.base import Unit
 from ace_cli.pruning.units.channel import Channel
 from ace_cli.pruning.units.head import Head, Heads
+from ace_cli.report.collect import find
+from ace_cli.report.html import render as page
 from ace_cli.run.cut import _changes, kept_units, manifest_of, smaller
 
 CPU = torch.device("cpu")
@@ -160,6 +163,12 @@ def test_what_later_blocks_see_is_what_is_written(propagate: Propagate, llama: P
             with again.loaded(block), torch.inference_mode():
                 again.advance(index, expected)
         assert torch.equal(batches[0].hidden_BLH, expected[0].hidden_BLH)
+
+
+def test_channels_inside_experts_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "dense", "qwen2_moe")
+    with pytest.raises(AceError, match="Qwen2MoeForCausalLM has most channels inside experts"):
+        Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------
@@ -382,6 +391,11 @@ def test_a_run_tells_what_got_smaller(options: tuple[str, ...], llama: Path, tmp
     manifest = json.loads((folder / "pruning.json").read_text())
     assert [len(cut["kept"]) for cut in manifest["cuts"]] == list(report.size.stay.values())
     assert "parameters fewer" in (tmp_path / "run" / "report.md").read_text()
+    assert "of the parameters are gone (channels, 0.4)" in page(dataclasses.asdict(report))
+    (row,) = find([tmp_path / "run"])
+    assert (row.choices["unit"], row.numbers["fewer"], row.numbers["zeros"]) == (
+        "channel", pytest.approx(report.sparsity.achieved), None,
+    )  # fmt: skip
     assert verify(folder) == 2
 
 

@@ -37,6 +37,12 @@ class Cutting:
     _index: dict[str, int] = field(init=False)
 
     def __post_init__(self) -> None:
+        kind = type(self.model.skeleton).__name__
+        if not self.unit.beside_experts and any(block.experts for block in self.model.blocks):
+            raise AceError(
+                f"unit={self.name}: {kind} has most {self.name}s inside experts, where they are not cut yet.",
+                "Use unit=weight, or unit=head.",
+            )
         with torch.no_grad():
             self._finder = LinkFinder(self.model)
             found: dict[Any, list[Any]] = {}
@@ -51,7 +57,6 @@ class Cutting:
         self.stay = {each.name: each.width for block in self.couplings for each in block}
         self._index = {block.name: index for index, block in enumerate(self.model.blocks)}
         if not any(self.couplings):
-            kind = type(self.model.skeleton).__name__
             raise AceError(f"unit={self.name}: no {self.name}s were found in {kind}.", "Choose another unit.")
 
     @property

@@ -22,18 +22,18 @@ from ace_cli.report.zero_shot import percent, task_protocol
 #: Columns of numbers: name -> how it is shown; mean accuracies in per cent, with their standard error.
 NUMBERS = {
     "perplexity": ".3f", "dense": ".3f", "ratio": ".3f", "KL": ".4f", "same top-1": ".3f", "tasks": "%",
-    "dense tasks": "%", "zeros": ".4f", "prune s": ".1f", "total s": ".1f", "peak GB": ".2f",
+    "dense tasks": "%", "zeros": ".4f", "fewer": ".4f", "prune s": ".1f", "total s": ".1f", "peak GB": ".2f",
 }  # fmt: skip
 
 #: Columns of zero-shot tasks -> the model whose mean accuracy they show.
 _TASKS = {"tasks": "pruned", "dense tasks": "dense"}
 #: Choices with options of their own: "metric", "metric.alpha".
-_GROUPS = ("metric", "repair", "allocation", "recover")
+_GROUPS = ("unit", "metric", "repair", "allocation", "recover")
 #: Choices about the calibration windows -> their names in report.json. A run without calibration has none of them.
 _WINDOWS = {"calib": "source", "calib.n_samples": "n_samples", "calib.seq_len": "seq_len", "calib.seed": "seed"}
 #: Choices by the names of their overrides, in the order of the columns; what else was typed comes last.
 _ORDER = (
-    "job", "experiment", "model", "metric", "repair", "allocation", "recover", "sparsity", "scope", "propagate",
+    "job", "experiment", "model", "unit", "metric", "repair", "allocation", "recover", "sparsity", "scope", "propagate",
     "permute", "dtype", "calib",
 )  # fmt: skip
 #: Overrides that say how a run is measured, shown or kept, not what is done to the model.
@@ -203,7 +203,7 @@ def _choices(report: Mapping[str, Any], calibration: Mapping[str, Any], typed: M
     method, path = report["method"], report["model"]["path"]
     choices = {"model": path if "model.path" in typed else typed.get("model", path)}
     for group in _GROUPS:
-        choices[group] = method.get(group, "none")  # a report of before there was such a choice
+        choices[group] = method.get(group, "weight" if group == "unit" else "none")  # of before there was such a choice
         choices |= {f"{group}.{name}": str(value) for name, value in method.get(f"{group}_options", {}).items()}
     done = {"sparsity": "pattern", **{name: name for name in ("scope", "propagate", "permute", "dtype")}}
     choices |= {name: str(method[key]) for name, key in done.items() if method[key] is not None}
@@ -216,14 +216,15 @@ def _choices(report: Mapping[str, Any], calibration: Mapping[str, Any], typed: M
 def _numbers(report: Mapping[str, Any]) -> dict[str, float | None]:
     perplexity, fidelity, seconds = report["perplexity"], report["fidelity"] or {}, report["seconds"]
     average = (report["zero_shot"] or {}).get("average", {})
-    return {
+    found = {
         "perplexity": perplexity["pruned"], "dense": perplexity["dense"], "ratio": perplexity["ratio"],
         "KL": fidelity.get("kl"), "same top-1": fidelity.get("agreement"),
         **{name: average.get(model, {}).get("value") for name, model in _TASKS.items()},
-        "zeros": report["sparsity"]["achieved"],
+        ("fewer" if report.get("size") else "zeros"): report["sparsity"]["achieved"],
         "prune s": seconds["prune"] + seconds["write"], "total s": seconds["total"],
         "peak GB": report["peak_memory_bytes"]["host"] / 1e9,
     }  # fmt: skip
+    return {name: found.get(name) for name in NUMBERS}
 
 
 def _errors(report: Mapping[str, Any]) -> dict[str, float | None]:

@@ -37,7 +37,10 @@ def render(report: dict[str, Any]) -> str:
 
 def verdict(report: dict[str, Any]) -> str:
     """What came of it, in one sentence."""
-    zeros = f"{report['sparsity']['achieved']:.1%} of the pruned weights are zero ({report['sparsity']['requested']})"
+    share, asked = f"{report['sparsity']['achieved']:.1%}", report["sparsity"]["requested"]
+    zeros = f"{share} of the pruned weights are zero ({asked})"
+    if report.get("size"):
+        zeros = f"{share} of the parameters are gone ({report['size']['unit']}s, {asked})"
     numbers = report["perplexity"]
     if numbers["ratio"] is None:
         return f"{zeros}; how good the model still is was not measured (eval=none)."

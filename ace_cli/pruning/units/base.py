@@ -20,6 +20,8 @@ class Unit:
 
     #: False if weights become zeros, and no tensor gets smaller.
     cuts = True
+    #: Whether it is cut out of models with experts.
+    beside_experts = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
     uneven = False

@@ -21,6 +21,7 @@ class Channel(Unit):
     folder then carries a modelling file, and transformers needs trust_remote_code to load it.
     """
 
+    beside_experts = False
     multiple: int = 64
     uneven: bool = False
 
