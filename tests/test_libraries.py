@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import ace_cli
 from ace_cli.core import torch_api
 from ace_cli.model import transformers_api
+from ace_cli.run import hydra_api
 
 PACKAGE = Path(ace_cli.__file__).parent
 CONTRACTS: dict[str, Callable[[], bool]] = {}
@@ -218,3 +220,56 @@ def test_private_names_of_libraries_live_in_one_place(file: Path) -> None:
             assert node.attr in own, f"line {node.lineno}: {node.attr} is no name of ours: put it in an *_api.py"
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
             pytest.fail(f"line {node.lineno}: {node.module} is no promise: put it in model/transformers_api.py")
+
+
+# --- Hydra and OmegaConf ---------------------------------------------------------------------------------------------
+
+
+def composing(*overrides: str, file: str = "") -> tuple[str, str]:
+    """What Hydra says of a composition that fails, and its first cause's words."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from ace_cli.run.config import _root, config_folder, store_schemas
+
+    store_schemas()
+    GlobalHydra.instance().clear()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "experiment").mkdir()
+        (Path(folder) / "experiment" / "mine.yaml").write_text(f"# @package _global_\n{file}\n")
+        path = [f"hydra.searchpath=[file://{folder}]", "+experiment=mine"] if file else []
+        try:
+            with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+                compose("prune", [*(each.replace("+experiment", "experiment") for each in path), *overrides])
+        except Exception as fault:
+            return str(fault), str(_root(fault))
+    return "", ""
+
+
+@contract("hydra: a choice that is not there is named with its group, read by choice_not_found")
+def _() -> bool:
+    return hydra_api.choice_not_found(composing("metric=wand")[0]) == ("metric", "wand")
+
+
+@contract("omegaconf: an option that a class lacks is named with the class, read by key_not_in_class")
+def _() -> bool:
+    return hydra_api.key_not_in_class(composing("metric=ria", "metric.alpa=1")[1]) == ("metric.alpa", "RIA")
+
+
+@contract("hydra: an override that fails names its key, read by key_not_overridden")
+def _() -> bool:
+    return hydra_api.key_not_overridden(composing("calib.n_samples=many")[0]) in ("calib.n_samples", None) and (
+        hydra_api.key_not_overridden(composing("sparsty=0.5")[0]) == "sparsty"
+    )
+
+
+@contract("omegaconf: a plain value for a group in a file is named with file and class, read by merged_into_class")
+def _() -> bool:
+    found = hydra_api.merged_into_class(composing(file="metric: wanda")[0])
+    return found is not None and found[0].endswith("mine") and found[2] == "wanda"
+
+
+@contract("omegaconf: a value of the wrong type is said beside full_key, read by full_key and words")
+def _() -> bool:
+    cause = composing("calib.n_samples=many")[1]
+    return hydra_api.full_key(cause) == "calib.n_samples" and "full_key" not in hydra_api.words(ValueError(cause))

@@ -37,6 +37,7 @@ from ace_cli.pruning.recipe import Permute, Propagate
 from ace_cli.pruning.units.base import Unit
 from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
+from ace_cli.run import hydra_api
 
 
 @dataclass
@@ -351,29 +352,26 @@ def _unknown_options(config: DictConfig) -> list[str]:
 def explain(fault: Exception) -> AceError:
     """What made a composition fail, of Hydra, OmegaConf or the YAML parser, as one line with what to do."""
     text, cause = str(fault), _root(fault)
-    if match := re.search(r"Could not find '([\w./]+?)/([^'/]*)'", text):
-        group, name = match[1], match[2]
+    if choice := hydra_api.choice_not_found(text):
+        group, name = choice
         return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, offered(group)))
-    if match := re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", str(cause)):
-        key = re.search(r"full_key: (\S+)", str(cause))
-        return _unknown_key(key[1] if key else match[1], match[2])
-    if match := re.search(r"Could not override '([^']+)'", text):
-        reason = _words(cause)
-        if cause is fault or "Could not override" in reason:
-            return AceError(f"{match[1]}: there is no such option.", _known_keys(match[1]))
-        return AceError(f"{match[1]}: {reason}.", "See ace-prune --help.")
-    if match := re.search(
-        r"In '([^']+)':.*Merge error: \w+ is not a subclass of (\w+)\. value: (.*?)(?:\n|$)", text, re.S
-    ):
-        return _not_a_group(match[1], match[2], match[3])
+    if key := hydra_api.key_not_in_class(str(cause)):
+        return _unknown_key(*key)
+    if option := hydra_api.key_not_overridden(text):
+        reason = hydra_api.words(cause)
+        if cause is fault or hydra_api.key_not_overridden(reason):
+            return AceError(f"{option}: there is no such option.", _known_keys(option))
+        return AceError(f"{option}: {reason}.", "See ace-prune --help.")
+    if merged := hydra_api.merged_into_class(text):
+        return _not_a_group(*merged)
     if isinstance(fault, OverrideParseException):
         return AceError(f"{fault.override} is no override that Hydra can read", "Quote its value: name='\"...\"'.")
     if isinstance(cause, UnicodeDecodeError):
         return AceError(f"A YAML file is not UTF-8: {cause}", "Save it as UTF-8; `file *.yaml` tells which one it is.")
     if isinstance(cause, RecursionError):
         return AceError("The configuration leads back into itself, or is nested too deep", "See ace-prune --help.")
-    key = re.search(r"full_key: (\S+)", str(cause))
-    return AceError(f"{key[1] + ': ' if key else ''}{_words(cause)}", "See ace-prune --help.")
+    where = hydra_api.full_key(str(cause))
+    return AceError(f"{where + ': ' if where else ''}{hydra_api.words(cause)}", "See ace-prune --help.")
 
 
 def _root(fault: BaseException) -> BaseException:
@@ -382,13 +380,6 @@ def _root(fault: BaseException) -> BaseException:
     while (cause := passed[-1].__cause__) is not None and cause not in passed:
         passed.append(cause)
     return passed[-1]
-
-
-def _words(cause: BaseException) -> str:
-    """A library's words in one line: without where its own objects are, and without a link to the grammar."""
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https:"))]
-    return " ".join(kept) or type(cause).__name__
 
 
 def _unknown_key(where: str, class_name: str) -> AceError:

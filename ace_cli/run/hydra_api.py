@@ -1,0 +1,43 @@
+"""What is read out of the messages of Hydra and OmegaConf, whose exceptions say it no other way."""
+
+from __future__ import annotations
+
+import re
+
+
+def choice_not_found(message: str) -> tuple[str, str] | None:
+    """(group, name) of a choice that no file and no schema offers."""
+    found = re.search(r"Could not find '([\w./]+?)/([^'/]*)'", message)
+    return (found[1], found[2]) if found else None
+
+
+def key_not_in_class(message: str) -> tuple[str, str] | None:
+    """(the key with its groups, the class that lacks it)."""
+    found = re.search(r"Key '([^']+)' (?:is )?not in '(\w+)'", message)
+    return (full_key(message) or found[1], found[2]) if found else None
+
+
+def key_not_overridden(message: str) -> str | None:
+    """The key of an override that failed, of whatever cause."""
+    found = re.search(r"Could not override '([^']+)'", message)
+    return found[1] if found else None
+
+
+def merged_into_class(message: str) -> tuple[str, str, str] | None:
+    """(file, class, value): a plain value in a file where options of a class are expected."""
+    pattern = r"In '([^']+)':.*Merge error: \w+ is not a subclass of (\w+)\. value: (.*?)(?:\n|$)"
+    found = re.search(pattern, message, re.S)
+    return (found[1], found[2], found[3]) if found else None
+
+
+def full_key(message: str) -> str | None:
+    """The key that OmegaConf's error is about, with its groups."""
+    found = re.search(r"full_key: (\S+)", message)
+    return found[1] if found else None
+
+
+def words(cause: BaseException) -> str:
+    """A library's words in one line: without where its own objects are, and without a link to the grammar."""
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https:"))]
+    return " ".join(kept) or type(cause).__name__
