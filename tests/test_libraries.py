@@ -216,7 +216,8 @@ def own_names() -> set[str]:
 def test_private_names_of_libraries_live_in_one_place(file: Path) -> None:
     own = own_names()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+        private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
+        if private and ast.unparse(node) != "os._exit":  # documented under this name
             assert node.attr in own, f"line {node.lineno}: {node.attr} is no name of ours: put it in an *_api.py"
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
             pytest.fail(f"line {node.lineno}: {node.module} is no promise: put it in model/transformers_api.py")
