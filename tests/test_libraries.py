@@ -56,6 +56,11 @@ def tiny(family: str, **options: Any) -> Any:
 # --- transformers ---------------------------------------------------------------------------------------------------
 
 
+@contract("transformers: _model_mapping of an auto class has the class of a configuration, used by class_for")
+def _() -> bool:
+    return transformers_api.class_for(AutoModelForCausalLM, tiny("llama").config).__name__ == "LlamaForCausalLM"
+
+
 @contract("transformers: _no_split_modules names the classes of decoder blocks, used by block_classes")
 def _() -> bool:
     return transformers_api.block_classes(tiny("llama")) == {"LlamaDecoderLayer"}

@@ -122,3 +122,8 @@ def save_as_plain(model: Any) -> None:
     model._weight_conversions = None  # those of the GGUF file: save under the names that the family has elsewhere
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def class_for(auto: Any, config: Any) -> Any:
+    """The class that an auto class makes of a configuration."""
+    return auto._model_mapping[type(config)]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ace_cli.model.auto import auto_class
+from ace_cli.model.transformers_api import class_for
 
 #: In the "pruning" entry of config.json: parameter -> shape.
 RESIZED = "resized"
@@ -43,7 +44,7 @@ def shapes_of(config: Any) -> dict[str, list[int]]:
 
 def class_of(config: Any) -> Any:
     """The stock class of a configuration, resized as it says."""
-    stock: Any = auto_class(config)._model_mapping[type(config)]
+    stock: Any = class_for(auto_class(config), config)
 
     class Resized(stock):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
+from ace_cli.core.torch_api import own_parameters
 from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.methods.patterns import NofM
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
@@ -87,7 +88,7 @@ class SlotPruner:
                 self._written[part.key] = place.to(self._file_dtype(part.key)).clone()
                 place.copy_(self._written[part.key])
             rounded = new.to(self._model.dtype_of(f"{self._block.name}.{name}"))
-            self._block.module.get_submodule(owner)._parameters[leaf] = nn.Parameter(rounded, requires_grad=False)
+            own_parameters(self._block.module.get_submodule(owner))[leaf] = nn.Parameter(rounded, requires_grad=False)
 
     # --- one slot ------------------------------------------------------------------------------------------------
 

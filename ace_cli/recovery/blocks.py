@@ -17,6 +17,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
+from ace_cli.core.torch_api import own_parameters
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 from ace_cli.recovery.training import half_precision, rate, split, training_faults
 
@@ -160,7 +161,7 @@ def _masters(module: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, nn.Para
     for name, parameter in list(module.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         master = nn.Parameter(parameter.detach().float().clone(), requires_grad=name in keep)
-        module.get_submodule(owner)._parameters[leaf] = master
+        own_parameters(module.get_submodule(owner))[leaf] = master
         if name in keep:
             masters[name] = master
     return masters
@@ -172,4 +173,4 @@ def _put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight, requires_grad=False)
+        own_parameters(module.get_submodule(owner))[leaf] = nn.Parameter(weight, requires_grad=False)
