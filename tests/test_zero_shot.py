@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -372,6 +373,36 @@ def test_ace_eval_side_by_side(
     assert scores["zero_shot"]["average"].keys() == {str(llama), report.checkpoint}
     for expected in ("average of 2", "arc_easy", f"{report.perplexity.dense:.3f}", "±"):
         assert expected in done.stdout
+
+
+def test_ace_eval_knows_what_fits_into_memory(
+    llama: Path, documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states that do not fit go to disk, with the same result; what cannot fit is refused before any work."""
+    from ace_cli.cli.evaluate import measure
+    from ace_cli.model.files import Checkpoint
+    from ace_cli.model.spill import Spill
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.run.plan import room_to_evaluate
+
+    spilled: list[int] = []
+    put = Spill.put
+    monkeypatch.setattr(Spill, "put", lambda self, tensor: spilled.append(1) or put(self, tensor))
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(llama), "--tasks", "none", "--text", str(documents), "--seq-len", "16", "--max-windows", "20"]
+    plain = measure(arguments)
+    assert not spilled
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    for budget in range(540_000_000, 600_000_000, 50_000):  # the least that is not refused
+        with contextlib.suppress(AceError):
+            room_to_evaluate(model, 16, 20, budget)
+            break
+    monkeypatch.setattr("ace_cli.run.checks.memory_budget", lambda memory_gb, device: budget)
+    assert measure(arguments).perplexity == plain.perplexity
+    assert spilled
+    monkeypatch.setattr("ace_cli.run.checks.memory_budget", lambda memory_gb, device: 1e6)
+    with pytest.raises(AceError, match=r"take 0\.5 GB of memory, 0\.0 GB are free\. Lower --seq-len"):
+        measure(arguments)
 
 
 @pytest.mark.parametrize(

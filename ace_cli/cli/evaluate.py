@@ -141,8 +141,11 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
     """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
     from ace_cli.data.token_ids import check_ids
     from ace_cli.evaluation.perplexity import perplexity, window_losses
+    from ace_cli.model.spill import Spill
     from ace_cli.report import facts
     from ace_cli.run.assemble import protocol_of
+    from ace_cli.run.checks import memory_budget
+    from ace_cli.run.plan import room_to_evaluate
 
     found: dict[str, facts.TextScores] = {}
     for name, model in models.items():
@@ -150,8 +153,11 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
         check_ids(windows.ids_NL, model.vocabulary, model.checkpoint, text.dataset)
         protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
+        count, length = windows.ids_NL.shape
+        fits = room_to_evaluate(model, length, count, memory_budget(None, model.device))
+        spill = None if fits else Spill(Path.cwd())
         with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
-            losses = window_losses(model, windows.ids_NL, lambda _, step=step: step())  # type: ignore[misc]
+            losses = window_losses(model, windows.ids_NL, lambda _, step=step: step(), spill=spill)  # type: ignore[misc]
         entry.models[name] = perplexity(losses)
         if not 0 < entry.models[name] < float("inf"):
             raise AceError(f"{name}: perplexity is not finite.", wider_than(model.dtype, "--dtype "))

@@ -12,7 +12,7 @@ from ace_cli.run.plan import INPUT_PASSES, PRODUCT_SHARE, Plan
 if TYPE_CHECKING:
     from ace_cli.run.context import RunContext
 
-#: What is forecast may take so many times less or more: runs of SmolLM2-135M and of small models stayed within it.
+#: What is forecast may take so many times less or more: a probe of a tenth of a second knows no better. Not calibrated.
 UNSURE = 2.0
 #: A step of writing text costs about so much for every block beside its arithmetic: Python calls every module.
 _STEP = 1e-3

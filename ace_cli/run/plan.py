@@ -246,6 +246,25 @@ def _hidden_size(model: StreamedModel) -> int:
     return size
 
 
+def room_to_evaluate(model: StreamedModel, tokens: int, windows: int, budget: float) -> bool:
+    """Whether the hidden states of ``windows`` windows of so many ``tokens`` fit into memory, too.
+
+    Raises AceError if not even one block, or the logits of one window, do. ``budget`` in bytes.
+    """
+    entries, width = model.checkpoint.tensors, model.dtype.itemsize
+    block = max(sum(entries[key].numel for key in block.files) for block in model.blocks) * width
+    widest = max((max(slot.shape) for block in model.blocks for slot in block.slots), default=1)
+    active = max(tokens, model.plain_tokens) * (4 * widest + 6 * _hidden_size(model)) * width
+    fixed = max(3 * block + active, evaluation_bytes(model, tokens))
+    fixed += _LIBRARIES if model.device.type == "cpu" else 0
+    if fixed > budget:
+        raise AceError(
+            f"Windows of {tokens} tokens take {fixed / 1e9:.1f} GB of memory, {budget / 1e9:.1f} GB are free.",
+            "Lower eval.seq_len, or use dtype=bfloat16.",
+        )
+    return fixed + windows * tokens * _hidden_size(model) * width <= budget
+
+
 def evaluation_bytes(model: StreamedModel, tokens: int) -> int:
     """What the head and the logits of one window take: as computed, in float32, and their logarithms."""
     if not tokens:
