@@ -58,7 +58,7 @@ class ACE(Metric):
     sweeps: int = 16
     shrinkage: float | None = None
 
-    cheaper = "metric=varp, on small models with a perplexity 3 to 25 % higher"
+    cheaper = "metric=varp, on small models with a perplexity 3 to 70 % higher"
 
     def faults(self) -> list[str]:
         most = f"metric.sweeps={self.sweeps}: must be 0 or more, up to {MOST_STEPS:,}"
