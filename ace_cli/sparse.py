@@ -179,5 +179,7 @@ def _as_from_pretrained(model: Any, folder: Path, dtype: torch.dtype) -> None:
     from transformers import GenerationConfig
 
     model.config.dtype, model.config.name_or_path = dtype, str(folder)
+    if isinstance(head := model.get_output_embeddings(), nn.Linear):
+        head.weight.requires_grad_()  # else torch multiplies a prompt's last token by a transposed copy of it
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -143,6 +143,16 @@ def test_a_packed_model_writes_what_the_dense_one_does(family: str, dtype: torch
         assert any(isinstance(module, PackedLinear) for module in packed.modules()) or why_slow(dtype)
 
 
+def test_the_head_is_not_copied_for_a_prompts_last_token(tmp_path: Path) -> None:
+    folder, ids = make_sparse(tmp_path / "plain"), torch.arange(3, 40)[None]
+    products = []
+    for model in (load_dense(folder, torch.bfloat16), sparse.load(folder)):
+        with torch.no_grad(), torch.profiler.profile() as found:
+            model(ids, logits_to_keep=1)
+        products.append(sum(event.count for event in found.key_averages() if event.key == "aten::bmm"))
+    assert products[0] == products[1]
+
+
 def test_another_dtype_may_be_asked_for(tmp_path: Path) -> None:
     folder = make_sparse(tmp_path / "plain")
     pack_folder(folder, tmp_path / "packed")
