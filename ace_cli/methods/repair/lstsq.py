@@ -42,6 +42,9 @@ class LeastSquares(Repair):
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        return 24 * columns**2  # a matrix and its factor in float64, two in float32
+
     def flops(self, rows: int, columns: int) -> int:
         return factor_flops(columns) + 2 * rows * columns**2
 

@@ -48,6 +48,9 @@ class Obs(Repair):
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
 
+    def nbytes(self, rows: int, columns: int) -> int:
+        return 24 * columns**2  # a matrix and its factor in float64, two in float32
+
     def flops(self, rows: int, columns: int) -> int:
         return 2 * factor_flops(columns) + 4 * rows * columns**2 + 2 * columns**3
 
