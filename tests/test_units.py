@@ -271,7 +271,7 @@ def test_least_squares_is_the_minimum(units: Units, shrinkage: float | None) -> 
     keep_U = torch.arange(units.count) % 3 != 0
     repaired = LeastSquares(shrinkage).repair_units(weight_OI, keep_U, seen, units)
     keep_I = units.inputs(keep_U, 12)
-    pull = 12 / 40 if shrinkage is None else shrinkage
+    pull = 2 * 12 / 40 if shrinkage is None else shrinkage
     gram_II = x_TI.T @ x_TI
     matrix_II = gram_II + pull * torch.diag(gram_II.diagonal())
     new_OI = torch.zeros(6, 12, dtype=torch.float64)

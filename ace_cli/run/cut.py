@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 
 #: So many tokens go through the finished folder, as transformers loads it, and through the streamed model.
 _TOKENS = 16
-#: Larger models are not loaded whole: memory is what streaming saves. Blocks of each kind were compared before.
-_WHOLE_BYTES = 1e9
+#: A model that takes more than this share of the planned memory is not loaded whole: streaming is there to save it.
+#: Its blocks, of each kind one, were compared before work began.
+_WHOLE_SHARE = 0.3
 
 
 def begin(config: RunConfig, model: StreamedModel) -> Cutting:
@@ -141,14 +142,14 @@ def own_files(cutting: Cutting) -> list[str]:
     return [uneven.FILE, *shards]
 
 
-def check_loads(model: StreamedModel, folder: Path) -> None:
+def check_loads(model: StreamedModel, folder: Path, planned_bytes: int) -> None:
     """The folder as transformers loads it, against the model streamed from it; where it is small.
 
     Raises AceError if their logits differ by more than rounding: then this tool wrote what it did not mean.
     """
     written = Checkpoint(folder)
     need = sum(entry.numel for entry in written.tensors.values()) * model.dtype.itemsize
-    if need > min(_WHOLE_BYTES, memory.free() / 2):
+    if need > min(_WHOLE_SHARE * planned_bytes, memory.free() / 2):
         return
     ids_1L = (torch.arange(_TOKENS) % model.skeleton.get_input_embeddings().weight.shape[0])[None]
     streamed = StreamedModel(written, model.device, model.dtype)

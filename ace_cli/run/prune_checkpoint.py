@@ -158,7 +158,7 @@ def _cut(run: RunContext, work: Work) -> None:
         write_metadata(source, work.partial, summary, [], card, work.digest, smaller(cutting, writer.entries, entries))
     with clock("verify"):
         verify(work.partial)
-        check_loads(model, work.partial)
+        check_loads(model, work.partial, run.plan.host_bytes)
 
 
 def _stream(

@@ -29,7 +29,10 @@ class LeastSquares(Repair):
         Z_P = V_P + V_Z R_ZP (R_PP + shrinkage I)^{-1},    V = W s, s_j = sqrt(G_jj), R = G / (s s^T).
 
     The exact minimum of ||(W - W') X||^2 + shrinkage ||(W - W') s||^2 with the same inputs kept in every row, so that
-    one factorisation, in float64, serves all rows. ``shrinkage=None`` takes inputs / tokens (`Factors.noise`).
+    one factorisation, in float64, serves all rows. ``shrinkage=None`` takes twice
+    inputs / tokens (`Factors.noise`): whole units leave more to be taken over, and so more noise to be learned, than
+    single weights do. SmolLM2 from 2,048 tokens, a fifth of its channels cut: 31.69 with once as much, 31.45 with
+    twice, 31.63 with three times.
     """
 
     shrinkage: float | None = None
@@ -58,8 +61,8 @@ class LeastSquares(Repair):
 
 
 def pull(factors: Factors, shrinkage: float | None) -> float:
-    """The shrinkage asked for, or inputs / tokens."""
-    return factors.noise() if shrinkage is None else shrinkage
+    """The shrinkage asked for, or twice inputs / tokens."""
+    return 2 * factors.noise() if shrinkage is None else shrinkage
 
 
 def refitted(weight_OI: Tensor, keep_I: Tensor, factors: Factors, shrinkage: float) -> Tensor:
