@@ -26,8 +26,8 @@ from ace_cli.model.streamed import StreamedModel
 FEW_TOKENS = 8
 
 
-#: Weights that are unpacked at once: they stay in a core's own cache until they are multiplied.
-_PIECE = 1 << 19
+#: Weights that are unpacked at once: memory is bounded, and pieces are few, as the threads meet after each.
+_PIECE = 1 << 22
 
 
 class _Room(threading.local):
