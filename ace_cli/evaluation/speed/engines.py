@@ -90,7 +90,8 @@ class _LlamaCppPython:
     def __init__(self, file: Path, context: int) -> None:
         from llama_cpp import Llama
 
-        self._model = Llama(str(file), n_ctx=context, n_threads=torch.get_num_threads(), verbose=False)
+        threads = torch.get_num_threads()
+        self._model = Llama(str(file), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
         self.vocabulary = int(self._model.n_vocab())
 
     def write(self, ids: list[int], count: int) -> tuple[float, float]:
