@@ -208,7 +208,7 @@ def test_faults_are_one_line(
 @packed_here
 def test_a_run_measures_its_results(llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(config, "Bench", lambda: Bench(prompt=5, new=3, rounds=2))
-    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true", "bench=true")
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true", "bench=true", "html=true")
     found = [(entry.model, entry.engine) for entry in report.speed.entries]
     kinds = ["transformers, float32", "transformers, float32", "packed, float32"]
     assert found == list(zip(["dense", "pruned", "packed"], kinds, strict=True))
@@ -217,6 +217,9 @@ def test_a_run_measures_its_results(llama: Path, tmp_path: Path, prune_here: Any
     assert "packed (packed, float32) against dense: " in text
     assert "2 rounds: medians in tokens a second" in text
     assert report.seconds["bench"] > 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "packed (packed, float32) against dense: " in page
+    assert report.stages["packed"]["summary"] in page
 
 
 def test_a_bench_that_does_not_fit_is_refused_before_work(

@@ -12,6 +12,7 @@ from tiny_models import edit, make, weights
 from transformers import AutoModelForCausalLM
 
 from ace_cli.core.errors import AceError
+from ace_cli.export import packed as export
 from ace_cli.export.packed import pack_folder
 from ace_cli.kernels import bitmask
 from ace_cli.kernels.bitmask import bits_of, pack, packed_bytes, unpack
@@ -237,6 +238,26 @@ def test_a_run_packs_its_checkpoint(llama: Path, tmp_path: Path, prune_here: Any
     unpack_folder(tmp_path / "out" / "packed", tmp_path / "again")
     assert same_bits(weights(tmp_path / "out" / "checkpoint"), weights(tmp_path / "again"))
     assert not (tmp_path / "again" / "stage.json").exists()
+
+
+def test_a_run_that_is_stopped_while_packing_goes_on_there(
+    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    write = export._write_shard
+    monkeypatch.setattr(export, "_write_shard", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true")
+    assert not (tmp_path / "out" / "packed").exists()
+    weight_file = tmp_path / "out" / "checkpoint" / "model.safetensors"
+    before = weight_file.stat().st_mtime_ns
+    monkeypatch.setattr(export, "_write_shard", write)
+    report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true")
+    assert weight_file.stat().st_mtime_ns == before
+    assert report.stages["packed"]["made"]
+    assert not list((tmp_path / "out").glob("*.partial"))
 
 
 @pytest.mark.parametrize(

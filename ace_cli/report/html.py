@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ace_cli.report import plots
+from ace_cli.report.facts import Speed, SpeedFacts, Spread
+from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
 
 #: Perplexity ratio up to which a word fits; beyond the last the model is broken.
 VERDICTS = (
@@ -30,9 +32,26 @@ def render(report: dict[str, Any]) -> str:
     """The page of one run; ``report`` is its report.json, parsed."""
     template = environment().get_template("report.html.j2")
     text: str = template.render(
-        r=report, verdict=verdict(report), plots=_plots(report), words=WORDS, kinds=_activation_rows(report)
+        r=report,
+        verdict=verdict(report),
+        plots=_plots(report),
+        words=WORDS,
+        kinds=_activation_rows(report),
+        speed=_speed(report),
     )
     return text
+
+
+def _speed(report: dict[str, Any]) -> dict[str, Any] | None:
+    """The table of measured speed and what it says, if it was measured."""
+    if not report.get("speed"):
+        return None
+    told: list[dict[str, Any]] = [
+        {name: Spread(**value) if isinstance(value, dict) else value for name, value in entry.items()}
+        for entry in report["speed"]["entries"]
+    ]
+    found = Speed(**{**report["speed"], "entries": [SpeedFacts(**entry) for entry in told]})
+    return {"head": SPEED_HEAD, "rows": speed_rows(found), "lines": speed_lines(found)}
 
 
 def verdict(report: dict[str, Any]) -> str:
