@@ -276,8 +276,9 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         if parts.allocation.units_only:
             faults.append(f"allocation={registry.name_of('allocation', parts.allocation)} is for units: unit=channel")
         return faults
-    if parts.recover.acts:
-        faults.append(f"recover={registry.name_of('recover', parts.recover)} trains single weights: use recover=none")
+    if parts.recover.acts and not parts.recover.in_stream:
+        name = registry.name_of("recover", parts.recover)
+        faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=blocks")
     if isinstance(pattern, NofM):
         faults.append(f"sparsity={pattern} means nothing for unit={unit}: give the share that goes (20%), or keep")
     elif not pattern.p and parts.keep is None:  # type: ignore[attr-defined]

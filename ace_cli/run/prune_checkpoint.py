@@ -88,7 +88,7 @@ def _prune(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = _recipe(run.config, patterns)
-    recovering = _recovering(run, done)
+    recovering = _recovering(run, model, done)
     if not recipe.wanted and recovering is None:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
@@ -143,12 +143,13 @@ def _cut(run: RunContext, work: Work) -> None:
         writer = _writer(model, work, run.terminal, cut.entries(source))
     done = len(work.finished)
     recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting)
-    if not recipe.wanted:
+    recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
+    if not recipe.wanted and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
         weights = Grown(Checkpoint(work.partial, bare=True), source, cut, kept_units(cutting, work.finished))
         replay(model.reading(source if recipe.propagate is Propagate.dense else weights), batches, done, clock)
-    _stream(run, work, batches, recipe, writer, compared)
+    _stream(run, work, batches, recipe, writer, compared, recovering)
     with clock("write"):
         entries = manifest_of(cut, work.finished, writer.entries)
         sparsity = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
@@ -198,9 +199,9 @@ def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
         return batches, batches.pop() if again else None
 
 
-def _recovering(run: RunContext, done: int) -> Recovering | None:
-    """What trains each block, its windows in batches of a training step; None if nothing is trained."""
-    recovery, model, windows_NL = run.config.recover, run.model, run.texts.windows_NL
+def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering | None:
+    """What trains each block of ``model``, its windows in batches of a training step; None if nothing is trained."""
+    recovery, windows_NL = run.config.recover, run.texts.windows_NL
     if not (recovery.acts and recovery.in_stream) or windows_NL is None:
         return None
     with run.inner("embed"):
