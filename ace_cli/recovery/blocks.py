@@ -45,8 +45,8 @@ class Blocks(Recovery):
     the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
     """
 
-    epochs: int = 3
-    lr: float = 3e-4
+    epochs: int = 4
+    lr: float = 5e-4
     batch: int = 512
     target: Target = Target.block
     held_out: float = 0.1
