@@ -172,7 +172,7 @@ def test_a_sweep_measures_dense_once_and_fidelity_every_time(llama: Path, docume
     from conftest import Terminal, composed, run
 
     reports = []
-    cache = DenseCache()
+    cache = DenseCache(tmp_path / "dense")
     for name, sparsity in (("a", "0.0"), ("b", "0.6")):
         config = composed(
             "model=custom", f"model.path={llama}", "metric=magnitude", f"sparsity={sparsity}", "eval=text",
@@ -180,7 +180,7 @@ def test_a_sweep_measures_dense_once_and_fidelity_every_time(llama: Path, docume
             "device=cpu", "samples.prompts=[]", "html=false",
         )  # fmt: skip
         reports.append(run(config, "test", Terminal(), cache))
-    assert len(cache.windows) == 1
+    assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 1
     same, other = (report.fidelity for report in reports if report is not None and report.fidelity is not None)
     assert (same.kl, same.agreement) == (pytest.approx(0, abs=1e-6), 1.0)
     assert same.cosine == pytest.approx(1)

@@ -15,7 +15,7 @@ from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report import facts
 from ace_cli.report.facts import SCHEMA_VERSION, Perplexity, Report
 from ace_cli.report.markdown import gigabytes, render, table, windows_line
-from ace_cli.report.sweep import Sweep
+from ace_cli.report.sweep import JobRecord, gather
 
 Prune = Callable[..., Report]
 
@@ -170,11 +170,11 @@ def changed(report: Report, **protocol: Any) -> Report:
 
 def test_a_sweep_keeps_unlike_protocols_apart(finished: tuple[Report, Path], tmp_path: Path) -> None:
     """Perplexities of different windows never stand in one table."""
-    sweep = Sweep(tmp_path)
-    sweep.add(["metric=wanda", "seed=1"], by(finished[0], "wanda"))
-    sweep.add(["metric=ria", "seed=1"], by(finished[0], "ria"))
-    sweep.add(["metric=varp", "seed=1"], by(changed(finished[0], seq_len=64), "varp"))
-    sweep.add(["metric=ace", "seed=1"], "It broke.")
+    JobRecord(tmp_path, 0, ["metric=wanda", "seed=1"]).finish(by(finished[0], "wanda"))
+    JobRecord(tmp_path, 1, ["metric=ria", "seed=1"]).finish(by(finished[0], "ria"))
+    JobRecord(tmp_path, 2, ["metric=varp", "seed=1"]).finish(by(changed(finished[0], seq_len=64), "varp"))
+    JobRecord(tmp_path, 3, ["metric=ace", "seed=1"]).fail("It broke.")
+    sweep = gather(tmp_path)
     tables = sweep.write().split("\n\n## ")
     assert len(tables) == 3
     assert tables[1].splitlines()[2].startswith("| job | metric | perplexity | dense | ratio |")

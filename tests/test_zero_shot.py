@@ -24,6 +24,7 @@ from tiny_models import add_tokenizer, load, make
 import ace_cli
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation import task_options as evaluation_tasks
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.task_options import LOCAL, SEVEN, TaskOptions, place
 from ace_cli.evaluation.zero_shot import harness, streamed_lm
 from ace_cli.model import streamed
@@ -31,7 +32,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report, Score, TaskFacts
 from ace_cli.report.markdown import render
-from ace_cli.report.sweep import Sweep
+from ace_cli.report.sweep import JobRecord, gather
 from ace_cli.report.terminal import Terminal
 from ace_cli.report.zero_shot import percent
 
@@ -319,12 +320,11 @@ def test_the_dense_model_may_be_left_out(llama: Path, task_data: Path, tmp_path:
 def test_a_sweep_shows_the_average_and_keeps_unlike_tasks_apart(
     llama: Path, task_data: Path, tmp_path: Path, prune_here: Prune
 ) -> None:
-    sweep = Sweep(tmp_path)
     for number, names in enumerate(("rte,boolq", "rte,boolq", "boolq,winogrande")):
         options = ("metric=magnitude", f"eval.tasks=[{names}]", f"eval.task_data={task_data}", "eval.limit=2")
         report = prune_here(llama, tmp_path / str(number), *options)
-        sweep.add([f"job={number}"], report)
-    first, second = sweep.write().split("\n\n## ")
+        JobRecord(tmp_path, number, [f"job={number}"]).finish(report)
+    first, second = gather(tmp_path).write().split("\n\n## ")
     assert "dense tasks" in first
     assert first.count("±") == 4
     assert "Not evaluated" not in first
@@ -335,8 +335,10 @@ def test_a_sweep_shows_the_average_and_keeps_unlike_tasks_apart(
     assert jobs[2]["tasks"]["average"]["pruned"]["value"] == report.zero_shot.average["pruned"].value
 
 
-def test_the_dense_model_is_measured_once(llama: Path, task_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks, cache = tasks_of(task_data, "rte"), dict[Any, Any]()
+def test_the_dense_model_is_measured_once(
+    llama: Path, task_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks, cache = tasks_of(task_data, "rte"), DenseCache(tmp_path)
     models = {"dense": StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)}
     first = harness.compare(tasks, models, Terminal(), cache)
     monkeypatch.setattr(harness, "_measure", lambda *_: pytest.fail("measured again"))

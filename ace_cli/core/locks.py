@@ -18,23 +18,23 @@ _FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold ``folder`` for this process. BusyError if another one holds it.
+def locked(folder: Path, name: str = _FILE) -> Iterator[bool]:
+    """Hold ``folder``, or what the lock file ``name`` in it stands for. BusyError if another process holds it.
 
     Gives False where the system or the file system has no locks: then nothing is held, and nobody is kept out.
     """
-    with open(folder / _FILE, "a") as stream:
+    with open(folder / name, "a") as stream:
         state = try_lock(stream.fileno())
         if state is False:
             raise BusyError(f"Another run is working in {folder}.", "Wait for it, or choose another output_dir.")
         yield state is True  # the file stays: unlinking it would let two others lock two different files
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether another process holds ``folder``."""
-    if not (folder / _FILE).exists():
+def is_locked(folder: Path, name: str = _FILE) -> bool:
+    """Whether another process holds ``folder``, or what the lock file ``name`` in it stands for."""
+    if not (folder / name).exists():
         return False
-    with open(folder / _FILE, "a") as stream:
+    with open(folder / name, "a") as stream:
         return try_lock(stream.fileno()) is False
 
 
@@ -49,6 +49,19 @@ def try_lock(opened: int) -> bool | None:
     except OSError as fault:
         return False if fault.errno in _HELD else None
     return True
+
+
+@contextmanager
+def in_turn(file: Path) -> Iterator[None]:
+    """Hold the lock file ``file``; waits while another process does. Where there are no locks, nobody waits."""
+    with open(file, "a") as stream:
+        try:
+            import fcntl
+
+            fcntl.flock(stream.fileno(), fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def fresh_folder(wanted: Path) -> Path:

@@ -15,10 +15,15 @@ from ace_cli.report.html import environment
 MOST_SAMPLES = 24
 
 
-def write(found: list[Group], folder: Path, name: str, title: str, failures: Sequence[str] = ()) -> None:
-    """``name``.html with tables, pictures and samples, and the pictures as ``name``_*.png beside it."""
+def write(
+    found: list[Group], folder: Path, name: str, title: str, failures: Sequence[str] = (), trials: bool = False
+) -> None:
+    """``name``.html with tables, pictures and samples, and the pictures as ``name``_*.png beside it.
+
+    ``trials``: the runs are trials of a search, in their order.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [_pictures(group) for group in found]
+    pictures = [_pictures(group, trials) for group in found]
     write_whole(folder / f"{name}.html", _page(found, pictures, title, failures))
     for number, of_group in enumerate(pictures):
         for kind, _, draw in of_group:
@@ -33,9 +38,11 @@ def write_all(found: list[Group], folder: Path, name: str, title: str) -> None:
     write_whole(folder / f"{name}.json", as_json(found))
 
 
-def _pictures(group: Group) -> list[tuple[str, str, plots.Draw]]:
+def _pictures(group: Group, trials: bool) -> list[tuple[str, str, plots.Draw]]:
     """(kind, title, picture): the paper's Table 20 as lines, and what a second of pruning buys."""
     pictures = []
+    if trials and (values := [value for row in group.rows if (value := row.numbers["perplexity"]) is not None]):
+        pictures.append(("trials", "Trials of the search, in their order", plots.trials_plot(values)))
     if lines := group.lengths():
         pictures.append(("length", "Perplexity against calibration length", plots.length_plot(lines)))
     for number, (machine, points) in enumerate(group.times().items()):

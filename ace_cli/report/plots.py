@@ -216,3 +216,19 @@ def time_plot(points: list[tuple[str, float, float, bool]]) -> Draw:
         axes.set_ylabel("perplexity")
 
     return draw
+
+
+def trials_plot(values: Sequence[float]) -> Draw:
+    """Perplexity of each trial of a search, and the best one so far."""
+
+    def draw(axes: Any) -> None:
+        numbers = range(1, len(values) + 1)
+        best = [min(values[:number]) for number in numbers]
+        axes.scatter(numbers, values, color=COLOURS[0], s=22, zorder=3, label="trial")
+        axes.plot(numbers, best, color=COLOURS[1], drawstyle="steps-post", label="best so far")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("trial")
+        axes.set_ylabel("perplexity")
+        _legend(axes)
+
+    return draw

@@ -1,72 +1,150 @@
-"""What the jobs of a ``--multirun`` leave together: sweep.json, and the table of many runs."""
+"""What the jobs of a ``--multirun`` leave together: a record of each job, sweep.json, and the table of many runs.
+
+Jobs may be processes of other machines, so they share files alone: each writes its record, whoever asks reads them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ace_cli.core.locks import in_turn, is_locked
 from ace_cli.report.collect import Group, Row, as_markdown, groups, row
 from ace_cli.report.facts import Report, write_whole
 from ace_cli.report.markdown import table
 from ace_cli.report.zero_shot import task_protocol
 
 SCHEMA_VERSION = 1
+#: The folder of the records, in a sweep's folder: N.json of job N, and N.lock, held while somebody works on it.
+RECORDS = "jobs"
+_AGAIN = "repeat the command to do it again"
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """What became of job ``number``, as a file in the sweep's ``folder``. Written under the lock ``lock``."""
+
+    folder: Path
+    number: int
+    overrides: Sequence[str]
+
+    @property
+    def lock(self) -> tuple[Path, str]:
+        """Folder and name of the lock file of whoever works on this job."""
+        return self.folder / RECORDS, f"{self.number}.lock"
+
+    def begin(self) -> None:
+        """The job runs. If nothing else is ever written, it was killed."""
+        self._write({"running": {"process": os.getpid(), "machine": platform.node()}})
+
+    def fail(self, error: str) -> None:
+        """The job ended in an error."""
+        self._write({"error": error})
+
+    def finish(self, report: Report | None, objection: str | None = None) -> None:
+        """The job is done; None for a dry run. ``objection``: why its result is not good enough."""
+        if report is None:
+            self._write({"dry_run": True})
+            return
+        slim = dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))
+        self._write({"objection": objection, "report": slim})
+
+    def read(self) -> dict[str, Any]:
+        """What was written last; empty where nothing was."""
+        try:
+            return dict(json.loads((self.folder / RECORDS / f"{self.number}.json").read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return {}
+
+    def _write(self, content: dict[str, Any]) -> None:
+        (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        content = {"job": self.number, "overrides": list(self.overrides), **content}
+        write_whole(self.folder / RECORDS / f"{self.number}.json", json.dumps(content) + "\n")
+
+
+def forget(folder: Path) -> None:
+    """Remove the records of an earlier start, but for those of jobs that are still worked on."""
+    for file in (folder / RECORDS).glob("*.json"):
+        if not is_locked(file.parent, f"{file.stem}.lock"):
+            file.unlink()
+
+
+def gather(folder: Path, launched: Mapping[int, Sequence[str]] | None = None) -> Sweep:
+    """The sweep as its records tell it. ``launched``: number -> overrides; such a job without a result has failed.
+
+    None: the jobs that have ended so far.
+    """
+    sweep = Sweep(folder)
+    if launched is None:
+        numbers = sorted(int(file.stem) for file in (folder / RECORDS).glob("*.json"))
+        ended = {
+            number: found for number in numbers if not (found := JobRecord(folder, number, []).read()).get("running")
+        }
+    else:
+        ended = {number: _result(JobRecord(folder, number, overrides)) for number, overrides in launched.items()}
+    for number, record in ended.items():
+        sweep.add(number, record)
+    return sweep
+
+
+def write_so_far(folder: Path) -> None:
+    """The tables of the jobs that have ended: a sweep that is cut off leaves them."""
+    with in_turn(folder / RECORDS / "tables.lock"):
+        gather(folder).write()
 
 
 @dataclass
 class Sweep:
-    """The jobs so far: their overrides and reports, or the error that ended them."""
+    """The jobs of a sweep: their overrides and facts, or the error that ended them."""
 
-    folder: Path | None = None
+    folder: Path
     jobs: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
-    #: Another sweep works in this folder, too: it keeps the records, and its jobs are not overwritten in them.
-    shared: bool = False
+    #: What the gate says of jobs that are done.
+    objections: list[str] = field(default_factory=list)
 
-    def add(self, overrides: list[str], outcome: Report | str) -> None:
-        """Record one job."""
-        typed = dict(override.split("=", 1) for override in overrides)
-        job: dict[str, Any] = {"job": len(self.jobs), "overrides": typed}
-        if isinstance(outcome, str):
-            job["error"] = outcome
-        else:
-            file = Path(outcome.checkpoint).parent / "report.json"
-            report = dataclasses.asdict(dataclasses.replace(outcome, slots=[], blocks=[]))
+    def add(self, number: int, record: dict[str, Any]) -> None:
+        """One more job by its record; a dry run is none."""
+        if "dry_run" in record:
+            return
+        typed = dict(override.split("=", 1) for override in record["overrides"])
+        job: dict[str, Any] = {"job": number, "overrides": typed}
+        if report := record.get("report"):
+            file = Path(report["checkpoint"]).parent / "report.json"
             job |= _facts(report) | {"report": str(file)}
-            self.rows.append(row(file, report, {"job": str(job["job"]), **typed}))
+            self.rows.append(row(file, report, {"job": str(number), **typed}))
+            self.objections += [record["objection"]] if record["objection"] else []
+        else:
+            job["error"] = record["error"]
         self.jobs.append(job)
-        if self.folder is not None:  # after every job: a sweep that is cut off leaves the table of what it did
-            self.write()
 
     @property
     def failed(self) -> int:
-        """How many jobs ended in an error."""
+        """How many jobs ended in an error, or without a result."""
         return sum("error" in job for job in self.jobs)
 
     def write(self) -> str:
         """sweep.json and sweep.md in the sweep's folder; returns the tables, one for each evaluation protocol."""
-        assert self.folder is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         tables = "\n\n".join(part for part in (as_markdown(self._groups()), self._failures()) if part)
-        if self.shared:
-            return tables
         content = {"schema_version": SCHEMA_VERSION, "jobs": self.jobs}
         write_whole(self.folder / "sweep.json", json.dumps(content, indent=1) + "\n")
         write_whole(self.folder / "sweep.md", f"# Sweep\n\n{tables}\n")
         return tables
 
-    def finish(self) -> None:
-        """sweep.html and its pictures, from the jobs that succeeded."""
+    def finish(self, search: bool = False) -> None:
+        """sweep.html and its pictures, from the jobs that succeeded. ``search``: each job learnt from those before."""
         from ace_cli.report import overview
 
-        assert self.folder is not None
-        if self.shared:
-            return
         failures = [f"Job {job['job']} failed: {job['error']}" for job in self.jobs if "error" in job]
-        overview.write(self._groups(), self.folder, "sweep", f"Sweep of {len(self.jobs)} jobs", failures)
+        title = f"Search of {len(self.jobs)} trials" if search else f"Sweep of {len(self.jobs)} jobs"
+        overview.write(self._groups(), self.folder, "sweep", title, failures, trials=search)
 
     def _varied(self) -> list[str]:
         """The overrides in which the jobs differ."""
@@ -85,6 +163,22 @@ class Sweep:
             if "error" in job
         ]
         return "## Failed\n\n" + table(["job", *varied, "error"], lines) if lines else ""
+
+
+def _result(of: JobRecord) -> dict[str, Any]:
+    """A job's record; one of a failure where the job has left none."""
+    record = {"overrides": list(of.overrides), **of.read()}
+    running = record.get("running")
+    if is_locked(*of.lock):
+        error = "Still worked on by another process: wait for it, then repeat the command."
+    elif running:
+        where = f"process {running['process']} on {running['machine']}"
+        error = f"Ended without a result ({where}): killed, or out of memory; {_AGAIN}."
+    elif record.keys() == {"overrides"}:
+        error = f"Never began: cancelled, or its launcher stopped before; {_AGAIN}."
+    else:
+        return record
+    return {"overrides": record["overrides"], "error": error}
 
 
 def _facts(report: dict[str, Any]) -> dict[str, Any]:

@@ -33,18 +33,18 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
         protocol.dtype,
         str(model.device),
     )
-    dense = run.dense.windows.get(key)
-    if dense is None:
+
+    def measure() -> Dense:
         states = DenseStates()
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
-            dense = Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill), states)
+            return Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill), states)
+
+    dense = run.dense.windows(key, measure)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = FidelityMeter(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
         losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
-    found = _perplexity(dense.losses, losses, protocol)
-    run.dense.remember(key, dense)
-    return found, _fidelity(comparison)
+    return _perplexity(dense.losses, losses, protocol), _fidelity(comparison)
 
 
 def write_samples(
@@ -53,11 +53,10 @@ def write_samples(
     """The prompts written on by both models; and, where there is nothing to show, why."""
     if why_not := options.refusal(sum(tensor.numel for tensor in model.checkpoint.tensors.values()), model.dtype):
         return [], why_not
-    key = ("samples", model.checkpoint.key, str(options), f"{model.dtype} {model.device}")
+    key = (model.checkpoint.key, str(options), f"{model.dtype} {model.device}")
     try:
-        if key not in cache.samples:
-            cache.samples[key] = write_on(model.checkpoint, options, model.device, model.dtype)
-        dense, pruned = cache.samples[key], write_on(Checkpoint(folder), options, model.device, model.dtype)
+        dense = cache.samples(key, lambda: write_on(model.checkpoint, options, model.device, model.dtype))
+        pruned = write_on(Checkpoint(folder), options, model.device, model.dtype)
     except Exception as fault:  # libraries fail in many ways; what was measured so far is worth more than samples
         return [], f"No samples: {first_line(fault)}"
     pairs = ((False, dense.greedy, pruned.greedy), (True, dense.sampled, pruned.sampled))

@@ -350,11 +350,23 @@ def _unknown_options(config: DictConfig) -> list[str]:
     return faults
 
 
+#: Hydra's own plugins -> the extra of this package that brings them.
+_PLUGINS = {
+    ("hydra/launcher", "joblib"): "sweeps-joblib",
+    ("hydra/launcher", "submitit_local"): "sweeps-slurm",
+    ("hydra/launcher", "submitit_slurm"): "sweeps-slurm",
+    ("hydra/launcher", "ray"): "sweeps-ray",
+    ("hydra/sweeper", "optuna"): "search",
+}
+
+
 def explain(fault: Exception) -> AceError:
     """What made a composition fail, of Hydra, OmegaConf or the YAML parser, as one line with what to do."""
     text, cause = str(fault), _root(fault)
     if choice := hydra_api.choice_not_found(text):
         group, name = choice
+        if extra := _PLUGINS.get((group, name)):
+            return AceError(f"{group}={name} is not installed", f'pip install "ace-prune[{extra}]"')
         return AceError(f"{group}={name}: there is no such {group}.", did_you_mean(name, offered(group)))
     if key := hydra_api.key_not_in_class(str(cause)):
         return _unknown_key(*key)

@@ -31,7 +31,7 @@ class Texts:
 
 @dataclass
 class RunContext:
-    """One run under way. ``command`` repeats it; ``dense`` is what this process knows of dense models.
+    """One run under way. ``command`` repeats it; ``dense`` is what is known of dense models.
 
     ``phases`` are what a person waits for; ``inner`` is what happens inside pruning, without waiting for a device: what
     it still computes counts where its result is needed. ``cutting``: the units that are taken out; then ``model`` has

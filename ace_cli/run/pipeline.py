@@ -227,7 +227,7 @@ def _measured(run: RunContext, pruned: Path, stages: dict[str, dict[str, Any]]) 
             found.perplexity, found.fidelity = evaluate(run, pruned, texts.evaluation)
     if texts.tasks is not None:
         with run.phases("evaluate"):
-            found.zero_shot = harness.dense_and_pruned(texts.tasks, run.model, pruned, run.terminal, run.dense.tasks)
+            found.zero_shot = harness.dense_and_pruned(texts.tasks, run.model, pruned, run.terminal, run.dense)
     if texts.evaluation is not None and run.config.samples.wanted:
         with run.phases("samples"), run.terminal.waiting("samples of text, dense and pruned"):
             found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
@@ -90,5 +91,9 @@ def offer(group: str, windows: type[FromSource]) -> None:
         own = {field.name for field in dataclasses.fields(windows)}  # type: ignore[arg-type]  # it is a dataclass
         fields = [(option, types[option], value) for option, value in source.defaults.get(group, {}).items()]
         fields += [(f.name, types[f.name], f.default) for f in dataclasses.fields(source) if f.name not in own]
-        inside = {"source_class": source, "__doc__": source.__doc__, "__module__": source.__module__}
-        register(group, name)(dataclasses.make_dataclass(source.__name__, fields, bases=(windows,), namespace=inside))
+        inside = {"source_class": source, "__doc__": source.__doc__, "__module__": windows.__module__}
+        made = dataclasses.make_dataclass(
+            source.__name__ + windows.__name__, fields, bases=(windows,), namespace=inside
+        )
+        setattr(sys.modules[made.__module__], made.__name__, made)  # found there by processes that are sent one
+        register(group, name)(made)

@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line, wider_than
 from ace_cli.data.documents import load_tokenizer
+from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.task_options import INSTALL, LOCAL, TaskOptions, lm_eval_index
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
 
 if TYPE_CHECKING:
-    from ace_cli.model.streamed import StreamedModel
     from ace_cli.report.terminal import Terminal
 
 #: The seven as lm-eval tasks over local folders.
@@ -99,28 +100,32 @@ def _local_tasks(folder: Path) -> Any:
 
 
 def dense_and_pruned(
-    tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, cache: dict[Any, Any]
+    tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, known: DenseCache
 ) -> facts.ZeroShot:
     """The pruned checkpoint from its files, beside the dense model unless that was declined."""
     models = {"dense": dense} if tasks.options.tasks_dense else {}
     pruned = StreamedModel(Checkpoint(folder), dense.device, dense.dtype)  # it may have got smaller
-    return compare(tasks, {**models, "pruned": pruned}, terminal, cache)
+    return compare(tasks, {**models, "pruned": pruned}, terminal, known)
 
 
 def compare(
-    tasks: Tasks, models: dict[str, StreamedModel], terminal: Terminal, cache: dict[Any, Any] | None = None
+    tasks: Tasks, models: dict[str, StreamedModel], terminal: Terminal, known: DenseCache | None = None
 ) -> facts.ZeroShot:
-    """The same items by each model, by the models' labels. ``cache`` keeps scores by model and protocol."""
-    cache = cache if cache is not None else {}
+    """The same items by each model, by the models' labels. ``known`` keeps the scores of the one labelled dense."""
+    known = known or DenseCache()
     found: list[list[facts.TaskFacts]] = []
     seconds: dict[str, float] = {}
+    lm_eval = importlib.metadata.version("lm_eval")
     for label, model in models.items():
-        key = ("tasks", label, model.checkpoint.key, tasks.protocol, f"{model.dtype} {model.device}")
-        start = time.perf_counter()
-        if key not in cache:
-            cache[key] = _measure(tasks, model, terminal, label)
+        key = (model.checkpoint.key, tasks.protocol, lm_eval, f"{model.dtype} {model.device}")
+
+        def measure(label: str = label, model: StreamedModel = model) -> list[facts.TaskFacts]:
+            start = time.perf_counter()
+            scores = _measure(tasks, model, terminal, label)
             seconds[label] = time.perf_counter() - start
-        found.append(cache[key])
+            return scores
+
+        found.append(known.tasks(key, measure) if label == "dense" else measure())
     merged = [_merged(of_task) for of_task in zip(*found, strict=True)]
     dtypes = sorted({str(model.dtype).removeprefix("torch.") for model in models.values()})
     return facts.ZeroShot(
@@ -128,7 +133,7 @@ def compare(
         average=_averages(merged, list(models)),
         limit=tasks.options.limit,
         dtype=", ".join(dtypes),
-        lm_eval=importlib.metadata.version("lm_eval"),
+        lm_eval=lm_eval,
         seconds=seconds,
     )
 
