@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,9 +38,9 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> N
 
 
 def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
-    start = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     done = command("__main__", "--help", cwd=tmp_path)
-    seconds = time.perf_counter() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: whoever else is busy
     assert done.returncode == 0
     for text in (
         "metric: ace, cfsp, cosp, flap, magnitude, ria, ria_varp, sparsegpt, varp, wanda",
@@ -49,7 +49,7 @@ def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
         "Exit codes",
     ):
         assert text in done.stdout
-    assert seconds < 6  # half a second alone; torch alone would take longer on a busy machine
+    assert seconds < 3  # half a second on a quiet machine; with torch it would be more
     assert not list(tmp_path.iterdir())
 
 
@@ -57,7 +57,7 @@ def test_without_arguments_it_says_what_can_be_typed_and_does_nothing(here: Comm
     done = here()
     assert (done.returncode, done.stderr) == (0, "")
     assert "ace-prune --help" in done.stdout
-    assert max(map(len, done.stdout.splitlines())) <= 100
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert not list(tmp_path.iterdir())
     assert here("--version").stdout == f"ace-prune {__version__}\n"
 

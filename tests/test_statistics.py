@@ -11,6 +11,7 @@ from torch import Tensor
 from ace_cli.methods.statistics import (
     CosineTerm,
     Gram,
+    Mean,
     SecondMoment,
     Seen,
     ShareMoments,
@@ -24,7 +25,7 @@ from ace_cli.pruning.diagnostics import Activations
 TOKENS = 24
 SPLITS = [[24], [1] * 24, [12, 12], [1, 23], [23, 1], [5, 7, 11, 1], [8, 8, 8]]
 KINDS = [
-    SecondMoment(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
+    Mean(), SecondMoment(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
     Activations(most=11),
     *(CosineTerm(kind) for kind in ("signed", "absolute", "second", "token", "exact")),
 ]  # fmt: skip

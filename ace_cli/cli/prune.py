@@ -19,13 +19,13 @@ NOTHING_YET = "No block was finished: nothing is kept."
 _BRIEFLY = """\
 ace-prune makes a language model sparse or smaller, and proves what it did.
 
-  ace-prune model=smollm2 experiment=best sparsity=0.5     a first look: needs no hub and no data
-  ace-prune model=FOLDER metric=ace sparsity=2:4           a model of yours, or a hub id
-  ace-prune model=FOLDER sparsity=0.5 dry_run=true         what it would do, need and take
-  ace-prune -m metric=wanda,varp,ace sparsity=0.5,2:4      a table
+  ace-prune model=smollm2 experiment=best sparsity=0.5   a first look, offline
+  ace-prune model=FOLDER metric=ace sparsity=2:4         yours, or a hub id
+  ace-prune model=FOLDER sparsity=0.5 dry_run=true       what it would need
+  ace-prune -m metric=wanda,varp,ace sparsity=0.5,2:4    a table
 
-  ace-prune --help       every choice and option
-  ace-eval, ace-bench, ace-report, ace-verify              judge, time, compare and check them"""
+  ace-prune --help                                       every choice and option
+  ace-eval, ace-bench, ace-report, ace-verify            judge, time, compare"""
 
 
 @command("ace-prune")

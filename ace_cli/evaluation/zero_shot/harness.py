@@ -103,6 +103,8 @@ def dense_and_pruned(
     tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, known: DenseCache
 ) -> facts.ZeroShot:
     """The pruned checkpoint from its files, beside the dense model unless that was declined."""
+    from ace_cli.model.streamed import StreamedModel
+
     models = {"dense": dense} if tasks.options.tasks_dense else {}
     pruned = StreamedModel(Checkpoint(folder), dense.device, dense.dtype)  # it may have got smaller
     return compare(tasks, {**models, "pruned": pruned}, terminal, known)
