@@ -485,7 +485,7 @@ def test_a_model_without_the_key_says_what_to_do(tmp_path: Path, prune_here: Any
 
 #: What their classes can say: queries alone are cut where several share a key-value head.
 HEADS = [("llama", "group"), ("llama", "query"), ("qwen2", "group"), ("qwen3", "query"), ("phi3", "group"),
-         ("phi3", "query"), ("mistral", "group"), ("starcoder2", "group")]  # fmt: skip
+         ("phi3", "query"), ("mistral", "group"), ("gemma", "query"), ("starcoder2", "group")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "of"), HEADS)
@@ -505,6 +505,14 @@ def test_heads_go_and_the_folder_loads_anywhere(family: str, of: str, tmp_path: 
     write_metadata(checkpoint, tmp_path / "zeroed", {}, [], "card")
     assert torch.allclose(ours, logits(tmp_path / "zeroed"), atol=1e-4)
     assert verify(out) == len(cutting.couplings)
+
+
+def test_where_nothing_is_shared_a_head_goes_with_its_keys_and_values(tmp_path: Path) -> None:
+    folder, out = make(tmp_path / "dense", "llama", num_key_value_heads=4), tmp_path / "out"
+    cut_into(folder, out, lambda index: 2, Wanda(), unit=Head())
+    config = json.loads((out / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 2, 16)
+    assert torch.equal(logits(out), streamed_logits(out))
 
 
 @pytest.mark.parametrize("family", ["bloom", "olmo2"])

@@ -18,22 +18,29 @@ from ace_cli.model.links import Link, LinkFinder, Producer
 
 def group_links(finder: LinkFinder, index: int) -> list[Link]:
     """Units are groups: a key-value head with all query heads that read it. Of loaded block ``index``."""
-    found = []
-    for link in _attention(finder, index):
-        for queries, keys in _layouts(finder, index, link):
-            channels_KDQ = link.channels_RWC
-            whole = Link(link.consumer, (*link.producers, keys, queries), channels_KDQ.flatten(1)[None])
-            if finder.proves(index, whole):
-                found.append(whole)
-                break
-    return found
+    return [found for link in _attention(finder, index) for found in _whole_groups(finder, index, link)]
+
+
+def _whole_groups(finder: LinkFinder, index: int, link: Link) -> list[Link]:
+    """The first layout of queries and keys beside the values of ``link`` that is proven."""
+    for queries, keys in _layouts(finder, index, link):
+        whole = Link(link.consumer, (*link.producers, keys, queries), link.channels_RWC.flatten(1)[None])
+        if finder.proves(index, whole):
+            return [whole]
+    return []
 
 
 def query_links(finder: LinkFinder, index: int) -> list[Link]:
-    """Units are query heads, one region for each group that shares a key-value head. Of loaded block ``index``."""
+    """Units are query heads, one region for each group that shares a key-value head. Of loaded block ``index``.
+
+    Where nothing is shared, a query head goes with its keys and values.
+    """
     found = []
     for link in _attention(finder, index):
-        for queries, _ in _layouts(finder, index, link) if link.channels_RWC.shape[2] > 1 else []:
+        if link.channels_RWC.shape[2] == 1:
+            found += _whole_groups(finder, index, link)
+            continue
+        for queries, _ in _layouts(finder, index, link):
             single = Link(link.consumer, (queries,), link.channels_RWC.transpose(1, 2).contiguous())
             if finder.proves(index, single):
                 found.append(single)

@@ -23,11 +23,12 @@ class Heads(Enum):
 @register("unit", "head", metric="wanda", repair="obs")
 @dataclass
 class Head(Unit):
-    """``of=query``: query heads, as many of every group that shares a key-value head. ``of=group``: whole groups, which
-    shrinks the cache of keys and values as well; where nothing is shared, a group is a head.
+    """``of=query``: query heads, as many of every group that shares a key-value head; where nothing is shared, a head
+    with its keys and values. ``of=group``: whole groups, which shrinks the cache of keys and values as well, and costs
+    more: of SmolLM2's three groups one, perplexity 61; one query head of each, 38.
     """
 
-    of: Heads = Heads.group
+    of: Heads = Heads.query
     multiple: int = 1
 
     def links(self, finder: LinkFinder, index: int) -> list[Link]:
