@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import slurm
 import torch
 
 from ace_cli.core import cache
@@ -138,6 +139,34 @@ def test_a_worker_that_is_killed_is_a_failed_job_and_is_done_again(llama: Path, 
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert not [job for job in jobs_of(tmp_path / "sweep") if "error" in job]
+
+
+@needs("hydra_submitit_launcher", "sweeps-slurm")
+@pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
+def test_on_slurm_cancelled_and_killed_jobs_have_failed_and_are_done_again(llama: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "ace_cli", "-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.1,0.2,0.3,0.4",
+        *EVAL, "output_dir=sweep", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1",
+    ]  # fmt: skip
+    records = tmp_path / "sweep" / "jobs"
+    with slurm.cluster(tmp_path / "slurm") as env:
+        pipes: Any = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, **pipes) as started:
+            process_of(records / "0.json", started)
+            os.kill(process_of(records / "1.json", started), signal.SIGKILL)
+            number = subprocess.check_output(["squeue", "-h", "-o", "%F"], env=env, text=True).split()[0]
+            subprocess.run(["scancel", f"{number}_0"], env=env, check=True)
+            _, err = started.communicate(timeout=240)
+        assert started.returncode == 1, err
+        assert "Traceback" not in err
+        jobs = jobs_of(tmp_path / "sweep")
+        assert ["error" in job for job in jobs] == [True, True, False, False]
+        assert all("Ended without a result" in job["error"] for job in jobs[:2])
+        done = subprocess.run(command, timeout=240, check=False, **pipes)
+        assert done.returncode == 0, done.stderr
+    again = jobs_of(tmp_path / "sweep")
+    assert not [job for job in again if "error" in job]
+    assert again[2:] == jobs[2:], "finished jobs are not repeated"
 
 
 def process_of(record: Path, started: subprocess.Popen[str]) -> int:
