@@ -18,10 +18,10 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from ace_cli.cli import prune
+from ace_cli.cli import job, prune
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation import task_options
-from ace_cli.run.config import RunConfig, config_folder, explain, parse, store_schemas
+from ace_cli.run.config import CONFIGURATION_ERRORS, RunConfig, config_folder, explain, parse, store_schemas
 
 #: Between them, every class of options that can be chosen.
 CHOICES = [
@@ -71,7 +71,7 @@ def outcome(config: DictConfig) -> RunConfig | str:
         return str(fault)
     except AceError as fault:
         return str(fault)
-    except prune.CONFIGURATION_ERRORS as fault:
+    except CONFIGURATION_ERRORS as fault:
         return str(explain(fault))
 
 
@@ -95,7 +95,7 @@ def test_junk_in_options_is_a_configuration_or_one_line(data: st.DataObject) -> 
 def ended(arguments: list[str], patch: pytest.MonkeyPatch) -> None:
     """Start ace-prune, up to where it would open a model; assert how it ends."""
     patch.setattr(sys, "argv", ["ace-prune", *arguments])
-    patch.setattr(prune, "_run", lambda *_: None)
+    patch.setattr(job, "_run", lambda *_: None)
     patch.setattr(task_options, "_unknown_to_lm_eval", lambda names: [])
     GlobalHydra.instance().clear()
     out, err = io.StringIO(), io.StringIO()

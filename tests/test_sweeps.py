@@ -152,10 +152,10 @@ def test_on_slurm_cancelled_and_killed_jobs_have_failed_and_are_done_again(llama
     with slurm.cluster(tmp_path / "slurm") as env:
         pipes: Any = {"cwd": tmp_path, "env": env, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         with subprocess.Popen(command, **pipes) as started:
-            process_of(records / "0.json", started)
-            os.kill(process_of(records / "1.json", started), signal.SIGKILL)
+            process_of(records / "0.json", started)  # each is stopped while it still imports torch
             number = subprocess.check_output(["squeue", "-h", "-o", "%F"], env=env, text=True).split()[0]
             subprocess.run(["scancel", f"{number}_0"], env=env, check=True)
+            os.kill(process_of(records / "1.json", started), signal.SIGKILL)
             _, err = started.communicate(timeout=240)
         assert started.returncode == 1, err
         assert "Traceback" not in err

@@ -51,7 +51,7 @@ class Launched:
             self._held.enter_context(locked(folder))
             forget(folder)
             self.folder = folder
-            self.search = not config.hydra.sweeper._target_.endswith("BasicSweeper")
+            self.search = not str(config.hydra.sweeper["_target_"]).endswith("BasicSweeper")
         for number, of_job in enumerate(overrides, first):
             self.jobs[number] = [as_typed(override) for override in filter_overrides(of_job)]
 
