@@ -143,6 +143,7 @@ def test_a_worker_that_is_killed_is_a_failed_job_and_is_done_again(llama: Path, 
 
 @needs("hydra_submitit_launcher", "sweeps-slurm")
 @pytest.mark.skipif(slurm.missing() is not None, reason=str(slurm.missing()))
+@pytest.mark.skipif(not os.environ.get("ACE_TEST_SLURM"), reason="starts a Slurm of its own: set ACE_TEST_SLURM=1")
 def test_on_slurm_cancelled_and_killed_jobs_have_failed_and_are_done_again(llama: Path, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "ace_cli", "-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.1,0.2,0.3,0.4",
