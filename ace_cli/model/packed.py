@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -48,10 +49,9 @@ def open_folder(folder: Path) -> Checkpoint:
 def zstandard() -> ModuleType:
     """The library of that name. Raises AceError where it is not installed."""
     try:
-        import zstandard as library
+        return import_module("zstandard")
     except ImportError:
         raise AceError("zstd needs the package zstandard, which is not installed.", "pip install zstandard") from None
-    return library
 
 
 class PackedCheckpoint(Checkpoint):
