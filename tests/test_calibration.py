@@ -99,6 +99,8 @@ def test_sparsegpt_brings_its_repair_and_compares_the_layer(configure: Configure
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (config_folder() / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(configure: Configure, name: str) -> None:
+    if name == "search":
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason='pip install "ace-prune[search]"')
     config = configure(f"experiment={name}")
     assert config.model.path
 
