@@ -21,6 +21,7 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,20 @@ def overrides(report: dict[str, Any]) -> str:
     return " ".join(word for name, word in named if name not in PROTOCOL and not name.startswith("eval."))
 
 
+def patterns_of(cells: Cells) -> list[str]:
+    """The columns: ratios, then N:M."""
+    return sorted({pattern for row in cells.values() for pattern in row}, key=lambda text: (":" in text, text))
+
+
+def span(counts: Iterable[int]) -> str:
+    """ "3", or "2-3"."""
+    found = sorted(set(counts))
+    return str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
 def render(cells: Cells) -> str:
     """Best of each column in bold."""
-    patterns = sorted({pattern for row in cells.values() for pattern in row}, key=lambda text: (":" in text, text))
+    patterns = patterns_of(cells)
     means = {name: {pattern: mean(jobs) for pattern, jobs in row.items()} for name, row in cells.items()}
     best = {pattern: min(row[pattern] for row in means.values() if pattern in row) for pattern in patterns}
     dense = next(job["perplexity"]["dense"] for row in cells.values() for jobs in row.values() for job in jobs)
@@ -81,8 +93,7 @@ def render(cells: Cells) -> str:
     ]
     for name, row in cells.items():
         numbers = " | ".join(cell(row[pattern], best[pattern]) if pattern in row else "" for pattern in patterns)
-        counts = sorted({len(jobs) for jobs in row.values()})
-        seeds = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        seeds = span(map(len, row.values()))
         fastest = min(seconds(job) for jobs in row.values() for job in jobs)
         lines.append(f"| `{name}` | {numbers} | {seeds} | {fastest:.0f} |")
     return "\n".join(lines)
@@ -90,7 +101,7 @@ def render(cells: Cells) -> str:
 
 def differences(cells: Cells, base: str) -> str:
     """Per cent of perplexity beside ``base``, ± standard error, over pairs; marked where that is beyond two of them."""
-    patterns = sorted({pattern for row in cells.values() for pattern in row}, key=lambda text: (":" in text, text))
+    patterns = patterns_of(cells)
     lines = [
         f"Perplexity against `{base}` in per cent, paired, ± standard error; **<** better, > worse beyond two of them.",
         "",
@@ -101,9 +112,8 @@ def differences(cells: Cells, base: str) -> str:
         if name == base:
             continue
         paired = {pattern: pairs(row.get(pattern, []), cells[base].get(pattern, [])) for pattern in patterns}
-        counts = sorted({len(values) for values in paired.values() if values})
-        if counts:
-            many = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+        if counts := [len(values) for values in paired.values() if values]:
+            many = span(counts)
             lines.append(f"| `{name}` | " + " | ".join(verdict(paired[p]) for p in patterns) + f" | {many} |")
     return "\n".join(lines)
 

@@ -5,8 +5,6 @@ Shapes: B windows, L tokens, H hidden size.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 
@@ -19,14 +17,15 @@ class Recovering:
     """Trains each block of ``model`` after it is pruned.
 
     ``steps`` are the calibration windows as training takes them, in batches of their own, embedded; the engine's own
-    batches hold the same windows in the same order.
+    batches hold the same windows in the same order. ``dense``: the same once more, to be carried through the dense
+    model, where its states are the targets. Both are taken over.
     """
 
     def __init__(self, model: StreamedModel, recovery: Recovery, steps: list[Batch], dense: list[Batch]) -> None:
         self._model = model
         self._recovery = recovery
-        self._steps = [copy.copy(step) for step in steps]
-        self._dense = [copy.copy(step) for step in dense] if recovery.carries_dense else []
+        self._steps = steps
+        self._dense = dense
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor] = []
 

@@ -155,10 +155,7 @@ class SlotPruner:
             new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
             slot.put(new_OI)
             self._store(slot, new_OI)
-        if repaired.loss_before is not None and repaired.loss_after is not None:
-            diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
-        if repaired.swapped is not None:
-            diagnosis["swapped"] = repaired.swapped
+        diagnosis |= repaired.diagnosis
         return repaired.notes
 
     # --- permutation ---------------------------------------------------------------------------------------------

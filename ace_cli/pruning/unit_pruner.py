@@ -86,8 +86,7 @@ class UnitPruner(SlotPruner):
             new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
             slot.put(new_OI)
             self._store(slot, new_OI)
-        if repaired.loss_before is not None and repaired.loss_after is not None:
-            diagnosis |= {"loss_before": repaired.loss_before, "loss_after": repaired.loss_after}
+        diagnosis |= repaired.diagnosis
         stays_I = repaired.keep_OI[0]
         return stays_I[units.columns_RWC[..., 0].flatten().to(stays_I.device)], repaired.notes
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ace_cli.core.registry import register
 from ace_cli.core.torch_api import own_parameters
 from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import half_precision, rate, split, training_faults
+from ace_cli.recovery.training import adam, half_precision, rate, split, training_faults, training_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -61,8 +61,7 @@ class Blocks(Recovery):
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
 
     def forwards(self) -> float:
-        # a step is a forward and a backward of twice its cost; the targets, and each look at the held-out windows
-        return 3 * self.epochs * (1 - self.held_out) + 1 + self.held_out * (self.epochs + 1)
+        return training_forwards(self.epochs, self.held_out)
 
     def bytes_per_weight(self) -> int:
         return 4 + 4 + 8 + 4 + 1  # master copy, gradient, two moments, the best so far; what may change
@@ -77,9 +76,7 @@ class Blocks(Recovery):
         loaded = dict(module.named_parameters())
         masters = _masters(module, keep)
         step = _Step(model, index, batches, targets)
-        optimiser = torch.optim.Adam(
-            masters.values(), lr=self.lr, betas=(0.9, 0.95), fused=model.device.type in ("cpu", "cuda")
-        )
+        optimiser = adam(masters.values(), self.lr, model.device)
         steps = self.epochs * len(training)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
         generator = torch.Generator().manual_seed(self.seed + index)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
 from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import half_precision, rate, split, training_faults
+from ace_cli.recovery.training import adam, half_precision, rate, split, training_faults, training_forwards
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,7 +57,7 @@ class Distill(Recovery):
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
 
     def forwards(self) -> float:
-        return 3 * self.epochs * (1 - self.held_out) + 1 + self.held_out * (self.epochs + 1)
+        return training_forwards(self.epochs, self.held_out)
 
     def whole_bytes(self, parameters: int, trained: int) -> int:
         return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS
@@ -157,8 +157,6 @@ class _Fit:
     def __init__(
         self, options: Distill, student: nn.Module, keep: dict[str, Tensor], teacher: _Teacher, folder: Path
     ) -> None:
-        import torch
-
         self._options, self._keep, self._teacher, self._folder = options, keep, teacher, folder
         parameters = dict(student.named_parameters())
         self._weights = {name: parameters[name].requires_grad_(True) for name in keep}
@@ -168,9 +166,7 @@ class _Fit:
         batches = [range(start, min(start + per_step, teacher.count)) for start in starts]
         training, held = split(len(batches), options.held_out)
         self._training, self._held = [batches[i] for i in training], [batches[i] for i in held]
-        self._optimiser = torch.optim.Adam(
-            self._weights.values(), lr=options.lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda")
-        )
+        self._optimiser = adam(self._weights.values(), options.lr, device)
         self._done = 0
         self._errors: list[float] = []
         self.best = {name: weight.detach().clone() for name, weight in self._weights.items()}

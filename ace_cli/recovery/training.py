@@ -7,7 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
+    from torch import Tensor
 
 
 def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: int) -> list[str]:
@@ -24,6 +27,18 @@ def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: i
     if not 0 <= seed < 2**63:
         faults.append(f"recover.seed={seed}: must be between 0 and 2^63")
     return faults
+
+
+def training_forwards(epochs: int, held_out: float) -> float:
+    """Of all tokens: a step is a forward and a backward of twice its cost; then targets and held-out windows."""
+    return 3 * epochs * (1 - held_out) + 1 + held_out * (epochs + 1)
+
+
+def adam(weights: Iterable[Tensor], lr: float, device: torch.device) -> torch.optim.Adam:
+    """In one pass over the weights where torch has that."""
+    import torch
+
+    return torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
 
 
 def split(count: int, held_out: float) -> tuple[list[int], list[int]]:

@@ -26,7 +26,7 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
     """
     if (before := recorded(work)) is not None:
         return before
-    training = training_folder(work)
+    training = work.training
     training.mkdir(exist_ok=True)
     done = training / TRAINED
     if not done.is_file():
@@ -56,9 +56,4 @@ def recorded(work: Work) -> RecoveryFacts | None:
 
 def forget_training(work: Work) -> None:
     """``checkpoint.partial`` says itself that it is trained: the rest is not needed."""
-    shutil.rmtree(training_folder(work), ignore_errors=True)
-
-
-def training_folder(work: Work) -> Path:
-    """Where trained files and the state of the training lie until they are whole."""
-    return work.training
+    shutil.rmtree(work.training, ignore_errors=True)

@@ -29,6 +29,16 @@ class Repaired:
     loss_after: float | None = None
     swapped: int | None = None
 
+    @property
+    def diagnosis(self) -> dict[str, float]:
+        """The numbers that are known, by name."""
+        known: dict[str, float] = {}
+        if self.loss_before is not None and self.loss_after is not None:
+            known |= {"loss_before": self.loss_before, "loss_after": self.loss_after}
+        if self.swapped is not None:
+            known["swapped"] = self.swapped
+        return known
+
 
 @dataclass
 class Repair:
