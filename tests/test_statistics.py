@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ace_cli.methods.gradients import Backward, Gradient, Salience
 from ace_cli.methods.statistics import (
     CosineTerm,
     Gram,
@@ -28,7 +29,10 @@ KINDS = [
     Mean(), SecondMoment(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
     Activations(most=11),
     *(CosineTerm(kind) for kind in ("signed", "absolute", "second", "token", "exact")),
+    Gradient(), Gradient(power=2), Salience(),
 ]  # fmt: skip
+#: All but those that count windows: of these a split between tokens is another set of windows.
+OF_TOKENS = [kind for kind in KINDS if not isinstance(kind, Backward)]
 
 
 def data(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,10 +52,11 @@ def results(statistic: Statistic) -> dict[str, Tensor]:
     """Every tensor that a metric can read."""
     if isinstance(statistic, TokenSquares | Activations):
         return {"inputs_TI": torch.cat(statistic._chunks_TI)}
-    return {name: value for name, value in vars(statistic).items() if isinstance(value, Tensor)}
+    found = {name: torch.cat(value) if isinstance(value, list) else value for name, value in vars(statistic).items()}
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("kind", OF_TOKENS, ids=repr)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_any_split_gives_the_same(kind: Statistic, split: list[int]) -> None:
     once, parts = observed(kind, [TOKENS], *data()), observed(kind, split, *data())
@@ -61,7 +66,7 @@ def test_any_split_gives_the_same(kind: Statistic, split: list[int]) -> None:
         torch.testing.assert_close(results(parts)[name], value, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("kind", OF_TOKENS, ids=repr)
 def test_any_split_gives_the_same_with_tokens_of_no_output(kind: Statistic) -> None:
     """Outputs of exactly zero and of almost zero: no split may decide whether they count."""
     x_TI, y_TO, weight_OI = data()
@@ -157,10 +162,10 @@ def test_every_statistic_is_tested() -> None:
         return {kind, *(each for child in kind.__subclasses__() for each in below(child))}
 
     of_the_package = {kind for kind in below(Statistic) if kind.__module__.startswith("ace_cli")}
-    assert {type(kind) for kind in KINDS} == of_the_package - {Statistic}
+    assert {type(kind) for kind in KINDS} == of_the_package - {Statistic, Backward}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=repr)
+@pytest.mark.parametrize("kind", OF_TOKENS, ids=repr)
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_workers_that_share_the_tokens_see_together_what_one_sees(kind: Statistic, split: list[int]) -> None:
     x_TI, y_TO, weight_OI = data()
@@ -175,6 +180,17 @@ def test_workers_that_share_the_tokens_see_together_what_one_sees(kind: Statisti
     assert together.tokens == once.tokens
     for name, value in results(once).items():
         torch.testing.assert_close(results(together)[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if isinstance(kind, Backward)], ids=repr)
+def test_workers_that_share_the_windows_see_together_what_one_sees(kind: Backward) -> None:
+    x_TI, d_TO, weight_OI = data()
+    once, together = observed(kind, [8, 8, 8], x_TI, d_TO, weight_OI), Seen([kind])[kind]
+    for part in (slice(0, 8), slice(8, 24)):
+        size = part.stop - part.start
+        together.merge(observed(kind, [8] * (size // 8), x_TI[part], d_TO[part], weight_OI))
+    for name, value in results(once).items():
+        torch.testing.assert_close(results(together)[name], value)
 
 
 def test_other_kinds_and_options_are_not_merged() -> None:
@@ -194,7 +210,7 @@ def test_what_was_factored_of_fewer_tokens_is_forgotten() -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_declared_axes_have_the_lengths_of_their_letters(kind: Statistic) -> None:
     statistic = observed(kind, [TOKENS], *data())
-    lengths = {"I": {6}, "O": {1, 4}, "T": {TOKENS, getattr(kind, "most", TOKENS)}}
+    lengths = {"I": {6}, "O": {1, 4}, "B": {1}, "T": {TOKENS, getattr(kind, "most", TOKENS)}}
     axes = statistic._axes()
     assert axes
     for name, letters in axes.items():

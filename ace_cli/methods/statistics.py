@@ -37,6 +37,8 @@ class Statistic:
 
     #: True if the slot's output is needed; such a statistic cannot be shared between slots that read one input.
     needs_output = False
+    #: True if it is fed with the gradient of the slot's outputs, in their place: see ace_cli.methods.gradients.
+    needs_backward = False
     tokens = 0
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
@@ -121,6 +123,10 @@ class Seen:
         other = Seen(())
         other._state = {wanted: statistic.reordered(order_I) for wanted, statistic in self._state.items()}
         return other
+
+    def take(self, other: Seen) -> None:
+        """Use ``other``'s statistics, all of them, in place of equal ones, or beside others."""
+        self._state = {**self._state, **other._state}
 
     def share(self, other: Seen) -> None:
         """Use ``other``'s input-only statistics: both slots read the same input."""

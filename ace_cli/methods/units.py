@@ -21,16 +21,20 @@ from ace_cli.methods.allocation.base import apportioned
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.methods.statistics import Seen
+
 
 @dataclass(frozen=True)
 class Units:
     """The units of one reading weight. ``columns_RWC``: its inputs that belong to each.
 
     ``producers()``: the weights whose rows make the inputs, each float32 (I, inputs of its own), row i for input i.
+    ``makers()``: of the same weights what was seen of their gradients, and for each input its row (I,).
     """
 
     columns_RWC: Tensor
     producers: Callable[[], list[Tensor]] = lambda: []
+    makers: Callable[[], list[tuple[Seen, Tensor]]] = lambda: []
 
     @property
     def count(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from ace_cli.model.links import LinkFinder
 from ace_cli.model.streamed import Block, StreamedModel
 
 if TYPE_CHECKING:
+    from ace_cli.methods.statistics import Seen
     from ace_cli.pruning.units.base import Unit
 
 
@@ -68,14 +70,20 @@ class Cutting:
         """The shapes that follow."""
         return Cut(self.couplings, self.stay)
 
-    def units(self, block: str, each: Coupling) -> Units:
-        """The units of ``each`` as methods see them; ``block``, by name, is loaded when they ask for rows."""
+    def units(self, block: str, each: Coupling, gradients: Mapping[str, Seen]) -> Units:
+        """The units of ``each`` as methods see them; ``block``, by name, is loaded when they ask for rows.
+
+        ``gradients``: slot's name -> what was seen of its gradients.
+        """
         slots = {slot.name: slot for slot in self.model.blocks[self._index[block]].slots}
 
         def producers() -> list[Tensor]:
             return [slots[name].weight_OI.float()[rows_I] for name, rows_I in each.producers]
 
-        return Units(each.columns_RWC, producers)
+        def makers() -> list[tuple[Seen, Tensor]]:
+            return [(gradients[name], rows_I) for name, rows_I in each.producers]
+
+        return Units(each.columns_RWC, producers, makers)
 
     @property
     def sizes(self) -> dict[int, int]:

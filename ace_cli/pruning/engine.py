@@ -28,6 +28,7 @@ from ace_cli.model.links import LinkFinder
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.pruning.diagnostics import BlockComparison
 from ace_cli.pruning.facts import BlockFacts
+from ace_cli.pruning.gradients import gradients_of
 from ace_cli.pruning.orders import order_of
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
@@ -83,6 +84,9 @@ def prune(
                 if recovering is not None:
                     with clock("recover"):
                         recovering.before(index, batches)
+                with clock("observe"):
+                    dense = model if recipe.cutting is None else recipe.cutting.model
+                    pruner.gradients = gradients_of(dense, index, batches, recipe.wanted, recipe.gradients)
                 outputs_wanted = not last and recovering is None
                 order_of(recipe)(model, index, batches, recipe, clock, finite, pruner, not outputs_wanted).run()
                 recovered = None

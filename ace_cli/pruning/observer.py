@@ -38,7 +38,8 @@ class Observer:
             self._read = seen
         self._input, self._reader = x, slot.name
         follows = self._leader[slot.name] != slot.name
-        due = [statistic for statistic in seen if statistic.needs_output or not follows]
+        of_inputs = [statistic for statistic in seen if not statistic.needs_backward]
+        due = [statistic for statistic in of_inputs if statistic.needs_output or not follows]
         if not due:
             return
         x_TI = x.reshape(-1, x.shape[-1])

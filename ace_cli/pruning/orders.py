@@ -45,6 +45,9 @@ class Order:
 
     def __post_init__(self) -> None:
         self._observer = Observer({slot.name: Seen(self._wanted) for slot in self.block.layers})
+        for name, seen in self._observer.seen.items():
+            if name in self.pruner.gradients:
+                seen.take(self.pruner.gradients[name])
 
     @property
     def block(self) -> Block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ace_cli.methods.metrics.base import Metric
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.repair.base import Repair
-    from ace_cli.methods.statistics import Statistic
+    from ace_cli.methods.statistics import Seen, Statistic
     from ace_cli.pruning.cutting import Cutting
 
 
@@ -47,6 +47,7 @@ class Recipe:
     min_tokens: int = 1
     observed_tokens: int = 0  # of each slot's inputs, for the report alone
     cutting: Cutting | None = None  # units that are cut out, instead of weights that become zeros
+    gradients: Mapping[str, Seen] = field(default_factory=dict)  # of the whole model, by slot name
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:

@@ -7,7 +7,7 @@ checkpoint. Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,8 @@ class SlotPruner:
         self.facts: list[SlotFacts] = []
         #: Slot name -> the order its inputs were put in; the tensor that is fed to it has not been reordered.
         self.orders: dict[str, Tensor] = {}
+        #: Slot name -> its statistics of gradients, of the dense block.
+        self.gradients: Mapping[str, Seen] = {}
         self._model = model
         self._block = block
         self._recipe = recipe

@@ -19,15 +19,21 @@ from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.pruning.gradients import gradients_of
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
 
 
 @dataclass(frozen=True)
 class UnitScores:
-    """``score`` gives the scores (U,) of the units of a loaded block from what its slots have seen, with ``needs``."""
+    """``score`` gives the scores (U,) of the units of a loaded block from what its slots have seen, with ``needs``.
+
+    ``model``: the same one with all its slots, those that make units too; ``gradients``: what is known of them.
+    """
 
     needs: tuple[Statistic, ...]
     score: Callable[[Block, Mapping[str, Seen]], Tensor]
+    model: StreamedModel
+    gradients: Mapping[str, Seen]
 
 
 def survey(
@@ -47,11 +53,16 @@ def survey(
     """
     batches = [copy.copy(batch) for batch in batches]  # hidden states are replaced, never changed in place
     measures, trimmer = [], Trimmer()
-    with torch.inference_mode():
+    with torch.no_grad():  # not in inference mode: a block may be led back through
         for index in model.one_by_one():
             block = model.blocks[index]
             before = [batch.hidden_BLH for batch in batches]
+            of_units = {}
+            if units is not None:
+                of_units = gradients_of(units.model, index, batches, units.needs, units.gradients)
             seen = _observe(model, index, batches, units.needs if units else allocation.needs(), allocation.of_states)
+            for name, gradients in of_units.items():
+                seen.setdefault(name, Seen(())).take(gradients)
             if allocation.of_states:
                 measure = allocation.measure_states(before, [batch.hidden_BLH for batch in batches])
                 measures.append(_checked(block, measure))

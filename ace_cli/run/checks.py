@@ -18,6 +18,7 @@ from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.row_pruning import by_rows
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.gradients import model_bytes
 from ace_cli.pruning.recipe import Permute
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import Texts
@@ -95,6 +96,23 @@ def check_training(config: RunConfig, plan: Plan) -> None:
         raise AceError(
             f"recover={name} needs {needed / 1e9:.1f} GB of memory, {plan.budget_bytes / 1e9:.1f} GB may be used.",
             "Use recover=blocks, which trains one block at a time.",
+        )
+
+
+def check_gradients(config: RunConfig, model: StreamedModel, plan: Plan) -> None:
+    """AceError where gradients are asked for and cannot be taken: inside experts, or of a model that does not fit."""
+    if not any(statistic.needs_backward for statistic in config.statistics):
+        return
+    name = name_of("metric", config.metric)
+    if any(block.experts for block in model.blocks):
+        hint = "Use a metric that needs no gradients."
+        raise AceError(f"metric={name}: gradients of single experts are not taken yet.", hint)
+    needed = model_bytes(model, config.statistics, config.calib.length)
+    if needed > plan.budget_bytes:
+        raise AceError(
+            f"metric={name} metric.source=model needs {needed / 1e9:.1f} GB of memory, "
+            f"{plan.budget_bytes / 1e9:.1f} GB may be used.",
+            "Use metric.source=block, which needs one block at a time.",
         )
 
 

@@ -31,6 +31,7 @@ from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.methods.repair.base import Repair
+from ace_cli.methods.statistics import Statistic
 from ace_cli.model.source import ModelConfig
 from ace_cli.pruning.diagnostics import Observe
 from ace_cli.pruning.recipe import Permute, Propagate
@@ -113,6 +114,11 @@ class RunConfig:
     def requested(self) -> str:
         """What was asked for, in short: a sparsity, or units to keep."""
         return str(self.pattern) if self.keep is None else f"keep {self.keep}"
+
+    @property
+    def statistics(self) -> tuple[Statistic, ...]:
+        """What the metric and the repair read, each once."""
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
 
     @property
     def needs_data(self) -> bool:

@@ -75,12 +75,17 @@ def describe(cutting: Cutting, config: RunConfig) -> str:
     return f"{', '.join(words)} in {blocks} blocks, {where}"
 
 
-def widths(run: RunContext, cutting: Cutting, batches: list[Any]) -> dict[str, int]:
-    """Coupling's name -> how many units of each region stay, after a look at the dense model if one is asked for."""
+def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Mapping[str, Seen]) -> dict[str, int]:
+    """Coupling's name -> how many units of each region stay, after a look at the dense model if one is asked for.
+
+    ``gradients``: what slots saw of the whole model's loss.
+    """
     config, allocation, equal = run.config, run.config.allocation, _equal(run.config, cutting)
     if not allocation.surveys:
         return equal
-    scores = UnitScores(config.metric.needs(), _scorer(config, cutting)) if allocation.units_only else None
+    scores = None
+    if allocation.units_only:
+        scores = UnitScores(config.metric.needs(), _scorer(config, cutting), cutting.model, gradients)
     with run.inner("survey"), run.terminal.progress("surveying", len(run.model.blocks)) as step:
         measures = survey(run.model, batches, allocation, lambda _: step(), scores)
     assert isinstance(config.pattern, Ratio)
@@ -193,7 +198,7 @@ def _scorer(config: RunConfig, cutting: Cutting) -> Any:
         scores = [
             unit_scores(
                 config.metric, slots[each.name].weight_OI.float(), seen[each.name],
-                cutting.units(block.name, each), each.name,
+                cutting.units(block.name, each, seen), each.name,
             )
             for each in cutting.couplings[index[block.name]]
         ]  # fmt: skip

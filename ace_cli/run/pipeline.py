@@ -33,6 +33,7 @@ from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
 from ace_cli.run.checks import (
     already_sparse,
+    check_gradients,
     check_inputs_stay,
     check_left,
     check_length,
@@ -135,14 +136,13 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     check_left(model, config)
     tokens = config.calib.tokens if config.needs_data else 0
-    statistics = tuple(dict.fromkeys((*config.metric.needs(), *config.repair.needs())))
     alone = pruned_by_rows(config, model) and cutting is None
 
     def flops(rows: int, columns: int) -> int:
         return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
 
     demand = Demand(
-        tokens, config.calib.length, statistics, config.propagate, config.allocation.surveys, alone, flops,
+        tokens, config.calib.length, config.statistics, config.propagate, config.allocation.surveys, alone, flops,
         config.recover.forwards(), config.recover.bytes_per_weight(),
         lambda rows, columns: max(config.metric.nbytes(rows, columns), config.repair.nbytes(rows, columns)),
         config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
@@ -165,6 +165,7 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
     check_training(config, plan)
+    check_gradients(config, model if cutting is None else cutting.model, plan)
     if sparse := already_sparse(model, config.pattern):
         terminal.say(f"Warning: {sparse}.", "yellow")
     if (loops := loops_of(config, model)).startswith("not compiled"):

@@ -233,12 +233,13 @@ def _copied(model: StreamedModel) -> list[str]:
 def _statistics(block: Block, demand: Demand, at_a_time: bool) -> int:
     """Bytes of the statistics that are held at once: of every linear layer, or one ``at_a_time``; and of one expert."""
 
-    def held(slots: Iterable[Slot]) -> int:
-        return sum(statistic.nbytes(demand.tokens, *slot.shape) for slot in slots for statistic in demand.statistics)
+    def held(slots: Iterable[Slot], backward: bool = False) -> int:
+        some = [statistic for statistic in demand.statistics if statistic.needs_backward is backward]
+        return sum(statistic.nbytes(demand.tokens, *slot.shape) for slot in slots for statistic in some)
 
     first = [[s for s in each.slots if s.in_module.index == each.slots[0].in_module.index] for each in block.experts]
     layers = max((held([slot]) for slot in block.layers), default=0) if at_a_time else held(block.layers)
-    return layers + max((held(slots) for slots in first), default=0)
+    return layers + max((held(slots) for slots in first), default=0) + held(block.layers, backward=True)
 
 
 def _hidden_size(model: StreamedModel) -> int:

@@ -14,7 +14,9 @@ from torch import Tensor
 from ace_cli.core.errors import AceError, TransientError
 from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
+from ace_cli.methods.gradients import Source
 from ace_cli.methods.patterns import Pattern
+from ace_cli.methods.statistics import Seen
 from ace_cli.model.cuts import Grown
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.header import TensorEntry
@@ -23,6 +25,7 @@ from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.engine import prune, replay
 from ace_cli.pruning.facts import BlockFacts
+from ace_cli.pruning.gradients import backward_of, model_gradients, steps_of
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.survey import survey
@@ -87,7 +90,7 @@ def _prune(run: RunContext, work: Work) -> None:
     done = len(work.finished)
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
-    recipe = _recipe(run.config, patterns)
+    recipe = dataclasses.replace(_recipe(run.config, patterns), gradients=_gradients(run, model))
     recovering = _recovering(run, model, done)
     if not recipe.wanted and recovering is None:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
@@ -137,12 +140,13 @@ def _cut(run: RunContext, work: Work) -> None:
     model, clock, cutting = run.model, run.inner, run.cutting
     assert cutting is not None
     batches, compared = _batches(run, work)
-    cutting.stay = widths(run, cutting, batches)
+    gradients = _gradients(run, cutting.model)
+    cutting.stay = widths(run, cutting, batches, gradients)
     cut, source = cutting.cut(), model.checkpoint
     with clock("write"):
         writer = _writer(model, work, run.terminal, cut.entries(source))
     done = len(work.finished)
-    recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting)
+    recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting, gradients=gradients)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
     if not recipe.wanted and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
@@ -209,6 +213,15 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
     dense = [copy.copy(step) for step in steps] if recovery.carries_dense else []
     replay(model, dense, done if dense else 0, run.inner)
     return Recovering(model, recovery, steps, dense)
+
+
+def _gradients(run: RunContext, model: StreamedModel) -> dict[str, Seen]:
+    """What the slots of ``model`` see of the whole model's loss, if a method asks for it."""
+    wanted, windows_NL = run.config.statistics, run.texts.windows_NL
+    if not backward_of(wanted, Source.model) or windows_NL is None:
+        return {}
+    with run.inner("observe"), run.terminal.progress("gradients", steps_of(model, windows_NL)) as step:
+        return model_gradients(model, windows_NL, wanted, step)
 
 
 def _recipe(config: RunConfig, patterns: dict[str, Pattern]) -> Recipe:
