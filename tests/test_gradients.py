@@ -11,10 +11,12 @@ from tiny_models import load, make, token_windows
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
-from ace_cli.methods.gradients import Backward, Gradient, Salience, Source
+from ace_cli.methods.allocation.global_ranking import GlobalRanking
+from ace_cli.methods.gradients import Backward, Gates, Gradient, Salience, Source
 from ace_cli.methods.metrics.llm_pruner import Form, LLMPruner
 from ace_cli.methods.metrics.pruner_zero import PrunerZero
 from ace_cli.methods.metrics.saap import SAAP, Fuse, Select
+from ace_cli.methods.metrics.sobp import SoBP
 from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import Units
 from ace_cli.model.files import Checkpoint
@@ -25,7 +27,7 @@ from ace_cli.run import checks
 
 CPU = torch.device("cpu")
 IDS = token_windows(3, 8)
-WANTED = (Gradient(), Gradient(power=2), Salience())
+WANTED = (Gradient(), Gradient(power=2), Salience(), Gates())
 
 
 def of_model(wanted: tuple[Backward, ...]) -> tuple[Backward, ...]:
@@ -34,7 +36,7 @@ def of_model(wanted: tuple[Backward, ...]) -> tuple[Backward, ...]:
 
 def windows_of(seen: Seen, wanted: tuple[Backward, ...], gradients: list[Tensor], weight_OI: Tensor) -> None:
     """``seen`` holds what the ``gradients`` of the windows add up to."""
-    first, second, salience = wanted
+    first, second, salience, gates = wanted
     s = [weight_OI * g - (weight_OI * g).square() / 2 for g in gradients]
     expected = {
         first: {"total_OI": sum(gradients)},
@@ -45,6 +47,7 @@ def windows_of(seen: Seen, wanted: tuple[Backward, ...], gradients: list[Tensor]
             "row_parts_BO": torch.stack([each.abs().sum(1) for each in s]),
             "column_parts_BI": torch.stack([each.abs().sum(0) for each in s]),
         },
+        gates: {"gates_BI": torch.stack([(weight_OI * g).sum(0) for g in gradients])},
     }
     for statistic, values in expected.items():
         for name, value in values.items():
@@ -222,6 +225,21 @@ def test_saap_is_its_readings(fuse: Fuse, select: Select) -> None:
     assert metric.score_units(down_OI, seen, units).tolist() == pytest.approx(expected[select], rel=1e-3, abs=1e-6)
 
 
+def test_sobp_is_the_mean_squared_gate_and_ranks_all_blocks_together() -> None:
+    weight_OI, pairs = windows(3, 6)
+    units = Units(torch.arange(6).view(1, 3, 2))
+    expected = [
+        sum(sum(float(weight_OI[i, j]) * g[i][j] for i in range(3) for j in (2 * u, 2 * u + 1)) ** 2 for g in grads) / 4
+        for u, grads in enumerate([slow_gradients(pairs)] * 3)
+    ]
+    metric, rule = SoBP(), GlobalRanking()
+    found = metric.score_units(weight_OI, shown(metric.needs(), weight_OI, pairs), units)
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    scores = [rule.measure_units(torch.tensor(each)) for each in ([0.0, 1, 2, 3], [5.0, 6, 7, 8])]
+    assert rule.shares(0.5, [4, 4], scores, 0.99) == pytest.approx([0.9, 0.1])  # all of the first, but for its tenth
+    assert rule.shares(0.25, [4, 4], scores, 0.99) == pytest.approx([0.5, 0.0])
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
@@ -232,6 +250,7 @@ def test_saap_is_its_readings(fuse: Fuse, select: Select) -> None:
         ("metric=pruner_zero", "metric.source=model", "repair=swaps"),
         ("unit=channel", "unit.multiple=8", "metric=saap", "unit.uneven=true", "allocation=flap"),
         ("unit=channel", "unit.multiple=8", "metric=llm_pruner", "metric.source=model", "metric.form=mix"),
+        ("unit=channel", "unit.multiple=8", "metric=sobp", "repair=obs", "unit.uneven=true", "allocation=global"),
         ("unit=head", "metric=saap", "repair=none", "propagate=dense"),
     ],
 )

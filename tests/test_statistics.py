@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ace_cli.methods.gradients import Backward, Gradient, Salience
+from ace_cli.methods.gradients import Backward, Gates, Gradient, Salience
 from ace_cli.methods.statistics import (
     CosineTerm,
     Gram,
@@ -16,6 +16,7 @@ from ace_cli.methods.statistics import (
     SecondMoment,
     Seen,
     ShareMoments,
+    Size,
     SquareMoments,
     Statistic,
     TokenSquares,
@@ -26,10 +27,10 @@ from ace_cli.pruning.diagnostics import Activations
 TOKENS = 24
 SPLITS = [[24], [1] * 24, [12, 12], [1, 23], [23, 1], [5, 7, 11, 1], [8, 8, 8]]
 KINDS = [
-    Mean(), SecondMoment(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
+    Mean(), SecondMoment(), Size(), SquareMoments(), ShareMoments(), TokenSquares(), Gram(), Gram(unit_tokens=True),
     Activations(most=11),
     *(CosineTerm(kind) for kind in ("signed", "absolute", "second", "token", "exact")),
-    Gradient(), Gradient(power=2), Salience(),
+    Gradient(), Gradient(power=2), Salience(), Gates(),
 ]  # fmt: skip
 #: All but those that count windows: of these a split between tokens is another set of windows.
 OF_TOKENS = [kind for kind in KINDS if not isinstance(kind, Backward)]

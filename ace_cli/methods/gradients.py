@@ -102,6 +102,20 @@ class Salience(Backward):
         )  # fmt: skip
 
 
+@dataclass(unsafe_hash=True)
+class Gates(Backward):
+    """``gates_BI``: of every window dL / dz_j = sum over i of W_ij g_ij, z_j = 1 a factor on input j; float32.
+
+    With first-order terms alone: how fast the error changes when the input begins to leave.
+    """
+
+    gates_BI: list[Tensor] = accumulated("BI")
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        gate_I = ((y_TO.float() @ weight_OI.float()) * x_TI.float()).sum(0)
+        self.add(len(x_TI), gates_BI=[gate_I[None]])
+
+
 def seed_faults(seed: int) -> list[str]:
     """What is wrong with the seed of a metric's drawn targets."""
     return [] if 0 <= seed < 2**62 else [f"metric.seed={seed}: must be between 0 and 2^62"]

@@ -206,6 +206,27 @@ class Mean(Statistic):
 
 
 @dataclass(unsafe_hash=True)
+class Size(Statistic):
+    """``total_I`` = sum over tokens of |x_tj|, float64 (I,). ASVD's statistic."""
+
+    total_I: Tensor = accumulated("I")
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        (total_I,) = _sums(x_TI, 1)
+
+        def add(part_TI: Tensor, tokens: slice, inputs: slice) -> None:
+            total_I[inputs] += part_TI.abs().double().sum(0)
+
+        _each_part(x_TI, add)
+        self.add(len(x_TI), total_I=total_I)
+
+    @property
+    def mean_I(self) -> Tensor:
+        """E|x_j|, float64 (I,)."""
+        return self.total_I / self.tokens
+
+
+@dataclass(unsafe_hash=True)
 class SquareMoments(Statistic):
     """First and second moment of the squared activation v = x^2.
 

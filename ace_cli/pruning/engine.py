@@ -30,6 +30,7 @@ from ace_cli.pruning.diagnostics import BlockComparison
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.gradients import gradients_of
 from ace_cli.pruning.orders import order_of
+from ace_cli.pruning.rank_pruner import RankPruner
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.slot_pruner import SlotPruner
@@ -77,8 +78,7 @@ def prune(
                 with clock("permute"):
                     links = finder.links(index) if finder is not None else []
                 finite = FiniteChecks(model.device)
-                kind = SlotPruner if recipe.cutting is None else UnitPruner
-                pruner = kind(model, block, recipe, clock, finite, links)
+                pruner = _pruner_of(recipe)(model, block, recipe, clock, finite, links)
                 with clock("compare"):
                     comparison.before(index, batches)
                 if recovering is not None:
@@ -109,6 +109,12 @@ def prune(
             yield facts
         with clock("write"):
             _check(written)
+
+
+def _pruner_of(recipe: Recipe) -> type[SlotPruner]:
+    if recipe.cutting is not None:
+        return UnitPruner
+    return RankPruner if recipe.ranks else SlotPruner
 
 
 def replay(model: StreamedModel, batches: list[Batch], blocks: int, clock: Clock) -> None:

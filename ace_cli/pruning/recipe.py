@@ -47,6 +47,7 @@ class Recipe:
     min_tokens: int = 1
     observed_tokens: int = 0  # of each slot's inputs, for the report alone
     cutting: Cutting | None = None  # units that are cut out, instead of weights that become zeros
+    ranks: Mapping[str, int] = field(default_factory=dict)  # slot name -> the rank of the product it becomes
     gradients: Mapping[str, Seen] = field(default_factory=dict)  # of the whole model, by slot name
 
     @property

@@ -107,11 +107,15 @@ class Sparsity:
 
 @dataclass
 class Size:
-    """Of a model that got smaller. ``parameters``: "dense", "pruned"; ``stay``: weight that reads units -> how many."""
+    """Of a model that got smaller. ``parameters``: "dense", "pruned"; ``stay``: weight that reads units -> how many.
+
+    ``as_products``: its weights are written multiplied out, in the old shapes; the parameters are those of the factors.
+    """
 
     unit: str
     parameters: dict[str, int]
     stay: dict[str, int]
+    as_products: bool = False
 
 
 @dataclass

@@ -47,6 +47,11 @@ def size_line(report: Report) -> str:
     if report.size is None:
         return "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself."
     dense, pruned = report.size.parameters["dense"], report.size.parameters["pruned"]
+    if report.size.as_products:
+        return (
+            f"Weights became products of thinner ones: {dense:,} -> {pruned:,} parameters as factors; the checkpoint "
+            "has them multiplied out, loads everywhere and is no smaller."
+        )
     what = f"{report.size.unit.capitalize()}s were cut out"
     return f"{what}: {dense:,} -> {pruned:,} parameters; the checkpoint is smaller and faster as it is."
 

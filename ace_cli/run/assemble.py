@@ -24,7 +24,7 @@ from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.pruned import MANIFEST, RECOVERED, read_manifest
+from ace_cli.model.pruned import MANIFEST, RECOVERED, Manifest, read_manifest
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.report import facts
@@ -71,7 +71,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         model=_model(config, model, plan),
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
-        sparsity=_sparsity(run, pruned, dense),
+        sparsity=_sparsity(run, manifest, pruned, dense),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
@@ -91,20 +91,23 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         speed=measured.speed,
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
-        size=_size(run) if run.cutting is not None else None,
+        size=None if run.cutting is None and not config.unit.ranks else _size(run, manifest),
     )
 
 
-def _sparsity(run: RunContext, zeros: int, dense: float) -> facts.Sparsity:
+def _sparsity(run: RunContext, manifest: Manifest, zeros: int, dense: float) -> facts.Sparsity:
     """Shares of zeros; of a model that got smaller, the share of its parameters that is gone."""
-    if run.cutting is not None:
-        gone = 1 - _size(run).parameters["pruned"] / run.plan.parameters
+    if run.cutting is not None or run.config.unit.ranks:
+        gone = 1 - _size(run, manifest).parameters["pruned"] / run.plan.parameters
         return facts.Sparsity(run.config.requested, gone, gone)
     return facts.Sparsity(run.config.requested, zeros / run.plan.slot_weights, zeros / run.plan.parameters, dense)
 
 
-def _size(run: RunContext) -> facts.Size:
-    assert run.cutting is not None
+def _size(run: RunContext, manifest: Manifest) -> facts.Size:
+    if run.cutting is None:
+        stay = {cut.name: len(cut.kept) for cut in manifest.cuts}
+        left = run.plan.parameters - sum(cut.fewer for cut in manifest.cuts)
+        return facts.Size("rank", {"dense": run.plan.parameters, "pruned": left}, stay, as_products=True)
     left = sum(entry.numel for entry in run.cutting.cut().entries(run.model.checkpoint).values())
     return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
 

@@ -276,6 +276,8 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(
             f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
         )
+    if parts.unit.ranks:
+        return faults + _misfits_of_ranks(parts, pattern)
     if not parts.unit.cuts:
         if parts.keep is not None:
             faults.append("keep means nothing for unit=weight: give a sparsity")
@@ -299,6 +301,25 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
     for name, reason in {**reasons, "scope": "units of a block are compared"}.items():
         if getattr(parts, name) is not None:
             faults.append(f"{name} means nothing for unit={unit}: {reason}")
+    return faults
+
+
+def _misfits_of_ranks(parts: Any, pattern: Pattern) -> list[str]:
+    """What makes no sense where weights become products."""
+    faults = []
+    if isinstance(pattern, NofM) or not 0 < pattern.p < 1:  # type: ignore[attr-defined]
+        faults.append(f"sparsity={parts.sparsity} means nothing for unit=rank: give the share that goes (20%)")
+    if parts.keep is not None:
+        faults.append("keep means nothing for unit=rank: give the share that goes")
+    if parts.allocation.units_only or parts.allocation.of_states:
+        name = registry.name_of("allocation", parts.allocation)
+        faults.append(f"allocation={name} ranks units, not products: use uniform, or owl, alpha, dlp or atp")
+    if parts.scope is not None:
+        faults.append("scope means nothing for unit=rank: every weight becomes a product of its own")
+    if parts.recover.acts:
+        faults.append("recover trains single weights: a product would not stay one")
+    if parts.pack:
+        faults.append("pack keeps zeros small: unit=rank makes none")
     return faults
 
 

@@ -20,7 +20,16 @@ from ace_cli.methods.statistics import Seen
 from ace_cli.model.cuts import Grown
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.header import TensorEntry
-from ace_cli.model.pruned import RECOVERED, Pruned, Rereading, count_zeros, manifest_entry, verify, write_metadata
+from ace_cli.model.pruned import (
+    RECOVERED,
+    Pruned,
+    Rereading,
+    Smaller,
+    count_zeros,
+    manifest_entry,
+    verify,
+    write_metadata,
+)
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.engine import prune, replay
@@ -38,6 +47,7 @@ from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
 from ace_cli.run.cut import check_loads, kept_units, manifest_of, smaller, widths
 from ace_cli.run.journal import Work
+from ace_cli.run.low_rank import products_of, ranks_of
 from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
 
 
@@ -72,7 +82,8 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
     if work.complete:
         return
     try:
-        (_prune if run.cutting is None else _cut)(run, work)
+        step = _factor if run.config.unit.ranks else _prune if run.cutting is None else _cut
+        step(run, work)
         run.model.checkpoint.check_unchanged()
         if warning := work.publish():
             run.terminal.say(f"Warning: {warning}", "yellow")
@@ -164,6 +175,32 @@ def _cut(run: RunContext, work: Work) -> None:
     with clock("verify"):
         verify(work.partial)
         check_loads(model, work.partial, run.plan.host_bytes)
+
+
+def _factor(run: RunContext, work: Work) -> None:
+    """The same for weights that become products of thinner ones; shapes, names and config.json stay."""
+    model, clock, source = run.model, run.inner, run.model.checkpoint
+    with clock("write"):
+        writer = _writer(model, work, run.terminal)
+    done = len(work.finished)
+    batches, compared = _batches(run, work)
+    shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
+    ranks = {name: ranks_of(shapes[name], pattern) for name, pattern in _allocate(run, batches).items()}
+    recipe = dataclasses.replace(_recipe(run.config, {}), ranks=ranks)
+    if batches and 0 < done < len(model.blocks):
+        weights = source if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
+        replay(model.reading(weights), batches, done, clock)
+    _stream(run, work, batches, recipe, writer, compared)
+    with clock("write"):
+        cuts = products_of(work.finished, writer.entries)
+        sparsity = sum(cut["fewer"] for cut in cuts) / run.plan.slot_weights
+        summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
+        base = run.config.model
+        card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
+        same = Smaller(writer.entries, source.config(), {}, {}, cuts)
+        write_metadata(source, work.partial, summary, [], card, work.digest, same)
+    with clock("verify"):
+        verify(work.partial)
 
 
 def _stream(

@@ -33,6 +33,8 @@ class Metric:
     #: Whether it scores whole units, and single weights.
     units = True
     weights = True
+    #: Whether it finds products of thinner weights instead: ace_cli.methods.low_rank.
+    ranks = False
     #: What to choose instead where its own cost is too much, and what that loses; empty where nothing is much cheaper.
     cheaper = ""
 

@@ -49,6 +49,8 @@ class Repair:
     #: Whether it is one for whole units, and for single weights.
     units = False
     weights = True
+    #: Whether it refits products of thinner weights.
+    ranks = False
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``repair`` reads."""
@@ -69,6 +71,13 @@ class Repair:
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """``weight_OI`` float32 (O, I) dense, ``keep_OI`` bool (O, I) -> new weights, read only where kept."""
         raise NotImplementedError
+
+    def refit_factors(self, weight_OI: Tensor, up_OR: Tensor, down_RI: Tensor, seen: Seen) -> Tensor:
+        """``weight_OI`` float32 as it was, and the float64 product that takes its place -> a better up (O, R).
+
+        Raises ArithmeticError, in words, where the statistics do not allow it.
+        """
+        return up_OR
 
     def keeps_mask(self) -> bool:
         """Whether, with these knobs, what was kept stays kept: then it can follow a cut of whole units."""

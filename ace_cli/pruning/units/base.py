@@ -20,6 +20,8 @@ class Unit:
 
     #: False if weights become zeros, and no tensor gets smaller.
     cuts = True
+    #: True if weights become products of two thinner ones.
+    ranks = False
     #: Whether it is cut out of models with experts.
     beside_experts = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
@@ -32,9 +34,9 @@ class Unit:
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
         """Why these do not go with the unit: "metric: it scores ..."."""
-        found = [] if metric.units else ["metric: it scores single weights only"]
+        found = [] if metric.units else ["metric: it does not score units"]
         if not repair.units:
-            found.append("repair: it treats single weights only")
+            found.append("repair: it refits no units")
         elif not repair.keeps_mask():
             found.append("repair: with its options it chooses single weights")
         return found

@@ -21,5 +21,5 @@ class Weight(Unit):
     cuts = False
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
-        found = [] if metric.weights else ["metric: it scores whole units only"]
-        return found + ([] if repair.weights else ["repair: it refits whole units only"])
+        found = [] if metric.weights else ["metric: it does not score single weights"]
+        return found + ([] if repair.weights else ["repair: it refits no single weights"])
