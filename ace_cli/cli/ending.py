@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ParamSpec
 
+from ace_cli.core import workers
 from ace_cli.core.console import unwritten
 from ace_cli.core.errors import AceError
 
@@ -65,8 +66,10 @@ def stopping_at_once(program: str) -> Iterator[None]:
 
 
 def mend(program: str, fault: AceError) -> int:
-    """Say what is wrong; returns the exit code."""
-    print(f"{program}: {fault}", file=sys.stderr)
+    """Say what is wrong, once for all workers; returns the exit code, which no restart of theirs will change."""
+    if workers.speaks():
+        print(f"{program}: {fault}", file=sys.stderr)
+    workers.remember_end(MEND)
     return MEND
 
 

@@ -18,7 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
-from ace_cli.cli.ending import mend, of_system, stopping_at_once
+from ace_cli.cli.ending import MEND, mend, of_system, stopping_at_once
+from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
 from ace_cli.core.memory import lasting
@@ -66,6 +67,8 @@ def _alone(config: DictConfig) -> None:
     try:
         parsed = parse(config, Path(config.output_dir), given)
         report = _run(parsed, None)
+    except workers.LostWorker as fault:
+        sys.exit(_lost(fault))
     except Exception as fault:
         if (line := known(fault)) is not None:
             sys.exit(mend("ace-prune", line))
@@ -73,7 +76,17 @@ def _alone(config: DictConfig) -> None:
         sys.exit(BUG)
     if objection := _objection(parsed, report):
         print(f"ace-prune: {objection}", file=sys.stderr)
+        workers.remember_end(WORSE)
         sys.exit(WORSE)
+
+
+def _lost(fault: workers.LostWorker) -> int:
+    """Others ended. If one of them said why, that is all; otherwise starting again goes on from the finished blocks."""
+    if workers.another_spoke():
+        workers.remember_end(MEND)
+        return MEND
+    print(f"ace-prune: {fault}", file=sys.stderr)
+    return BUG
 
 
 def _of_many(config: DictConfig) -> float | None:
@@ -130,6 +143,7 @@ def _run(config: RunConfig, shared: Path | None) -> Report | None:
     """``shared``: the folder of what other jobs measured of the dense model."""
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
     with lasting(), stopping_at_once("ace-prune"):
+        from ace_cli.core.device import choose_device
         from ace_cli.evaluation.dense import DenseCache
         from ace_cli.report.terminal import Terminal
         from ace_cli.run.pipeline import run
@@ -138,7 +152,10 @@ def _run(config: RunConfig, shared: Path | None) -> Report | None:
     if config.output_dir_given:
         overrides.append(f"output_dir={config.output_dir}")
     command = shlex.join(["ace-prune", *_config_folder(), *overrides])
-    return run(config, command, Terminal(), DenseCache(shared))
+    group = workers.join(choose_device(config.device).type if workers.size() > 1 else "")
+    report = run(config, command, Terminal(quiet=not group.first), DenseCache(shared), group)
+    workers.leave()
+    return report
 
 
 def _config_folder() -> list[str]:

@@ -11,6 +11,7 @@ from ace_cli.cli.arguments import for_hydra
 from ace_cli.cli.ending import command, mend
 from ace_cli.cli.job import WORSE, job, known, prepare
 from ace_cli.cli.launching import Launched
+from ace_cli.core import workers
 from ace_cli.core.errors import AceError
 from ace_cli.run.config import config_folder, explain, store_schemas
 
@@ -34,6 +35,10 @@ def main() -> None:
     if sys.argv[1:] in ([], ["--version"]):
         print(f"ace-prune {__version__}" if sys.argv[1:] else _BRIEFLY)
         return
+    if (code := workers.ended()) is not None:
+        sys.exit(code)
+    if workers.size() > 1 and {"-m", "--multirun"} & {*sys.argv}:
+        raise AceError("Several workers make one model, -m makes many", "Use a launcher of Hydra's, or leave -m out.")
     prepare()
     sys.argv[1:] = for_hydra(sys.argv[1:])
     store_schemas()

@@ -6,6 +6,7 @@ import re
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.core import workers
 from ace_cli.core.errors import AceError
 from ace_cli.core.torch_api import has_bfloat16_units
 
@@ -32,9 +33,11 @@ def device_faults(name: str) -> list[str]:
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto``: a GPU where there is one. Raises AceError for one that is not there."""
+    """``auto``: a GPU where there is one; of several workers, each takes its own. AceError for one not there."""
     import torch
 
+    if workers.size() > 1:
+        return _of_worker(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda"):
@@ -44,6 +47,25 @@ def choose_device(name: str) -> torch.device:
             raise AceError(f"device={name}: this machine shows torch {count} CUDA devices.", "Use device=cpu, or auto.")
         torch.cuda.set_device(index)  # or libraries that ask for "cuda", and pinned memory, would wake the first one
     return torch.device(name)
+
+
+def _of_worker(name: str) -> torch.device:
+    """Each worker of a machine has a GPU of its own, or all compute on the CPU."""
+    import torch
+
+    number, workers_here = workers.on_this_machine()
+    count = torch.cuda.device_count()
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if name.startswith("cuda:"):
+        raise AceError(f"device={name}: {workers_here} workers cannot share it.", "Use device=cuda: each has its own.")
+    if count < workers_here:
+        raise AceError(
+            f"device={name}: {workers_here} workers, and this machine shows torch {count} CUDA devices.",
+            "Start one worker for each device, or use device=cpu.",
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> torch.dtype:

@@ -21,17 +21,24 @@ TOKENS = 4096
 CHUNK = 256
 
 
+def looked_at(length: int) -> int:
+    """How many of the first windows, of so many tokens each, fidelity looks at."""
+    return max(1, TOKENS // length)
+
+
 @dataclass
 class DenseStates:
     """The dense model's states after the last block, on the CPU: one (L, H) tensor for each of the first windows.
 
-    Given to ``perplexity`` as what watches the dense model.
+    Given to ``perplexity`` as what watches the dense model. ``most``: windows that are kept, by default those of
+    ``looked_at``.
     """
 
     windows_LH: list[Tensor] = field(default_factory=list)
+    most: int | None = None
 
     def __call__(self, ids_L: Tensor, hidden_LH: Tensor, logits_TV: Tensor) -> None:
-        if not self.windows_LH or (len(self.windows_LH) + 1) * len(ids_L) <= TOKENS:
+        if len(self.windows_LH) < (looked_at(len(ids_L)) if self.most is None else self.most):
             self.windows_LH.append(hidden_LH.cpu().clone())
 
     @property

@@ -311,6 +311,26 @@ class CheckpointWriter:
             _reserve(file, start, size)
 
 
+class NoWriter(CheckpointWriter):
+    """Writes nothing: another process does."""
+
+    def __init__(self, source: Checkpoint) -> None:
+        self.source, self.entries = source, source.tensors
+        self.left, self.digests, self.continued = set(), {}, True
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Nothing."""
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Nothing."""
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+
 def _begun(file: Path, start: bytes, size: int) -> bool:
     """Whether ``file`` is there with this header and size."""
     if not file.is_file() or file.stat().st_size != size:

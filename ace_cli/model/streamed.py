@@ -146,13 +146,17 @@ class StreamedModel:
         """Tokens that go through a block at once where nobody observes them together: few, on a CPU."""
         return CPU_TOKENS if self.device.type == "cpu" else self.batch_tokens
 
+    def windows_at_once(self, length: int, tokens: int | None = None) -> int:
+        """How many windows of so many tokens make a batch of about ``tokens``, ``batch_tokens`` if not said."""
+        return max(1, (tokens or self.batch_tokens) // length)
+
     def batches(self, windows_NL: Tensor, again: int = 0, tokens: int | None = None) -> Iterator[Batch]:
         """Split windows (N, L) into batches, embed them and capture how each block is called.
 
         A batch is of about ``tokens`` tokens, ``batch_tokens`` if not said; the first ``again`` windows come once more,
         as a last batch of their own.
         """
-        step = max(1, (tokens or self.batch_tokens) // windows_NL.shape[1])
+        step = self.windows_at_once(windows_NL.shape[1], tokens)
         first: Batch | None = None
         with self._stem_loaded(head=False):
             pieces = torch.split(windows_NL.to(self.device), step)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
 from ace_cli.core.timing import Clock
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.model.files import CheckpointWriter
 from ace_cli.model.links import LinkFinder
@@ -33,6 +34,7 @@ from ace_cli.pruning.orders import order_of
 from ace_cli.pruning.rank_pruner import RankPruner
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
+from ace_cli.pruning.shares import held
 from ace_cli.pruning.slot_pruner import SlotPruner
 from ace_cli.pruning.unit_pruner import UnitPruner
 
@@ -47,12 +49,14 @@ def prune(
     on_disk: Callable[[BlockFacts], None] = lambda _: None,
     compared: Batch | None = None,
     recovering: Recovering | None = None,
+    workers: Workers = ONE,
 ) -> Iterator[BlockFacts]:
     """Prune every slot of ``model`` from block ``finished`` on; replaces the hidden states in ``batches``.
 
     ``batches`` hold what goes into block ``finished``; ``compared`` is the first batch's first windows once more, on
     which each block's dense and pruned outputs are compared. ``on_disk`` is called, from the background thread, when a
     block's weights have been forced to disk. ``recovering`` trains each pruned block.
+    ``workers`` share what takes long, and compare what they hold after each block.
 
     Raises AceError when weights or activations are not finite.
     """
@@ -78,7 +82,7 @@ def prune(
                 with clock("permute"):
                     links = finder.links(index) if finder is not None else []
                 finite = FiniteChecks(model.device)
-                pruner = _pruner_of(recipe)(model, block, recipe, clock, finite, links)
+                pruner = _pruner_of(recipe)(model, block, recipe, clock, finite, links, workers)
                 with clock("compare"):
                     comparison.before(index, batches)
                 if recovering is not None:
@@ -103,6 +107,9 @@ def prune(
             trimmer()
             with clock("mask"):
                 weights = pruner.take_weights()
+            if workers.several:
+                with clock("agree"):
+                    workers.agree(f"after {block.name}", held(weights, [] if last else batches))
             facts = BlockFacts(index, block.name, pruner.facts, sum(clock.seconds.values()) - before, output, recovered)
             written = background.submit(_write_block, writer, block, weights, facts, on_disk)
             del weights, pruner

@@ -72,14 +72,16 @@ class Order:
 
         ``together``: both from what the dense expert computes.
         """
-        for expert in range(experts.count):
-            routed = experts.tokens(calls, expert)
-            everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
-            stages = experts.stages(expert)
-            for stage in [[slot for slots in stages for slot in slots]] if together else stages:
-                with self.clock("observe"):
-                    seen = observe_expert(experts, expert, stage, calls, everyone, self._wanted)
-                self.pruner.prune(stage, seen, routed)
+        stages = [experts.stages(expert) for expert in range(experts.count)]
+        whole = [[slot for slots in of_expert for slot in slots] for of_expert in stages]
+        with self.pruner.dealt(whole) as mine:
+            for expert in mine:
+                routed = experts.tokens(calls, expert)
+                everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
+                for stage in [whole[expert]] if together else stages[expert]:
+                    with self.clock("observe"):
+                        seen = observe_expert(experts, expert, stage, calls, everyone, self._wanted)
+                    self.pruner.prune(stage, seen, routed)
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """The block's output (B, L, H); None if it was stopped."""

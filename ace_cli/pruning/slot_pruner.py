@@ -7,8 +7,9 @@ checkpoint. Shapes: O outputs, I inputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, MutableMapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from torch import Tensor, nn
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
 from ace_cli.core.torch_api import own_parameters
+from ace_cli.core.typed_json import typed
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import FiniteChecks
+from ace_cli.methods.metrics.base import Metric, scored
 from ace_cli.methods.patterns import NofM
+from ace_cli.methods.repair.base import Repaired
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
 from ace_cli.methods.statistics import Seen
 from ace_cli.model.header import DTYPES
@@ -29,6 +34,7 @@ from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.permutation import best_order, kept_score
 from ace_cli.pruning.recipe import Recipe
+from ace_cli.pruning.shares import by_pieces
 
 
 class SlotPruner:
@@ -39,7 +45,7 @@ class SlotPruner:
 
     def __init__(
         self, model: StreamedModel, block: Block, recipe: Recipe, clock: Clock, finite: FiniteChecks,
-        links: list[Link],
+        links: list[Link], workers: Workers = ONE,
     ) -> None:  # fmt: skip
         self.facts: list[SlotFacts] = []
         #: Slot name -> the order its inputs were put in; the tensor that is fed to it has not been reordered.
@@ -51,6 +57,7 @@ class SlotPruner:
         self._recipe = recipe
         self._clock = clock
         self._finite = finite
+        self._workers = workers
         self._links = self._permutable(links)
         self._looked_at = Activations(recipe.observed_tokens) if recipe.observed_tokens else None
         self._activations: dict[str, Activations] = {}
@@ -66,16 +73,28 @@ class SlotPruner:
             if slot.name in self.orders:
                 self._reorder_producers(self._links[slot.name], self.orders[slot.name])
 
+    @contextmanager
+    def dealt(self, parts: list[list[Slot]]) -> Iterator[Iterable[int]]:
+        """Which of ``parts`` this worker is to prune inside this context, each whole; afterwards all workers have all.
+
+        Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared.
+        """
+        linked = any(slot.name in self._links for slots in parts for slot in slots)
+        if not self._workers.several or len(parts) < self._workers.size or linked:
+            yield range(len(parts))
+            return
+        workers, self._workers, begun = self._workers, ONE, len(self.facts)
+        yield workers.dealt(len(parts))
+        self._workers = workers
+        self.facts[begun:] = self._exchanged(parts, self.facts[begun:])
+
     def take_weights(self) -> dict[str, Tensor]:
         """File tensor -> its content with pruned weights in it, on the CPU; handed over once.
 
         Here, once a block, a device is waited for: until now nothing has looked at what it computes.
         """
         self._finite.settle()
-        for fact in self.facts:
-            fact.diagnosis.update((name, float(value)) for name, value in fact.diagnosis.items())
-        looks = {name: seen.facts() for name, seen in self._activations.items()}
-        self.facts = [replace(fact, activations=looks.get(fact.name)) for fact in self.facts]
+        self.facts = [self._settled(fact) for fact in self.facts]
         weights, self._written = self._written, {}
         return {name: weight.cpu() for name, weight in weights.items()}
 
@@ -132,6 +151,9 @@ class SlotPruner:
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
         with self._clock("score"):
             dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+        if self._goes_in_pieces(slot):
+            return self._in_pieces(slot, dense_OI, seen, diagnosis)
+        with self._clock("score"):
             score_OI = metric.score(dense_OI, seen)
             self._finite.expect(score_OI, f"{slot.name} or the score of its weights")
         with self._clock("permute"):
@@ -145,20 +167,102 @@ class SlotPruner:
         with self._clock("select"):
             keep_OI = pattern.keep(score_OI)
         del score_OI
+        if self._rows_apart(slot):
+            return self._refined_in_pieces(slot, dense_OI, seen, diagnosis, lambda rows: keep_OI[rows])
+        repaired = self._refined(slot, dense_OI, keep_OI, seen)
+        with self._clock("mask"):
+            self._take(slot, masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot)))
+        diagnosis |= repaired.diagnosis
+        return repaired.notes
+
+    def _refined(self, slot: Slot, dense_OI: Tensor, keep_OI: Tensor, seen: Seen) -> Repaired:
+        """Refine and repair; of some rows, where the methods look at one row at a time."""
+        pattern = self._recipe.patterns[slot.name]
         try:
             with self._clock("refine"):
-                keep_OI = metric.refine(dense_OI, keep_OI, seen, pattern)
+                keep_OI = self._recipe.metric.refine(dense_OI, keep_OI, seen, pattern)
             with self._clock("repair"):
-                repaired = self._recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
+                return self._recipe.repair.repair(dense_OI, keep_OI, seen, pattern)
         except ArithmeticError as fault:
             hint = "Use more windows, or repair=none and a metric that looks at single weights."
             raise AceError(f"{slot.name}: {fault}", hint) from fault
+
+    def _take(self, slot: Slot, new_OI: Tensor) -> None:
+        """``new_OI``, in the file's dtype, is what becomes of the slot."""
+        slot.put(new_OI)
+        self._store(slot, new_OI)
+
+    # --- rows, in pieces that workers share ------------------------------------------------------------------------
+
+    def _rows_apart(self, slot: Slot) -> bool:
+        """Whether what takes long can be done some rows at a time; what does not is done sooner than it is sent."""
+        metric, repair = self._recipe.metric, self._recipe.repair
+        apart = metric.refines_rows and repair.repairs_rows(self._recipe.patterns[slot.name])
+        return apart and metric.flops(*slot.shape) + repair.flops(*slot.shape) > 0
+
+    def _goes_in_pieces(self, slot: Slot) -> bool:
+        """Whether scores and selection can be done some rows at a time, too."""
+        by_formula = type(self._recipe.metric).score is Metric.score and self._recipe.patterns[slot.name].by_rows
+        return self._rows_apart(slot) and by_formula and slot.name not in self._links
+
+    def _in_pieces(self, slot: Slot, dense_OI: Tensor, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
+        """Score, select, refine, repair and mask some rows, then the next ones; what the repair noted."""
+        pattern = self._recipe.patterns[slot.name]
+        with self._clock("score"):
+            scores = self._recipe.metric.scores_of_rows(dense_OI, seen)
+
+        def keep(rows: slice) -> Tensor:
+            with self._clock("score"):
+                score_RI = scored(scores, dense_OI, rows)
+                self._finite.expect(score_RI, f"{slot.name} or the score of its weights")
+            with self._clock("select"):
+                return pattern.keep(score_RI)
+
+        return self._refined_in_pieces(slot, dense_OI, seen, diagnosis, keep)
+
+    def _refined_in_pieces(
+        self, slot: Slot, dense_OI: Tensor, seen: Seen, diagnosis: dict[str, Any], keep: Callable[[slice], Tensor]
+    ) -> list[str]:
+        dtype = self._stored_dtype(slot)
+
+        def work(rows: slice) -> tuple[Tensor, Repaired]:
+            repaired = self._refined(slot, dense_OI[rows], keep(rows), seen)
+            with self._clock("mask"):
+                return masked(repaired.weight_OI, repaired.keep_OI, dtype), repaired
+
         with self._clock("mask"):
-            new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
-            slot.put(new_OI)
-            self._store(slot, new_OI)
-        diagnosis |= repaired.diagnosis
-        return repaired.notes
+            new_OI = torch.empty(slot.shape, dtype=dtype, device=dense_OI.device)
+        told = by_pieces(self._workers, new_OI, work)
+        with self._clock("mask"):
+            self._take(slot, new_OI)
+        diagnosis |= told.diagnosis
+        return told.notes
+
+    # --- parts, each by one worker -----------------------------------------------------------------------------------
+
+    def _exchanged(self, parts: list[list[Slot]], mine: list[SlotFacts]) -> list[SlotFacts]:
+        """Give this worker's parts to the others, and take theirs; the facts of all, in the order of the parts."""
+        told = self._workers.told([asdict(self._settled(fact)) for fact in mine])
+        facts = {each["name"]: typed(SlotFacts, each, "facts") for of_worker in told for each in of_worker}
+        for number, slots in enumerate(parts):  # one after the other: memory is one part's
+            owner, weights = number % self._workers.size, list[Tensor]()
+            for slot in slots:
+                if owner == self._workers.rank:
+                    weights.append(slot.in_file(self._written[slot.key]).contiguous())
+                else:
+                    dtype, device = self._stored_dtype(slot), self._model.device
+                    weights.append(torch.empty(slot.shape, dtype=dtype, device=device))
+            self._workers.spread([(weight_OI, owner) for weight_OI in weights])
+            if owner != self._workers.rank:
+                for slot, weight_OI in zip(slots, weights, strict=True):
+                    self._take(slot, weight_OI)
+        return [facts[slot.name] for slots in parts for slot in slots]
+
+    def _settled(self, fact: SlotFacts) -> SlotFacts:
+        """With numbers in place of what a device still computes."""
+        seen = self._activations.get(fact.name)
+        diagnosis = {name: float(value) for name, value in fact.diagnosis.items()}
+        return replace(fact, diagnosis=diagnosis, activations=fact.activations if seen is None else seen.facts())
 
     # --- permutation ---------------------------------------------------------------------------------------------
 

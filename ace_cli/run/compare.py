@@ -7,10 +7,11 @@ import statistics
 from pathlib import Path
 
 from ace_cli.core.errors import AceError, first_line, wider_than
+from ace_cli.core.workers import Workers
 from ace_cli.evaluation.base import Evaluation, Windows
 from ace_cli.evaluation.dense import Dense, DenseCache
-from ace_cli.evaluation.fidelity import DenseStates, FidelityMeter
-from ace_cli.evaluation.perplexity import perplexity, window_losses
+from ace_cli.evaluation.fidelity import DenseStates, FidelityMeter, looked_at
+from ace_cli.evaluation.perplexity import perplexity, shared_windows, window_losses
 from ace_cli.evaluation.samples import Samples, write_on
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
@@ -34,17 +35,21 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
         str(model.device),
     )
 
+    workers = run.workers
+    mine = shared_windows(model, windows.ids_NL, workers)
+    compared = [number for number in mine if number < looked_at(windows.ids_NL.shape[1])]
+
     def measure() -> Dense:
-        states = DenseStates()
+        states = DenseStates(most=len(compared))
         with terminal.progress("evaluating dense", len(model.blocks)) as step:
-            return Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill), states)
+            return Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill, workers), states)
 
     dense = run.dense.windows(key, measure)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = FidelityMeter(pruned, dense.states)
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
-        losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill)
-    return _perplexity(dense.losses, losses, protocol), _fidelity(comparison)
+        losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill, workers)
+    return _perplexity(dense.losses, losses, protocol), _fidelity(comparison, compared, workers)
 
 
 def write_samples(
@@ -76,8 +81,11 @@ def _perplexity(dense: list[float], pruned: list[float], protocol: facts.Protoco
     return facts.Perplexity(before, after, after / before, protocol, ratios)
 
 
-def _fidelity(comparison: FidelityMeter) -> facts.Fidelity:
-    kl, agreement, cosine = (
-        statistics.fmean(values) for values in (comparison.kl, comparison.agreement, comparison.cosine)
-    )
-    return facts.Fidelity(kl, agreement, cosine, len(comparison.kl), comparison.tokens, comparison.kl)
+def _fidelity(comparison: FidelityMeter, numbers: list[int], workers: Workers) -> facts.Fidelity:
+    """``numbers``: the windows that this worker compared."""
+    mine = list(zip(numbers, comparison.kl, comparison.agreement, comparison.cosine, strict=True))
+    windows = sorted(window for of_worker in workers.told(mine) for window in of_worker)
+    kls, *others = ([window[place] for window in windows] for place in (1, 2, 3))
+    agreement, cosine = map(statistics.fmean, others)
+    tokens = sum(workers.told(comparison.tokens))
+    return facts.Fidelity(statistics.fmean(kls), agreement, cosine, len(kls), tokens, kls)

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ace_cli.core.timing import Clock, Phases
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.evaluation.base import Windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot.harness import Tasks
@@ -49,6 +50,7 @@ class RunContext:
     texts: Texts
     cutting: Cutting | None
     start: datetime.datetime
+    workers: Workers = ONE
     inner: Clock = field(default_factory=Clock)
 
     @property

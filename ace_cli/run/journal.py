@@ -77,6 +77,14 @@ class Work:
         self, folder: Path, identity: dict[str, Any], model: StreamedModel, keep: bool = True, more: Iterable[str] = ()
     ) -> None:
         """``more``: files of the checkpoint beside those that it has whatever is pruned."""
+        self._name(folder, identity, model)
+        self._head = Head(identity, model.checkpoint.stamps, [*checkpoint_files(model.checkpoint), *more], keep)
+        journal = read_journal(folder)
+        self._check_ours(journal)
+        remove(self._old, _files_of(self._old), last=MANIFEST)  # a stop left it
+        self._resume(journal)
+
+    def _name(self, folder: Path, identity: dict[str, Any], model: StreamedModel) -> None:
         self.folder = folder
         self.final = folder / "checkpoint"
         self.partial = folder / "checkpoint.partial"
@@ -89,11 +97,6 @@ class Work:
         self.news = ""
         self._model = model
         self._noted: set[str] = set()  # tensors whose hash the journal has
-        self._head = Head(identity, model.checkpoint.stamps, [*checkpoint_files(model.checkpoint), *more], keep)
-        journal = read_journal(folder)
-        self._check_ours(journal)
-        remove(self._old, _files_of(self._old), last=MANIFEST)  # a stop left it
-        self._resume(journal)
 
     @property
     def digest(self) -> str:
@@ -231,6 +234,16 @@ class Work:
         partial = self.folder / f"{_JOURNAL}.partial"
         partial.write_text("".join([_line(self._head), *map(_line, done)]), encoding="utf-8")
         partial.replace(self.folder / _JOURNAL)
+
+
+class Followed(Work):
+    """The same of a worker that is not the first one: it computes, and leaves the disk alone."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], model: StreamedModel) -> None:
+        self._name(folder, identity, model)
+
+    def record(self, block: BlockFacts, writer: CheckpointWriter) -> None:
+        """Nothing: the first worker notes it."""
 
 
 def find_unfinished(parent: Path, identity: dict[str, Any]) -> Path | None:

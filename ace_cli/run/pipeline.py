@@ -16,6 +16,7 @@ from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import fresh_folder, locked
 from ace_cli.core.registry import name_of
 from ace_cli.core.timing import Clock, MemorySampler, Phases
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
@@ -47,7 +48,7 @@ from ace_cli.run.compare import evaluate, write_samples
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext, Texts
 from ace_cli.run.cut import begin, describe, own_files
-from ace_cli.run.journal import Work, find_unfinished
+from ace_cli.run.journal import Followed, Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
@@ -61,12 +62,17 @@ LESS_MEMORY = (
 )
 
 
-def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache) -> facts.Report | None:
-    """Do what the configuration says; None for a dry run. Raises AceError for what the user can mend."""
+def run(
+    config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache, workers: Workers = ONE
+) -> facts.Report | None:
+    """Do what the configuration says; None for a dry run, and for all ``workers`` but the first one.
+
+    Raises AceError for what the user can mend.
+    """
     memory.one_heap()
     try:
         with MemorySampler() as sampler, memory.lack_in_one_line(LESS_MEMORY):
-            return _run(config, command, terminal, dense_cache, sampler)
+            return _run(config, command, terminal, dense_cache, sampler, workers)
     except OSError as fault:
         where = fault.filename or config.output_dir
         raise AceError(
@@ -75,8 +81,9 @@ def run(config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseC
 
 
 def _run(
-    config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache, sampler: MemorySampler
-) -> facts.Report | None:
+    config: RunConfig, command: str, terminal: Terminal, dense_cache: DenseCache, sampler: MemorySampler,
+    workers: Workers,
+) -> facts.Report | None:  # fmt: skip
     start = datetime.datetime.now(datetime.UTC)
     device = choose_device(config.device)
     if device.type == "cuda":
@@ -93,8 +100,13 @@ def _run(
     texts = _texts(config, model.checkpoint, device, terminal, phases)
     check_tokens(model, texts)
     identity = identity_of(config, model, texts.windows_NL)
-    config = dataclasses.replace(config, output_dir=_output_folder(config, identity))
-    run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start)
+    workers.agree("before pruning", identity)
+    folder = Path(workers.from_first(lambda: str(_output_folder(config, identity))))
+    config = dataclasses.replace(config, output_dir=folder)
+    run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start, workers)
+    if not workers.first:
+        _follow(run, Followed(run.folder, identity, model))
+        return None
     terminal.say(f"{'expects':12} {forecast.of_run(run).line()}")
     with locked(run.folder) as alone, terminal.logging_to(run.folder / "run.log"):
         terminal.say(f"$ {command}")
@@ -111,11 +123,19 @@ def _run(
     return report
 
 
+def _follow(run: RunContext, work: Work) -> None:
+    """What a worker does that is not the first one: its share of pruning and of evaluation."""
+    prune_checkpoint(run, work)
+    run.workers.await_first("staged")
+    _measured(run, work.final, {})
+
+
 def _do(run: RunContext, work: Work) -> facts.Report:
     """Prune, measure, report: what can be interrupted and continued."""
     with run.phases("prune"):
         prune_checkpoint(run, work)
     stages = _staged(run, work)
+    run.workers.done("staged")
     measured = _measured(run, work.final, stages)
     run.model.checkpoint.check_unchanged()  # or what was measured of the dense model is of two
     report = make_report(run, work, measured, stages)
@@ -228,7 +248,11 @@ def _measured(run: RunContext, pruned: Path, stages: dict[str, dict[str, Any]]) 
             found.perplexity, found.fidelity = evaluate(run, pruned, texts.evaluation)
     if texts.tasks is not None:
         with run.phases("evaluate"):
-            found.zero_shot = harness.dense_and_pruned(texts.tasks, run.model, pruned, run.terminal, run.dense)
+            found.zero_shot = harness.dense_and_pruned(
+                texts.tasks, run.model, pruned, run.terminal, run.dense, run.workers
+            )
+    if not run.workers.first:
+        return found
     if texts.evaluation is not None and run.config.samples.wanted:
         with run.phases("samples"), run.terminal.waiting("samples of text, dense and pruned"):
             found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense)

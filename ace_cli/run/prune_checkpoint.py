@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError, TransientError
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.methods.gradients import Source
 from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.statistics import Seen
 from ace_cli.model.cuts import Grown
-from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.files import Checkpoint, CheckpointWriter, NoWriter
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.pruned import (
     RECOVERED,
@@ -76,11 +77,24 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
 
 
 def prune_checkpoint(run: RunContext, work: Work) -> None:
-    """Prune into ``checkpoint.partial``, verify what was written, and rename it into place."""
+    """Prune into ``checkpoint.partial``, verify what was written, and rename it into place.
+
+    Workers share the blocks; what follows on them, a cut of units, and products of thinner weights are made by the first one while the others wait.
+    """
     if work.news:
         run.terminal.say(work.news)
-    if work.complete:
+    if run.workers.from_first(lambda: work.complete):
         return
+    if run.workers.first:
+        _publish(run, work)
+        run.workers.done("pruned")
+        return
+    if run.cutting is None and not run.config.unit.ranks:
+        _prune(run, work)
+    run.workers.await_first("pruned")
+
+
+def _publish(run: RunContext, work: Work) -> None:
     try:
         step = _factor if run.config.unit.ranks else _prune if run.cutting is None else _cut
         step(run, work)
@@ -96,9 +110,10 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
 
 def _prune(run: RunContext, work: Work) -> None:
     model, clock = run.model, run.inner
+    workers = run.workers
     with clock("write"):
-        writer = _writer(model, work, run.terminal)
-    done = len(work.finished)
+        writer = _writer(model, work, run.terminal) if workers.first else NoWriter(model.checkpoint)
+    done = workers.from_first(lambda: len(work.finished))
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = dataclasses.replace(_recipe(run.config, patterns), gradients=_gradients(run, model))
@@ -108,6 +123,9 @@ def _prune(run: RunContext, work: Work) -> None:
     if batches and 0 < done < len(model.blocks):
         weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
+    if not workers.first:
+        _stream(run, work, done, batches, recipe, writer, None, recovering, workers=workers)
+        return
     slots = [slot for block in model.blocks for slot in block.slots]
     pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
     with Rereading(work.partial, pruned) as written:
@@ -115,7 +133,7 @@ def _prune(run: RunContext, work: Work) -> None:
         def on_disk(block: BlockFacts) -> None:
             written.check(slot.name for slot in block.slots)
 
-        _stream(run, work, batches, recipe, writer, compared, recovering, on_disk)
+        _stream(run, work, done, batches, recipe, writer, compared, recovering, on_disk, workers)
         with clock("verify"):
             zeros = written.zeros()
     recovered = recorded(work)
@@ -164,7 +182,7 @@ def _cut(run: RunContext, work: Work) -> None:
     if batches and 0 < done < len(model.blocks):
         weights = Grown(Checkpoint(work.partial, bare=True), source, cut, kept_units(cutting, work.finished))
         replay(model.reading(source if recipe.propagate is Propagate.dense else weights), batches, done, clock)
-    _stream(run, work, batches, recipe, writer, compared, recovering)
+    _stream(run, work, done, batches, recipe, writer, compared, recovering)
     with clock("write"):
         entries = manifest_of(cut, work.finished, writer.entries)
         sparsity = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
@@ -190,7 +208,7 @@ def _factor(run: RunContext, work: Work) -> None:
     if batches and 0 < done < len(model.blocks):
         weights = source if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
-    _stream(run, work, batches, recipe, writer, compared)
+    _stream(run, work, done, batches, recipe, writer, compared)
     with clock("write"):
         cuts = products_of(work.finished, writer.entries)
         sparsity = sum(cut["fewer"] for cut in cuts) / run.plan.slot_weights
@@ -206,22 +224,24 @@ def _factor(run: RunContext, work: Work) -> None:
 def _stream(
     run: RunContext,
     work: Work,
+    done: int,
     batches: list[Batch],
     recipe: Recipe,
     writer: CheckpointWriter,
     compared: Batch | None,
     recovering: Recovering | None = None,
     on_disk: Callable[[BlockFacts], None] = lambda _: None,
+    workers: Workers = ONE,
 ) -> None:
-    """All blocks that are left; ``on_disk`` hears of each that is safely on disk."""
-    model, done = run.model, len(work.finished)
+    """All blocks after the ``done`` first ones; ``on_disk`` hears of each that is safely on disk."""
+    model = run.model
 
     def record(block: BlockFacts) -> None:
         work.record(block, writer)
         on_disk(block)
 
     with run.terminal.progress("pruning", len(model.blocks), done) as step:
-        for block in prune(model, batches, recipe, writer, run.inner, done, record, compared, recovering):
+        for block in prune(model, batches, recipe, writer, run.inner, done, record, compared, recovering, workers):
             work.finished.append(block)
             step()
     with run.inner("write"):

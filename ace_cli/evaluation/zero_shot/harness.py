@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line, wider_than
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.task_options import INSTALL, LOCAL, TaskOptions, lm_eval_index
@@ -100,19 +101,20 @@ def _local_tasks(folder: Path) -> Any:
 
 
 def dense_and_pruned(
-    tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, known: DenseCache
+    tasks: Tasks, dense: StreamedModel, folder: Path, terminal: Terminal, known: DenseCache, workers: Workers = ONE
 ) -> facts.ZeroShot:
-    """The pruned checkpoint from its files, beside the dense model unless that was declined."""
+    """The pruned checkpoint from its files, beside the dense model unless that was declined; ``workers`` share it."""
     from ace_cli.model.streamed import StreamedModel
 
     models = {"dense": dense} if tasks.options.tasks_dense else {}
     pruned = StreamedModel(Checkpoint(folder), dense.device, dense.dtype)  # it may have got smaller
-    return compare(tasks, {**models, "pruned": pruned}, terminal, known)
+    return compare(tasks, {**models, "pruned": pruned}, terminal, known, workers)
 
 
 def compare(
-    tasks: Tasks, models: dict[str, StreamedModel], terminal: Terminal, known: DenseCache | None = None
-) -> facts.ZeroShot:
+    tasks: Tasks, models: dict[str, StreamedModel], terminal: Terminal, known: DenseCache | None = None,
+    workers: Workers = ONE,
+) -> facts.ZeroShot:  # fmt: skip
     """The same items by each model, by the models' labels. ``known`` keeps the scores of the one labelled dense."""
     known = known or DenseCache()
     found: list[list[facts.TaskFacts]] = []
@@ -123,7 +125,7 @@ def compare(
 
         def measure(label: str = label, model: StreamedModel = model) -> list[facts.TaskFacts]:
             start = time.perf_counter()
-            scores = _measure(tasks, model, terminal, label)
+            scores = _measure(tasks, model, terminal, label, workers)
             seconds[label] = time.perf_counter() - start
             return scores
 
@@ -140,13 +142,15 @@ def compare(
     )
 
 
-def _measure(tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str) -> list[facts.TaskFacts]:
+def _measure(
+    tasks: Tasks, model: StreamedModel, terminal: Terminal, label: str, workers: Workers
+) -> list[facts.TaskFacts]:
     """One model's scores, under its label."""
     from lm_eval.evaluator import evaluate
 
     from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
 
-    lm = StreamedLM(model, partial(terminal.progress, f"zero-shot tasks, {label}"))
+    lm = StreamedLM(model, partial(terminal.progress, f"zero-shot tasks, {label}"), workers)
     found = evaluate(lm=lm, task_dict=tasks.loaded, limit=tasks.options.limit, bootstrap_iters=1000, log_samples=False)
     scores = {name: _scores(found["results"][name]) for name in tasks.loaded["tasks"]}
     if lost := [name for name, task in scores.items() if not all(math.isfinite(s.value) for s in task.values())]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.zero_shot.lm_eval_api import Request, TokenModel
@@ -45,10 +46,11 @@ class StreamedLM(TokenModel):
     likelihoods are computed; tasks that write text are refused before (``harness.load``).
     """
 
-    def __init__(self, model: StreamedModel, progress: Progress) -> None:
+    def __init__(self, model: StreamedModel, progress: Progress, workers: Workers = ONE) -> None:
         super().__init__(model.skeleton, load_tokenizer(model.checkpoint), model.device)
         self._streamed = model
         self._progress = progress
+        self._workers = workers
         self._batch_tokens = min(BATCH_TOKENS, model.plain_tokens)
 
     def score_tokens(self, requests: list[Request]) -> list[tuple[float, bool]]:
@@ -59,8 +61,10 @@ class StreamedLM(TokenModel):
         parts = list(self._parts(_rows(requests, self.max_length)))
         with self._progress(len(parts) * len(self._streamed.blocks)) as step:
             for part in parts:
-                for number, result in self._score(part, step):
-                    results[number] = result
+                mine = [part[number] for number in self._workers.dealt(len(part))]
+                for of_worker in self._workers.told(list(self._score(mine, step)) if mine else []):
+                    for number, (total, greedy) in of_worker:
+                        results[number] = total, greedy
         return results
 
     def _parts(self, rows: list[_Row]) -> Iterator[list[list[_Row]]]:

@@ -88,6 +88,10 @@ class ACE(Metric):
     def by_rows(self) -> bool:
         return not self.sweeps
 
+    @property
+    def refines_rows(self) -> bool:
+        return True
+
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         if not self.sweeps:
             return keep_OI

@@ -48,10 +48,7 @@ class Metric:
 
     def score(self, weight_OI: Tensor, seen: Seen) -> Tensor:
         """Importance, float32 (O, I), non-negative; higher = keep. ``weight_OI`` is float32 and must not be changed."""
-        scores = self.scores_of_rows(weight_OI, seen)
-        if weight_OI.device.type != "cpu":
-            return scores(weight_OI, slice(None))
-        return filled(weight_OI.new_empty(weight_OI.shape), lambda rows: scores(weight_OI[rows], rows))
+        return scored(self.scores_of_rows(weight_OI, seen), weight_OI, slice(0, len(weight_OI)))
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         """How to score any rows of ``weight_OI`` (of any float dtype); what all rows need is computed here, once."""
@@ -70,6 +67,11 @@ class Metric:
     def by_rows(self) -> bool:
         """Whether the formula is ``scores_of_rows``, and all."""
         return type(self).score is Metric.score and type(self).refine is Metric.refine
+
+    @property
+    def refines_rows(self) -> bool:
+        """Whether ``refine`` looks at one row at a time: then some rows of weight and mask can be given to it."""
+        return type(self).refine is Metric.refine
 
     def refine(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Tensor:
         """A better mask, bool (O, I), where scores of single weights do not say all; as many in every row and group.
@@ -97,6 +99,18 @@ class Metric:
         Tensors of one element are read when the block is done: until then no device is waited for.
         """
         return {}
+
+
+def scored(scores: RowScores, weight_OI: Tensor, rows: slice) -> Tensor:
+    """The scores of neighbouring rows of a weight, float32 (R, I); on a CPU in pieces that fit its caches."""
+    some_RI = weight_OI[rows]
+    if weight_OI.device.type != "cpu":
+        return scores(some_RI, rows)
+
+    def piece(some: slice) -> Tensor:
+        return scores(some_RI[some], slice(rows.start + some.start, rows.start + some.stop))
+
+    return filled(some_RI.new_empty(some_RI.shape), piece)
 
 
 def spread(factor_I: Tensor) -> Tensor:

@@ -82,6 +82,9 @@ class Admm(Repair):
     def keeps_mask(self) -> bool:
         return self.mask_iterations == 0
 
+    def repairs_rows(self, pattern: Pattern) -> bool:
+        return self.mask_iterations == 0  # else all rows together decide whether its own masks are better
+
     def needs(self) -> tuple[Statistic, ...]:
         return (Gram(),)
 

@@ -79,6 +79,10 @@ class Repair:
         """
         return up_OR
 
+    def repairs_rows(self, pattern: Pattern) -> bool:
+        """Whether ``repair`` looks at one row at a time: then some rows of weight and mask can be given to it."""
+        return not self.acts
+
     def keeps_mask(self) -> bool:
         """Whether, with these knobs, what was kept stays kept: then it can follow a cut of whole units."""
         return True

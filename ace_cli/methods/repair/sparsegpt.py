@@ -14,7 +14,7 @@ from ace_cli.core.registry import register
 from ace_cli.kernels.loops import load
 from ace_cli.kernels.selection import keep_largest
 from ace_cli.kernels.threads import HEAVY, each_piece
-from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
+from ace_cli.methods.patterns import NofM, Pattern
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
     COPIES,
@@ -91,6 +91,9 @@ class SparseGPT(Repair):
         if not 0 <= self.refit_steps <= MOST_STEPS:
             found.append(f"repair.refit_steps is {self.refit_steps}: give 0 up to {MOST_STEPS:,}, such as 30")
         return found
+
+    def repairs_rows(self, pattern: Pattern) -> bool:
+        return not self.adaptive or pattern.by_rows
 
     def keeps_mask(self) -> bool:
         return not self.adaptive
@@ -199,7 +202,7 @@ class SparseGPT(Repair):
 
 def _choose(score_OB: Tensor, keep_OI: Tensor, here: slice, pattern: Pattern) -> Tensor:
     """The lowest |w_j| / U_jj of a block pruned, as many as its share of what `keep_OI` prunes; bool (O, B)."""
-    by_row = not (isinstance(pattern, Ratio) and pattern.scope is Scope.layer)
+    by_row = pattern.by_rows
     rows, n_in = keep_OI.shape
     total = pattern.pruned(1, n_in) if by_row else pattern.pruned(rows, n_in)
     share = total * here.stop // n_in - total * here.start // n_in

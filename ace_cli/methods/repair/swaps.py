@@ -53,6 +53,9 @@ class Swaps(Repair):
     def nbytes(self, rows: int, columns: int) -> int:
         return exchange_bytes(columns) + COPIES * rows * columns
 
+    def repairs_rows(self, pattern: Pattern) -> bool:
+        return True
+
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         """Better masks of the same counts, weights unchanged or refitted.
 
