@@ -126,7 +126,7 @@ def _run(
 def _follow(run: RunContext, work: Work) -> None:
     """What a worker does that is not the first one: its share of pruning and of evaluation."""
     prune_checkpoint(run, work)
-    run.workers.await_first("staged")
+    run.workers.await_first(f"staged {run.folder}")
     _measured(run, work.final, {})
 
 
@@ -135,7 +135,7 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     with run.phases("prune"):
         prune_checkpoint(run, work)
     stages = _staged(run, work)
-    run.workers.done("staged")
+    run.workers.done(f"staged {run.folder}")
     measured = _measured(run, work.final, stages)
     run.model.checkpoint.check_unchanged()  # or what was measured of the dense model is of two
     report = make_report(run, work, measured, stages)

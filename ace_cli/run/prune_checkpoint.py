@@ -70,10 +70,15 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
         "device": str(model.device),
         "dtype": str(model.dtype),
-        "threads": torch.get_num_threads(),
+        "threads": _threads(config),
         "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
         "loops": loops_of(config, model),
     }
+
+
+def _threads(config: RunConfig) -> int | str:
+    """How many round the sums of matrix products; "any" where there are none: rows are selected alike by any number."""
+    return torch.get_num_threads() if config.needs_data or config.allocation.surveys else "any"
 
 
 def prune_checkpoint(run: RunContext, work: Work) -> None:
@@ -87,11 +92,11 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         return
     if run.workers.first:
         _publish(run, work)
-        run.workers.done("pruned")
+        run.workers.done(f"pruned {run.folder}")
         return
     if run.cutting is None and not run.config.unit.ranks:
         _prune(run, work)
-    run.workers.await_first("pruned")
+    run.workers.await_first(f"pruned {run.folder}")
 
 
 def _publish(run: RunContext, work: Work) -> None:

@@ -1,0 +1,178 @@
+"""Several workers on one model: the same bytes and numbers as one, and how they end."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import socket
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import working
+from tiny_models import add_tokenizer, make
+
+from ace_cli.core import workers
+from ace_cli.core.workers import Workers
+from ace_cli.report.facts import Report
+from ace_cli.run import pipeline, prune_checkpoint
+
+no_forks = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
+#: A metric and what comes with it -> rows alone, experts alone, or neither.
+CELLS = {
+    "exchanges and a refit": ("llama", "metric=ace", "repair=admm", "sparsity=0.5"),
+    "left to right": ("llama", "metric=sparsegpt", "sparsity=2:4", "repair=sparsegpt", "permute=ria"),
+    "the whole layer": ("llama", "metric=sparsegpt", "sparsity=0.5"),
+    "experts": ("mixtral", "metric=ace", "repair=swaps", "sparsity=2:4"),
+    "no calibration": ("mixtral", "metric=magnitude", "sparsity=0.5"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Matrices of several pieces of rows."""
+    shape = {"hidden_size": 128, "intermediate_size": 224, "head_dim": 32, "num_hidden_layers": 2}
+    return {
+        family: add_tokenizer(make(tmp_path_factory.mktemp(family), family, **shape)) for family in ("llama", "mixtral")
+    }
+
+
+@pytest.fixture(scope="module")
+def start() -> Callable[..., list[int | None]]:
+    """Run ``function`` as two workers, from a server that has imported everything; their exit codes."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["ace_cli.cli.prune", "ace_cli.run.pipeline", "torch.distributed", "transformers.models.llama.modeling_llama"]
+    )
+
+    def begin(function: Callable[..., None], log: Path, *given: Any) -> list[int | None]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        both: list[Any] = [context.Process(target=function, args=(rank, 2, port, log, *given)) for rank in (0, 1)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(120)
+            process.kill()
+        return [process.exitcode for process in both]
+
+    return begin
+
+
+def digest(out: Path) -> str:
+    return hashlib.sha256((out / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@no_forks
+def test_two_workers_write_the_bytes_of_one_and_find_its_numbers(
+    models: dict[str, Path], documents: Path, tmp_path: Path, start: Any, prune_here: Callable[..., Report]
+) -> None:
+    options = ["calib=self", "calib.n_samples=4", "calib.seq_len=16", "eval=none", "device=cpu", "html=false",
+               "samples.prompts=[]"]  # fmt: skip
+    texts = ["eval=text", f"eval.path={documents}", "eval.seq_len=128", "eval.max_windows=9", "observe.tokens=64"]
+    given = {name: [*options, *choices, *(texts if name == "experts" else ())] for name, (_, *choices) in CELLS.items()}
+    alone = {
+        name: prune_here(models[CELLS[name][0]], tmp_path / "one" / name, *overrides)
+        for name, overrides in given.items()
+    }
+    each = [
+        [f"model.path={models[CELLS[name][0]]}", f"output_dir='{tmp_path / 'two' / name}'", *overrides]
+        for name, overrides in given.items()
+    ]
+    log, results = tmp_path / "log", tmp_path / "results.json"
+    assert start(working.jobs, log, each, results) == [0, 0], log.read_text()
+    assert {name: digest(tmp_path / "two" / name) for name in CELLS} == {
+        name: digest(tmp_path / "one" / name) for name in CELLS
+    }
+    reports = dict(zip(CELLS, json.loads(results.read_text()), strict=True))
+    for name, report in reports.items():
+        told = [[slot["name"], slot["diagnosis"], slot["notes"]] for slot in report["slots"]]
+        assert told == [[slot["name"], slot["diagnosis"], slot["notes"]] for slot in alone[name].slots], name
+    for part in ("perplexity", "fidelity"):
+        assert reports["experts"][part] == dataclasses.asdict(getattr(alone["experts"], part))
+
+
+@no_forks
+def test_a_lost_worker_ends_the_other_and_no_block_is_done_twice(
+    models: dict[str, Path], tmp_path: Path, start: Any, prune_here: Callable[..., Report], documents: Path
+) -> None:
+    options = ["metric=ace", "sparsity=2:4", "calib=self", "calib.n_samples=4", "calib.seq_len=16", "eval=text",
+               f"eval.path={documents}", "eval.seq_len=64", "eval.max_windows=1", "gate.max_ppl_ratio=0.01",
+               "device=cpu", "html=false", "samples.prompts=[]"]  # fmt: skip
+    prune_here(models["llama"], tmp_path / "one", *options)
+    arguments = [f"model.path={models['llama']}", *options, f"output_dir={tmp_path / 'two'}"]
+    log = tmp_path / "log"
+    assert start(working.command, log, arguments, 1) == [1, -9], log.read_text()
+    assert log.read_text().count("ace-prune: Another worker has ended") == 1
+    assert start(working.command, log, arguments) == [3, 0], log.read_text()
+    assert "1 blocks are done" in log.read_text()
+    assert digest(tmp_path / "two") == digest(tmp_path / "one")
+
+
+@no_forks
+def test_what_can_be_mended_is_said_once(models: dict[str, Path], tmp_path: Path, start: Any) -> None:
+    """One worker is not like the other: both end with 2, and no block is kept of what they do not agree on."""
+    log = tmp_path / "log"
+    arguments = [f"model.path={models['llama']}", "metric=magnitude", "sparsity=0.5", "eval=none", "device=cpu",
+                 "html=false", "samples.prompts=[]", f"output_dir={tmp_path / 'out'}"]  # fmt: skip
+    assert start(working.unlike, log, arguments) == [2, 2], log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("ace-prune: ")]
+    assert len(lines) == 1
+    assert "Worker 1 does not hold what worker 0 does" in lines[0]
+    assert start(working.command, log, [*arguments, "metric=nonsense"]) == [2, 2]
+    assert log.read_text().count("nonsense") == 1
+
+
+def test_pieces_do_not_depend_on_the_number_of_workers() -> None:
+    for rows in (1, 63, 200, 2048, 5632):
+        every = [[*chain(*Workers(0, size).pieces(rows, "cpu"))] for size in (1, 2, 3, 7)]
+        assert all(each == every[0] for each in every)
+        assert sorted(row for piece in every[0] for row in range(rows)[piece]) == list(range(rows))
+    shares = [sum(len(range(5632)[piece]) for piece in of_one) for of_one in Workers(0, 2).pieces(5632, "cpu")]
+    assert max(shares) <= 0.55 * 5632
+    assert [len(of_one) for of_one in Workers(0, 3).pieces(300, "cuda")] == [1, 1, 1]
+    assert [list(Workers(rank, 3).dealt(7)) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_no_restart_mends_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = tmp_path / "run" / "attempt_0" / "1"
+    attempt.mkdir(parents=True)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(attempt / "error.json"))
+    workers.remember_end(2)
+    assert workers.ended() is None  # not started again
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "run" / "attempt_1" / "0" / "error.json"))
+    assert workers.ended() == 2
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "other" / "attempt_1" / "0" / "error.json"))
+    assert workers.ended() is None
+
+
+def test_threads_are_no_part_of_a_run_whose_bytes_do_not_depend_on_them(
+    tmp_path: Path, prune_here: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Large enough that threads share the rows of a weight."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "head_dim": 128, "num_hidden_layers": 1}
+    wide = add_tokenizer(make(tmp_path / "wide", "llama", **shape))
+    found: list[dict[str, Any]] = []
+    original, before = prune_checkpoint.identity_of, torch.get_num_threads()
+
+    def remembered(*given: Any) -> dict[str, Any]:
+        found.append(original(*given))
+        return found[-1]
+
+    monkeypatch.setattr(pipeline, "identity_of", remembered)
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            prune_here(wide, tmp_path / str(threads), "metric=magnitude")
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert digest(tmp_path / "1") == digest(tmp_path / "2")
