@@ -9,6 +9,7 @@ import torch
 from ace_cli.core import memory
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import name_of
+from ace_cli.core.workers import on_this_machine
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.base import Evaluation
@@ -29,10 +30,10 @@ SPARSE = 0.05
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
-    """Bytes of the memory that computes which the run may use: as told, or nine tenths of what is free."""
+    """Bytes of the memory that computes which this worker may use: as told, or its share of nine tenths of what is free."""
     if memory_gb is not None:
         return memory_gb * 1e9
-    return 0.9 * (on_device(device) if device.type == "cuda" else memory.available())
+    return 0.9 * (on_device(device) if device.type == "cuda" else memory.available() / on_this_machine()[1])
 
 
 def on_device(device: torch.device) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ace_cli.core import workers as group
 from ace_cli.core.errors import AceError, TransientError
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.calibration import ExpertTokens
@@ -68,12 +69,17 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
-        "device": str(model.device),
+        "device": _device(model.device),
         "dtype": str(model.dtype),
         "threads": _threads(config),
         "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
         "loops": loops_of(config, model),
     }
+
+
+def _device(device: torch.device) -> str:
+    """With the number of workers where that decides how products are rounded, but not which GPU this one has."""
+    return str(device) if group.size() == 1 or device.type == "cpu" else f"{group.size()} x {device.type}"
 
 
 def _threads(config: RunConfig) -> int | str:
@@ -84,7 +90,8 @@ def _threads(config: RunConfig) -> int | str:
 def prune_checkpoint(run: RunContext, work: Work) -> None:
     """Prune into ``checkpoint.partial``, verify what was written, and rename it into place.
 
-    Workers share the blocks; what follows on them, a cut of units, and products of thinner weights are made by the first one while the others wait.
+    Workers share the blocks. Recovery of the whole, a cut of units, and products of thinner weights are made by the first
+    one, while the others wait.
     """
     if work.news:
         run.terminal.say(work.news)
