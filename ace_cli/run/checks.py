@@ -30,7 +30,7 @@ SPARSE = 0.05
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
-    """Bytes of the memory that computes which this worker may use: as told, or its share of nine tenths of what is free."""
+    """Bytes of the memory that computes for this worker: as told, or its share of nine tenths of what is free."""
     if memory_gb is not None:
         return memory_gb * 1e9
     return 0.9 * (on_device(device) if device.type == "cuda" else memory.available() / on_this_machine()[1])

@@ -90,8 +90,8 @@ def _threads(config: RunConfig) -> int | str:
 def prune_checkpoint(run: RunContext, work: Work) -> None:
     """Prune into ``checkpoint.partial``, verify what was written, and rename it into place.
 
-    Workers share the blocks. Recovery of the whole, a cut of units, and products of thinner weights are made by the first
-    one, while the others wait.
+    Workers share the blocks. Recovery of the whole, a cut of units, and products of thinner weights are made by the
+    first one, while the others wait.
     """
     if work.news:
         run.terminal.say(work.news)
