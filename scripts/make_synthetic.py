@@ -3,7 +3,8 @@
 python scripts/make_synthetic.py FOLDER --shape 7b                13.5 GB, LLaMA-7B
 python scripts/make_synthetic.py FOLDER --shape 70b --blocks 4    the first four blocks of Llama-2-70B
 python scripts/make_synthetic.py FOLDER --shape 8x7b --blocks 3   9.2 GB, the first three blocks of Mixtral-8x7B
-python scripts/make_synthetic.py FOLDER --shape 70b --holes       all of it for a plan: zeros that take no disk
+python scripts/make_synthetic.py FOLDER --shape 405b --holes      all of it for a plan: zeros that take no disk
+python scripts/make_synthetic.py FOLDER --shape deepseek_v3 --holes    the same, 671B parameters
 
 Beside the weights lie a tokenizer of made-up words and pages.jsonl, documents of them: calib=text
 calib.path=FOLDER/pages.jsonl.
@@ -28,6 +29,13 @@ SHAPES = {
            "num_key_value_heads": 32, "vocab_size": 32000},
     "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
             "num_key_value_heads": 8, "vocab_size": 32000},
+    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128,
+             "num_key_value_heads": 8, "vocab_size": 128256},
+    "deepseek_v3": {"hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+                    "num_hidden_layers": 61, "first_k_dense_replace": 3, "num_attention_heads": 128,
+                    "num_key_value_heads": 128, "vocab_size": 129280, "n_routed_experts": 256, "n_shared_experts": 1,
+                    "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4, "q_lora_rank": 1536, "kv_lora_rank": 512,
+                    "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128},
     "8x7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
              "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
@@ -52,6 +60,7 @@ def write(folder: Path, shape: dict[str, int], dtype: torch.dtype, holes: bool =
     """One shard a block, and one for embeddings, norm and head."""
     folder.mkdir(parents=True, exist_ok=True)
     family = ("MixtralForCausalLM", "mixtral") if "num_local_experts" in shape else ("LlamaForCausalLM", "llama")
+    family = ("DeepseekV3ForCausalLM", "deepseek_v3") if "kv_lora_rank" in shape else family
     config = {"architectures": [family[0]], "model_type": family[1], "dtype": str(dtype).removeprefix("torch."),
               "max_position_embeddings": 4096, "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
               **shape}  # fmt: skip
@@ -97,6 +106,8 @@ def write_texts(folder: Path, vocabulary: int) -> None:
 
 
 def block(shape: dict[str, int], number: int) -> dict[str, tuple[int, ...]]:
+    if "kv_lora_rank" in shape:
+        return latent_block(shape, number)
     hidden = shape["hidden_size"]
     narrow = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
     sizes: dict[str, tuple[int, ...]] = {
@@ -116,6 +127,34 @@ def multilayer_perceptron(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:
         parts = {"w1": (inner, hidden), "w3": (inner, hidden), "w2": (hidden, inner)}
         sizes |= {f"block_sparse_moe.experts.{expert}.{name}": size for name, size in parts.items()}
     return sizes
+
+
+def latent_block(shape: dict[str, int], number: int) -> dict[str, tuple[int, ...]]:
+    """Multi-head latent attention; experts but for the first blocks. Routers' corrections are vectors."""
+    hidden, heads, key = shape["hidden_size"], shape["num_attention_heads"], shape["kv_lora_rank"]
+    nope, rope, value = shape["qk_nope_head_dim"], shape["qk_rope_head_dim"], shape["v_head_dim"]
+    sizes: dict[str, tuple[int, ...]] = {
+        "self_attn.q_a_proj": (shape["q_lora_rank"], hidden), "self_attn.q_a_layernorm": (shape["q_lora_rank"],),
+        "self_attn.q_b_proj": (heads * (nope + rope), shape["q_lora_rank"]),
+        "self_attn.kv_a_proj_with_mqa": (key + rope, hidden), "self_attn.kv_a_layernorm": (key,),
+        "self_attn.kv_b_proj": (heads * (nope + value), key), "self_attn.o_proj": (hidden, heads * value),
+        "input_layernorm": (hidden,), "post_attention_layernorm": (hidden,),
+    }  # fmt: skip
+
+    def network(where: str, inner: int) -> dict[str, tuple[int, ...]]:
+        parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+        return {f"{where}.{name}": size for name, size in parts.items()}
+
+    extra: dict[str, tuple[int, ...]] = {}
+    if number < shape["first_k_dense_replace"]:
+        sizes |= network("mlp", shape["intermediate_size"])
+    else:
+        sizes["mlp.gate"] = (shape["n_routed_experts"], hidden)
+        extra = {f"model.layers.{number}.mlp.gate.e_score_correction_bias": (shape["n_routed_experts"],)}
+        sizes |= network("mlp.shared_experts", shape["moe_intermediate_size"] * shape["n_shared_experts"])
+        for expert in range(shape["n_routed_experts"]):
+            sizes |= network(f"mlp.experts.{expert}", shape["moe_intermediate_size"])
+    return {**{f"model.layers.{number}.{name}.weight": size for name, size in sizes.items()}, **extra}
 
 
 def stem(shape: dict[str, int]) -> dict[str, tuple[int, ...]]:

@@ -22,6 +22,8 @@ from ace_cli.core import workers
 from ace_cli.core.workers import Workers
 from ace_cli.report.facts import Report
 from ace_cli.run import pipeline, prune_checkpoint
+from ace_cli.run.at_scale import AtScale, at_scale, rates_of
+from ace_cli.run.plan import Demand, make_plan
 
 no_forks = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
 #: A metric and what comes with it -> rows alone, experts alone, or neither.
@@ -176,3 +178,59 @@ def test_threads_are_no_part_of_a_run_whose_bytes_do_not_depend_on_them(
         torch.set_num_threads(before)
     assert found[0] == found[1]
     assert digest(tmp_path / "1") == digest(tmp_path / "2")
+
+
+# --- planned, where nothing runs ------------------------------------------------------------------------------------
+
+
+def planned(models: dict[str, Path], configure: Any, *overrides: str) -> AtScale:
+    """By the card of the package, for the tiny models."""
+    family = "mixtral" if "experts" in overrides else "llama"
+    options = [each for each in overrides if each != "experts"]
+    config = configure(
+        f"model.path={models[family]}", "calib=self", "eval=none", "dry_run=true", "hardware=h100x8", *options
+    )
+    model = pipeline._open(config, torch.device("cpu"))
+    model.device = torch.device("cuda")
+    patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
+    plan = make_plan(model, patterns, Demand(tokens=128, statistics=config.statistics))
+    return at_scale(config, model, plan, rates_of(config.hardware), config.workers, config.hardware.link)
+
+
+def test_a_plan_shares_rows_and_experts_and_nothing_else(models: dict[str, Path], configure: Any) -> None:
+    def parts(*overrides: str) -> AtScale:
+        return planned(models, configure, *overrides)
+
+    one, four = (parts("metric=ace", "repair=admm", f"workers={count}") for count in (1, 4))
+    assert four.parts["exchanges and repairs"] == pytest.approx(one.parts["exchanges and repairs"] / 4)
+    for same in ("read", "forward", "statistics", "write"):
+        assert four.parts[same] == one.parts[same]
+    slots = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 224 * 128) * 4  # bytes, of which each is sent three quarters
+    assert (one.traffic, four.traffic) == (0, slots * 3 // 4)
+    dealt, alone = parts("experts", "metric=ace", "workers=4"), parts("experts", "metric=ace", "workers=1")
+    assert dealt.parts["statistics"] < alone.parts["statistics"]  # each sees the tokens of its own experts
+    whole = [parts("metric=sparsegpt", "sparsity=0.5", f"workers={count}").parts for count in (1, 4)]
+    assert whole[0] == whole[1]
+    assert four.seconds == pytest.approx(max(four.parts["read"] + four.parts["write"], sum(
+        seconds for name, seconds in four.parts.items() if name not in ("read", "write"))))  # fmt: skip
+
+
+def test_plans_at_scale_are_said_and_their_faults_too(
+    models: dict[str, Path], tmp_path: Path, here: Callable[..., Any]
+) -> None:
+    base = [f"model.path={models['llama']}", "metric=ace", "calib=self", "eval=none", f"output_dir={tmp_path / 'out'}"]
+    said = here(*base, "dry_run=true", "workers=16", "hardware=h100x8")
+    assert said.returncode == 0, said.stderr
+    assert "16 workers on 2 machines: about" in said.stdout
+    assert "computes     on cuda in" in said.stdout
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "card.yaml").write_text("device: cuda\nworkers: 0\n")
+    for overrides, word in (
+        (["workers=2"], "torchrun decides"),
+        (["dry_run=true", "hardware=h100"], "neither a card nor a file. Did you mean 'h100x8'?"),
+        (["dry_run=true", f"hardware={tmp_path / 'card.yaml'}"], "Begin with a copy of"),
+        (["dry_run=true", "workers=0"], "workers=0: must be 1 up to"),
+    ):
+        refused = here(*base, *overrides)
+        assert refused.returncode == 2
+        assert word in refused.stderr

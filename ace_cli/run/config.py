@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ace_cli.core import registry
 from ace_cli.core.device import Dtype, device_faults
-from ace_cli.core.errors import AceError, did_you_mean
+from ace_cli.core.errors import AceError, did_you_mean, first_line
 from ace_cli.core.stage import Stage
 from ace_cli.data.calibration import Calibration
 from ace_cli.evaluation.base import Evaluation
@@ -39,6 +39,7 @@ from ace_cli.pruning.units.base import Unit
 from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
 from ace_cli.run import hydra_api
+from ace_cli.run.hardware import Hardware
 
 
 @dataclass
@@ -73,6 +74,8 @@ class Schema:
     bench: bool = False
     keep_checkpoint: bool = True
     dry_run: bool = False
+    workers: int | None = None
+    hardware: str | None = None
     output_dir: str = MISSING
 
 
@@ -106,6 +109,8 @@ class RunConfig:
     bench: Bench | None
     keep_checkpoint: bool
     dry_run: bool
+    workers: int | None
+    hardware: Hardware | None
     output_dir: Path
     output_dir_given: bool
     text: str
@@ -125,6 +130,9 @@ class RunConfig:
         """Whether any of the chosen methods looks at calibration windows."""
         return any(part.needs() for part in (self.metric, self.repair, self.allocation)) or self.recover.acts
 
+
+#: More than anybody has.
+MOST_WORKERS = 100_000
 
 #: Options of their own that belong to no choice.
 SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gate}
@@ -162,6 +170,23 @@ def named_model(name: str) -> ModelConfig:
     if faults := unfit("model", model) or model.faults():
         raise AceError(faults[0], "" if "/" in name else did_you_mean(name, cards))
     return model
+
+
+def _hardware(name: str) -> Hardware:
+    """A card in ``configs/machines/``, or a file of the same lines. Raises AceError when it is neither, or damaged."""
+    cards = {file.stem: file for file in (config_folder() / "machines").glob("*.yaml")}
+    file = cards.get(name, Path(name).expanduser())
+    if not file.is_file():
+        raise AceError(f"hardware={name}: neither a card nor a file", did_you_mean(name, cards))
+    try:
+        card = Hardware(**OmegaConf.to_container(OmegaConf.load(file)))  # type: ignore[arg-type]
+    except Exception as fault:  # YAML fails in as many ways as there are files
+        raise AceError(
+            f"hardware={name}: {first_line(fault)}", "Begin with a copy of configs/machines/h100x8.yaml."
+        ) from fault
+    if faults := card.faults():
+        raise AceError("; ".join(faults))
+    return card
 
 
 def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -> RunConfig:
@@ -210,6 +235,8 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         bench=Bench() if parts.bench else None,
         keep_checkpoint=parts.keep_checkpoint,
         dry_run=parts.dry_run,
+        workers=parts.workers,
+        hardware=None if parts.hardware is None else _hardware(parts.hardware),
         output_dir=output_dir.expanduser().absolute(),
         output_dir_given=output_dir_given,
         text=OmegaConf.to_yaml(config),
@@ -228,6 +255,11 @@ def _faults(parts: Any) -> list[str]:
     faults += device_faults(parts.device)
     if parts.memory_gb is not None and not parts.memory_gb > 0:
         faults.append(f"memory_gb={parts.memory_gb}: must be more than 0, or null for what is free")
+    if parts.workers is not None and not 1 <= parts.workers <= MOST_WORKERS:
+        faults.append(f"workers={parts.workers}: must be 1 up to {MOST_WORKERS:,}, or null")
+    for name in ("workers", "hardware"):
+        if getattr(parts, name) is not None and not parts.dry_run:
+            faults.append(f"{name} is for plans: add dry_run=true; torchrun decides how many workers there are")
     if parts.pack not in (True, False, "zstd"):
         faults.append(f"pack={parts.pack}: must be true, false or zstd")
     if parts.export is not None and parts.export.partition(":")[0] != "gguf":

@@ -32,6 +32,7 @@ from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run import forecast
 from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
+from ace_cli.run.at_scale import lines_at_scale, rates_of
 from ace_cli.run.checks import (
     already_sparse,
     check_gradients,
@@ -92,6 +93,9 @@ def _run(
     quiet_libraries()
     with phases("import"):
         model = _open(config, device)
+        if config.hardware is not None:  # for a plan: nothing is computed
+            model.device = torch.device(config.hardware.device)
+            model.dtype = choose_dtype(config.dtype, model.device, model.checkpoint)
         cutting = begin(config, model) if config.unit.cuts else None
         model = model if cutting is None else cutting.watched
     plan, limit = _plan(config, model, cutting, terminal)
@@ -169,18 +173,25 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
-    plan = make_plan(model, patterns, demand, memory_budget(config.memory_gb, model.device))
+    plan = make_plan(model, patterns, demand, _budget(config, model.device))
     if cutting is not None:
         plan = plan.smaller(cutting.cut().entries(model.checkpoint), describe(cutting, config))
     plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)
     largest = max(rows * columns for rows, columns in plan.shapes.values())
-    rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
+    if config.hardware is not None:
+        rates = rates_of(config.hardware)
+    else:
+        rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     takes = forecast.span(forecast.pruning(plan, limit))
     calibration = calibration_line(config) if tokens else "none needed"
     terminal.plan(plan, limit, method_line(config), calibration, takes, _instead(config, plan, limit))
+    if config.workers is not None or config.hardware is not None:
+        for name, line in lines_at_scale(config, model, plan, rates).items():
+            terminal.say(f"{name:12} {line}")
+        return plan, limit  # whether this machine has room for it says nothing about those
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
@@ -191,6 +202,13 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     if (loops := loops_of(config, model)).startswith("not compiled"):
         terminal.say(f"Warning: loops are {loops}. Pruning takes several times as long: install numba.", "yellow")
     return plan, limit
+
+
+def _budget(config: RunConfig, device: torch.device) -> float:
+    """Bytes that the plan may count on: of this machine, or of one on a card."""
+    if config.hardware is not None and config.memory_gb is None:
+        return 0.9e9 * config.hardware.memory_gb
+    return memory_budget(config.memory_gb, device)
 
 
 def _output_folder(config: RunConfig, identity: dict[str, Any]) -> Path:

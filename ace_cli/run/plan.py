@@ -155,7 +155,7 @@ def make_plan(
     fixed, host, device = _memory(model, demand, budget)
     token_bytes = _hidden_size(model) * model.dtype.itemsize
     spilled = fixed + demand.tokens * token_bytes > budget
-    shares = [(_share(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
+    shares = [(share_of(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
     return Plan(
         model=str(model.checkpoint.folder),
         architecture=type(model.skeleton).__name__,
@@ -213,7 +213,7 @@ def _coverage(model: StreamedModel) -> tuple[float, list[str]]:
     return (covered + chosen) / max(1, covered + sum(left.count for left in left.values())), sorted(names)
 
 
-def _share(model: StreamedModel, slot: Slot) -> float:
+def share_of(model: StreamedModel, slot: Slot) -> float:
     """The share of the tokens that reach the slot: all of them, or those that are routed to an expert."""
     if slot.in_module.index is None:
         return 1.0

@@ -1,0 +1,134 @@
+"""What a run would take on many workers: seconds of each part, memory and traffic of a worker. Nothing is measured.
+
+Reading, the forward, statistics and writing are not shared; rows or experts, and windows of the evaluation, are
+(docs/evidence.md). Exchanges are counted as compiled loops of a CPU make them, also for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.core.workers import Workers
+from ace_cli.evaluation.base import Evaluation
+from ace_cli.run.machine_limit import Rates
+from ace_cli.run.plan import PRODUCT_SHARE, Plan, share_of
+
+if TYPE_CHECKING:
+    from ace_cli.model.slots import Slot
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.run.config import RunConfig
+    from ace_cli.run.hardware import Hardware
+
+
+@dataclass(frozen=True)
+class AtScale:
+    """``parts``: seconds by name, of the worker that has most to do; ``traffic``: bytes that each worker is sent."""
+
+    workers: int
+    parts: dict[str, float]
+    traffic: int
+
+    @property
+    def seconds(self) -> float:
+        """Files are read and written while blocks are computed."""
+        files = self.parts["read"] + self.parts["write"]
+        work = sum(seconds for name, seconds in self.parts.items() if name not in ("read", "write", "evaluation"))
+        return max(files, work) + self.parts.get("evaluation", 0.0)
+
+
+def rates_of(card: Hardware) -> Rates:
+    """As a probe of such a machine would give them."""
+    return Rates(card.matmul, card.read, card.write, card.memory, card.float32)
+
+
+def at_scale(
+    config: RunConfig, model: StreamedModel, plan: Plan, rates: Rates, workers: int, link: float = math.inf
+) -> AtScale:
+    """The estimate for so many workers, each computing at ``rates``; ``link``: bytes a second that one is sent."""
+    statistics = method = traffic = 0.0
+    for block in model.blocks:
+        counts = {id(each.module): each.count for each in block.experts}
+        for slot in block.slots:
+            experts = counts.get(id(slot.module), 0)
+            dealt = experts >= workers > 1 and _together(config)
+            some = -(-experts // workers) / experts if dealt else 1.0
+            share, shared = _of_rows(config, model, slot, 1 if dealt else workers)
+            statistics += some * _statistics(config, model, slot, plan.tokens)
+            method += some * share
+            if workers > 1 and (dealt or shared):
+                width = model.checkpoint.tensors[slot.key]
+                traffic += slot.shape[0] * slot.shape[1] * width.nbytes / width.numel * (workers - 1) / workers
+    float32 = rates.float32 or rates.matmul
+    parts = {
+        "read": plan.bytes_source / rates.read,
+        "forward": plan.flops * plan.forwards / rates.matmul / PRODUCT_SHARE,
+        "statistics": statistics / float32,
+        "exchanges and repairs": method / float32,
+        "traffic": traffic / link,
+        "write": plan.bytes_source / rates.write,
+    }
+    if isinstance(config.eval, Evaluation) and config.eval.max_windows is not None:
+        parts["evaluation"] = _evaluation(config.eval, model, plan, rates, workers, config.eval.max_windows)
+    return AtScale(workers, parts, round(traffic))
+
+
+def _together(config: RunConfig) -> bool:
+    """Whether workers prune together: units are the first one's."""
+    return not (config.unit.cuts or config.unit.ranks)
+
+
+def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) -> tuple[float, bool]:
+    """Operations of refining and repairing, of the worker with most rows; and whether rows are shared."""
+    rows, columns = slot.shape
+    apart = _together(config) and config.metric.refines_rows and config.repair.repairs_rows(config.pattern)
+    if apart:
+        of_workers = Workers(0, workers).pieces(rows, model.device.type)
+        most = max(sum(piece.stop - piece.start for piece in pieces) for pieces in of_workers)
+    else:
+        most = rows
+    flops = config.metric.flops(most, columns) + config.repair.flops(most, columns)
+    return flops, apart and flops > 0
+
+
+def _statistics(config: RunConfig, model: StreamedModel, slot: Slot, tokens: int) -> float:
+    return sum(each.flops(round(tokens * share_of(model, slot)), *slot.shape) for each in config.statistics)
+
+
+def _evaluation(
+    options: Evaluation, model: StreamedModel, plan: Plan, rates: Rates, workers: int, windows: int
+) -> float:
+    """Of the worker with most windows; dense and pruned; both are read by all workers."""
+    at_once = model.windows_at_once(options.seq_len, model.plain_tokens)
+    batches = -(-windows // at_once)
+    mine = -(-batches // workers) / batches
+    head: int = model.skeleton.get_input_embeddings().weight.numel()
+    of_token = 2 * head + sum(
+        2 * share_of(model, slot) * slot.shape[0] * slot.shape[1] for block in model.blocks for slot in block.slots
+    )
+    compute = windows * options.seq_len * mine * of_token / rates.matmul / PRODUCT_SHARE
+    return 2 * max(compute, plan.bytes_source / rates.read)
+
+
+def lines_at_scale(config: RunConfig, model: StreamedModel, plan: Plan, rates: Rates) -> dict[str, str]:
+    """For people: what stands on the left of a line -> the line."""
+    card, count = config.hardware, config.workers or 1
+    link = card.link if card is not None else math.inf
+    found, alone = (at_scale(config, model, plan, rates, each, link) for each in (count, 1))
+    machines = f" on {-(-count // int(card.workers))} machines" if card is not None else ""
+    room = f" of {card.memory_gb:g} GB" if card is not None else ""
+    host = f", and {plan.host_bytes / 1e9:,.1f} GB of its machine" if plan.device_bytes else ""
+    return {
+        "at scale": f"{count} workers{machines}: about {span(found.seconds)}; one alone {span(alone.seconds)}",
+        "parts": ", ".join(f"{name} {span(seconds)}" for name, seconds in found.parts.items()),
+        "a worker": f"holds {(plan.device_bytes or plan.host_bytes) / 1e9:,.1f} GB{room}{host}; "
+        f"is sent {found.traffic / 1e9:,.1f} GB",
+    }
+
+
+def span(seconds: float) -> str:
+    """ "3.1 s", "12 min", "4.1 h"."""
+    if seconds < 120:
+        return f"{seconds:,.1f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
