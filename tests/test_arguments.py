@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from tiny_models import add_tokenizer, make
 
+from ace_cli.cli import bench, evaluate, prune, report, verify
 from ace_cli.cli.arguments import as_typed, for_hydra
 from ace_cli.core.errors import AceError, first_line
 
@@ -314,3 +316,40 @@ def test_ace_eval_checks_its_values_before_any_model(
     with pytest.raises(SystemExit, match="2"):
         evaluate.main()
     assert expected in capsys.readouterr().err
+
+
+# --- flags, and what a model's own code says -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("main", "words", "expected"),
+    [
+        (prune.main, ["--foo"], "unrecognized arguments: --foo. See ace-prune --help."),
+        (prune.main, ["--config-dir"], "expected one argument"),
+        (prune.main, ["--info", "nope"], "invalid choice: 'nope'"),
+        (verify.main, [], "the following arguments are required: folder. See ace-verify --help."),
+        (evaluate.main, ["--foo", "x"], "unrecognized arguments: --foo. See ace-eval --help."),
+        (bench.main, ["--threads", "a", "x"], "invalid int value: 'a'"),
+        (report.main, ["--format", "x"], "invalid choice: 'x'"),
+    ],
+)
+def test_flags_that_are_wrong_are_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    main: Callable[[], None],
+    words: list[str],
+    expected: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    out, err = capfd.readouterr()
+    assert_one_line(subprocess.CompletedProcess([], int(caught.value.code or 0), out, err), expected)
+
+
+def test_a_value_with_which_the_model_s_own_code_cannot_compute_is_one_line(here: Command, tmp_path: Path) -> None:
+    model = add_tokenizer(make(tmp_path / "opt", "opt"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dropout": 128}))
+    done = here(f"model.path={model}", "metric=wanda", "calib=self", "calib.n_samples=4", "eval=none")
+    assert_one_line(done, "dropout probability has to be between 0 and 1, but got 128", "modeling_opt.py")

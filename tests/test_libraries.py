@@ -257,6 +257,16 @@ def _() -> bool:
     return hydra_api.choice_not_found(composing("metric=wand")[0]) == ("metric", "wand")
 
 
+@contract("hydra: its parser of flags is asked before it prints a usage, by unreadable_flags")
+def _() -> bool:
+    read = hydra_api.unreadable_flags
+    return (
+        read(["-m", "a=1", "--cfg", "job"]) is None
+        and read(["--foo"]) == "unrecognized arguments: --foo"
+        and "expected one argument" in (read(["--config-dir"]) or "")
+    )
+
+
 @contract("omegaconf: an option that a class lacks is named with the class, read by key_not_in_class")
 def _() -> bool:
     return hydra_api.key_not_in_class(composing("metric=ria", "metric.alpa=1")[1]) == ("metric.alpa", "RIA")

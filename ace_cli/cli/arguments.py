@@ -11,6 +11,7 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.core.registry import PACKAGES
+from ace_cli.run import hydra_api
 from ace_cli.run.config import offered
 
 #: Options whose values are paths: quoted here, as Hydra's grammar gives a meaning to = , ( # and most other letters.
@@ -32,6 +33,8 @@ def for_hydra(arguments: list[str]) -> list[str]:
     many = "-m" in arguments or "--multirun" in arguments
     for argument in arguments:
         _check(argument)
+    if fault := hydra_api.unreadable_flags(arguments):
+        raise AceError(fault, "See ace-prune --help.")
     arguments = _with_custom_model([_model_by_path(argument, arguments, many) for argument in arguments])
     return [_with_quoted_path(argument, many) for argument in arguments]
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ace_cli.cli.ending import command
+from ace_cli.cli.flags import Flags
 from ace_cli.core.device import Dtype, choose_device
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
@@ -28,8 +29,8 @@ def main() -> None:
     _measure(arguments, bench)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Flags:
+    parser = Flags(
         prog="ace-bench",
         description="Tokens a second, seconds to the first token, memory and bytes of checkpoints, side by side. Every "
         "engine that is here and takes a checkpoint is measured; ratios are against the first.",

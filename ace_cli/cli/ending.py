@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import ParamSpec
 
 from ace_cli.core import workers
 from ace_cli.core.console import unwritten
-from ace_cli.core.errors import AceError
+from ace_cli.core.errors import AceError, first_line
 
 MEND = 2
+#: Files of ours, and what files of models have in their path.
+_OURS, _MODELS = Path(__file__).parents[1], os.path.join("transformers", "models", "")  # noqa: PTH118
 P = ParamSpec("P")
 
 
@@ -38,6 +41,10 @@ def command(program: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
                 sys.exit(mend(program, of_system(fault)))
             except KeyboardInterrupt:
                 sys.exit(mend(program, AceError("Interrupted.")))
+            except Exception as fault:
+                if (line := of_model(fault)) is None:
+                    raise
+                sys.exit(mend(program, line))
 
         return start
 
@@ -83,6 +90,23 @@ def of_system(fault: OSError) -> AceError:
     if isinstance(fault, FileExistsError):
         return AceError(f"{fault.filename} is a file, where a folder is needed", "Name another one.")
     return AceError(f"{fault.strerror or fault}: {fault.filename}" if fault.filename else str(fault.strerror or fault))
+
+
+def of_model(fault: Exception) -> AceError | None:
+    """What a model's own code ended in, in one line; None where it was not a model's code.
+
+    A config.json may hold values of the right type with which the code of its class cannot compute.
+    """
+    frames = traceback.extract_tb(fault.__traceback__)
+    ours = max((place for place, frame in enumerate(frames) if _OURS in Path(frame.filename).parents), default=-1)
+    theirs = [frame for frame in frames[ours + 1 :] if _MODELS in frame.filename]
+    if not theirs:
+        return None
+    where = f"{Path(theirs[-1].filename).name}, line {theirs[-1].lineno}"
+    return AceError(
+        f"The model's own code fails: {type(fault).__name__}: {first_line(fault)} ({where})",
+        "Does transformers alone run this folder? If not, look at that value in its config.json; if so, report this.",
+    )
 
 
 def _flush() -> None:

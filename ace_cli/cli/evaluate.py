@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.cli.ending import command, stopping_at_once
+from ace_cli.cli.flags import Flags
 from ace_cli.core.device import Dtype, choose_device, choose_dtype, device_faults
 from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
@@ -43,8 +44,8 @@ def measure(words: list[str]) -> facts.Comparison:
         raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Flags:
+    parser = Flags(
         prog="ace-eval",
         description="Zero-shot tasks and perplexity of one or more checkpoints, side by side.",
         epilog="ace-eval outputs/x/checkpoint smollm2 --limit 200 --text wiki.jsonl --json scores.json",

@@ -18,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
-from ace_cli.cli.ending import MEND, mend, of_system, stopping_at_once
+from ace_cli.cli.ending import MEND, mend, of_model, of_system, stopping_at_once
 from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
@@ -58,7 +58,7 @@ def known(fault: Exception) -> AceError | None:
         return fault
     if isinstance(fault, CONFIGURATION_ERRORS):
         return explain(fault)
-    return of_system(fault) if isinstance(fault, OSError) else None
+    return of_system(fault) if isinstance(fault, OSError) else of_model(fault)
 
 
 def _alone(config: DictConfig) -> None:

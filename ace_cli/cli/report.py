@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ace_cli.cli.ending import command
+from ace_cli.cli.flags import Flags
 from ace_cli.report.collect import Group, as_csv, as_json, as_markdown, find, groups
 
 
 @command("ace-report")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits 0 when done, 2 where a folder holds no report."""
-    parser = argparse.ArgumentParser("ace-report", description="Runs side by side, a table for each protocol.")
+    parser = Flags("ace-report", description="Runs side by side, a table for each protocol.")
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, a sweep, or many of them")
     parser.add_argument("--format", choices=("terminal", "md", "csv", "json"), default="terminal", help="of the output")
     parser.add_argument("--out", type=Path, help="also write overview.html, .md, .csv, .json and the pictures here")

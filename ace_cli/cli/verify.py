@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from ace_cli.cli.ending import command
+from ace_cli.cli.flags import Flags
 
 
 @command("ace-verify")
 def main() -> None:
     """Exits 0 if every pruned weight holds its pattern, 1 at the first violation, 2 if the folder cannot be read."""
-    parser = argparse.ArgumentParser(
-        prog="ace-verify", description="Re-read a pruned checkpoint and check its pattern."
-    )
+    parser = Flags(prog="ace-verify", description="Re-read a pruned checkpoint and check its pattern.")
     parser.add_argument("folder", type=Path, help="of an ace-prune run, or its checkpoint")
     folder: Path = parser.parse_args().folder
     from ace_cli.model.pruned import MANIFEST, Violation, verify

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
 
 
 def choice_not_found(message: str) -> tuple[str, str] | None:
@@ -41,3 +45,14 @@ def words(cause: BaseException) -> str:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     kept = [line for line in lines if not line.startswith(("full_key", "object_type", "reference_type", "See https:"))]
     return " ".join(kept) or type(cause).__name__
+
+
+def unreadable_flags(arguments: Sequence[str]) -> str | None:
+    """What Hydra's own parser would say of these arguments, with its usage, before it ends the process."""
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args(list(arguments))
+    except argparse.ArgumentError as fault:
+        return str(fault)
+    return f"unrecognized arguments: {' '.join(unknown)}" if unknown else None
