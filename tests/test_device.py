@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ace_cli.core import registry
-from ace_cli.core.device import choose_device
+from ace_cli.core.device import brought_back, choose_device
 from ace_cli.core.errors import AceError
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope
@@ -34,6 +34,29 @@ def test_the_chosen_gpu_is_the_current_one(two_gpus: list[Any], name: str, index
     """Or pinned memory and whatever says cuda alone would go to the first one."""
     assert choose_device(name) == torch.device(name)
     assert two_gpus == [index]
+
+
+class Far(torch.Tensor):
+    """On the CPU, but says otherwise."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+def test_what_comes_back_from_a_gpu_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[bool] = []
+    waited: list[torch.device] = []
+    empty = torch.empty
+
+    def allocate(*shape: Any, pin_memory: bool, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4, dtype=torch.bfloat16)}
+    back = brought_back({name: weight.as_subclass(Far) for name, weight in weights.items()})
+    assert (pinned, len(waited)) == ([True, True], 1)
+    assert all(torch.equal(back[name], weights[name]) and back[name].dtype == weights[name].dtype for name in weights)
 
 
 def test_a_gpu_that_is_not_there_is_refused(two_gpus: list[Any]) -> None:

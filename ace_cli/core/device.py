@@ -79,3 +79,17 @@ def choose_dtype(choice: Dtype, device: torch.device, source: Checkpoint) -> tor
     stored = {"F16": torch.float16, "BF16": torch.bfloat16} if device.type != "cpu" else {"BF16": torch.bfloat16}
     kinds = {entry.dtype for entry in source.tensors.values() if len(entry.shape) >= 2}
     return stored.get(kinds.pop(), torch.float32) if len(kinds) == 1 else torch.float32
+
+
+def brought_back(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU; where they are on a GPU, copied through pinned memory and waited for once, together."""
+    import torch
+
+    if not any(tensor.is_cuda for tensor in tensors.values()):
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+    back = {name: torch.empty(each.shape, dtype=each.dtype, pin_memory=True) for name, each in tensors.items()}
+    for name, tensor in tensors.items():
+        back[name].copy_(tensor, non_blocking=True)
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return back

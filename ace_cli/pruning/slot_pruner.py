@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ace_cli.core.device import brought_back
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
 from ace_cli.core.torch_api import own_parameters
@@ -96,7 +97,7 @@ class SlotPruner:
         self._finite.settle()
         self.facts = [self._settled(fact) for fact in self.facts]
         weights, self._written = self._written, {}
-        return {name: weight.cpu() for name, weight in weights.items()}
+        return brought_back(weights)
 
     def take_loaded(self, names: Iterable[str]) -> None:
         """The loaded parameters of these names are what will be written, rounded to the files' dtypes."""
