@@ -7,7 +7,15 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/mypy
+# Types are checked beside the tests, on one core for a minute; what is found is said at the end.
+found=$(mktemp)
+trap 'rm -f "$found"' EXIT
+.venv/bin/mypy >"$found" 2>&1 &
+types=$!
 # A worker for each core, with one thread: tiny models gain nothing from more.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal "$@"
+failed=0
+.venv/bin/python -m pytest -n logical --maxprocesses 8 --dist worksteal "$@" || failed=$?
+wait "$types" || failed=1
+cat "$found"
+exit "$failed"

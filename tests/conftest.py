@@ -1,7 +1,7 @@
 """What tests share. They are to be fast: the whole set runs in two minutes on two cores, so that it is run often.
 
 - A test calls functions; a whole run in this process is ``prune_here`` (0.1 s), the command line is ``here``; a process
-  of its own (``command``, 4 s) is for what only a process shows: exit codes, what is imported, signals, peak memory.
+  of its own (``command``, 1 s) is for what only a process shows: exit codes, what is written where, signals, memory.
 - A grid of choices covers each pair of values, not each cell of the product: ``grids.pairs``.
 - Models and texts that are only read are made once (``llama``, ``documents``); ``own_llama`` may be damaged.
 """
@@ -23,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import programs
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -140,14 +141,7 @@ def prune_here() -> Callable[..., Report]:
 @pytest.fixture
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a module of ace_cli as a program of its own, in ``cwd``."""
-
-    def start(module: str, *arguments: object, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", f"ace_cli.{module}", *map(str, arguments)],
-            cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-
-    return start
+    return programs.done
 
 
 @pytest.fixture

@@ -37,9 +37,10 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *expected: str) -> N
 # --- before torch ----------------------------------------------------------------------------------------------------
 
 
-def test_help_answers_at_once(command: Command, tmp_path: Path) -> None:
+def test_help_answers_at_once(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-    done = command("__main__", "--help", cwd=tmp_path)
+    command = [sys.executable, "-m", "ace_cli", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: whoever else is busy
     assert done.returncode == 0
     for text in (

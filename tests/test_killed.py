@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,35 +13,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-import killed
+import programs
 import pytest
 from tiny_models import make
 
 from ace_cli.model.pruned import verify
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
-BLOCKS, KILLS = 32, 3
+BLOCKS, KILLS = 24, 3
 #: At least so many episodes, and at most so many if no kill came while a run could be continued from.
-LEAST, MOST = 3, 8
+LEAST, MOST = 2, 8
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 
 
-@pytest.fixture(scope="module")
-def fork() -> Any:
-    """Processes from a server that has imported everything: starting one takes no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ace_cli.cli.prune", "ace_cli.run.pipeline", "transformers.models.llama.modeling_llama"]
-    )
-    return context
-
-
-def start(fork: Any, model: Path, out: Path) -> Any:
+def start(model: Path, out: Path) -> Any:
     arguments = [f"model.path={model}", "metric=varp", "sparsity=2:4", "calib=self", "calib.n_samples=4",
                  "calib.seq_len=8", "eval=none", "device=cpu", "html=false", f"output_dir={out}"]  # fmt: skip
-    process = fork.Process(target=killed.prune, args=(arguments, out.with_suffix(".log")))
-    process.start()
-    return process
+    log = out.with_suffix(".log")
+    return programs.start("cli.prune", arguments, out.parent, log, log)
 
 
 def finish(process: Any, out: Path) -> None:
@@ -67,11 +55,11 @@ def assert_nothing_half_finished(out: Path) -> bool:
     return there
 
 
-def test_killed_at_many_moments_and_continued(tmp_path: Path, fork: Any) -> None:
+def test_killed_at_many_moments_and_continued(tmp_path: Path) -> None:
     model = make(tmp_path / "model", "llama", num_hidden_layers=BLOCKS)
-    finish(start(fork, model, tmp_path / "warm"), tmp_path / "warm")
+    finish(start(model, tmp_path / "warm"), tmp_path / "warm")
     began = time.perf_counter()
-    finish(start(fork, model, tmp_path / "straight"), tmp_path / "straight")
+    finish(start(model, tmp_path / "straight"), tmp_path / "straight")
     whole = time.perf_counter() - began
     draw, continued = random.Random(0), 0
     for episode in range(MOST):
@@ -79,14 +67,14 @@ def test_killed_at_many_moments_and_continued(tmp_path: Path, fork: Any) -> None
             break
         out = tmp_path / f"episode{episode}"
         for number in range(KILLS):
-            process = start(fork, model, out)
+            process = start(model, out)
             time.sleep(draw.uniform(0.3, 1.0) * whole)
             with contextlib.suppress(ProcessLookupError):  # already done: it had little left
                 os.kill(process.pid, SIGNALS[(episode + number) % len(SIGNALS)])
             process.join(300)
             assert process.exitcode is not None
             assert_nothing_half_finished(out)
-        finish(start(fork, model, out), out)
+        finish(start(model, out), out)
         assert digest(out) == digest(tmp_path / "straight")
         assert sorted(file.name for file in out.iterdir() if not file.name.startswith(".")) == [
             "checkpoint", "report.json", "report.md", "run.log",

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -348,11 +349,11 @@ def test_the_dense_model_is_measured_once(
 
 
 def test_ace_eval_side_by_side(
-    command: Command, llama: Path, documents: Path, task_data: Path, tmp_path: Path, prune_here: Prune
+    llama: Path, documents: Path, task_data: Path, tmp_path: Path, prune_here: Prune
 ) -> None:
     report = prune_here(llama, tmp_path / "out", "metric=magnitude", "eval=text", f"eval.path={documents}",
                         "eval.seq_len=32", "eval.max_windows=3")  # fmt: skip
-    arguments = ("--tasks", "rte,arc_easy", "--limit", "2", "--task-data", task_data, "--text", documents,
+    arguments = ("--tasks", "rte,arc_easy", "--limit", "2", "--task-data", str(task_data), "--text", str(documents),
                  "--seq-len", "32", "--max-windows", "3", "--json", "scores.json", "--device", "cpu")  # fmt: skip
     (tmp_path / "guard").mkdir()
     (tmp_path / "guard" / "sitecustomize.py").write_text(
@@ -364,7 +365,11 @@ def test_ace_eval_side_by_side(
     )
     paths = os.pathsep.join([str(tmp_path / "guard"), str(Path(ace_cli.__file__).parent.parent)])
     offline = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": paths}  # nobody tells the libraries to stay offline
-    done = command("cli.evaluate", llama, report.checkpoint, *arguments, cwd=tmp_path, COLUMNS="200", **offline)
+    command = [sys.executable, "-m", "ace_cli.cli.evaluate", str(llama), report.checkpoint, *arguments]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "COLUMNS": "200", **offline},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert not (tmp_path / "asked").exists()
     scores = json.loads((tmp_path / "scores.json").read_text())

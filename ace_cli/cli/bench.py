@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from ace_cli.cli.ending import command
-from ace_cli.cli.flags import Flags
-from ace_cli.core.device import Dtype, choose_device
+from ace_cli.cli.flags import Flags, computing_faults
+from ace_cli.core.device import choose_device
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import lasting
 from ace_cli.evaluation.speed.options import Bench
@@ -19,13 +19,12 @@ def main() -> None:
     """Exits 0 when done, 2 for what the user can mend."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
     arguments = _parser().parse_args()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise AceError(f"--json {arguments.json}: there is no such folder.")
-    if arguments.threads is not None and arguments.threads < 1:
-        raise AceError(f"--threads {arguments.threads}: must be 1 or more.")
     bench = Bench(arguments.prompt, arguments.new, arguments.rounds)
-    if faults := bench.faults():
-        raise AceError("; ".join(f"--{fault.replace('=', ' ', 1)}" for fault in faults))
+    faults = computing_faults(arguments) + [f"--{fault.replace('=', ' ', 1)}" for fault in bench.faults()]
+    if arguments.threads is not None and arguments.threads < 1:
+        faults.append(f"--threads {arguments.threads}: must be 1 or more")
+    if faults:
+        raise AceError("; ".join(faults))
     _measure(arguments, bench)
 
 
@@ -42,9 +41,7 @@ def _parser() -> Flags:
     add("--new", type=int, default=32, help="tokens that are written (32)")
     add("--rounds", type=int, default=5, help="how often every model has its turn (5)")
     add("--threads", type=int, help="of a CPU; as torch has it if not said")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of computation; auto: as stored")
-    add("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
+    parser.add_computing()
     return parser
 
 

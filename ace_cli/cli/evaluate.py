@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.cli.ending import command, stopping_at_once
-from ace_cli.cli.flags import Flags
-from ace_cli.core.device import Dtype, choose_device, choose_dtype, device_faults
+from ace_cli.cli.flags import Flags, computing_faults
+from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
 from ace_cli.core.registry import choices
@@ -58,9 +58,7 @@ def _parser() -> Flags:
     add("--text", action="append", default=[], help="perplexity on wikitext2, c4 or a text file; may be repeated")
     add("--seq-len", type=int, default=2048, help="tokens of a perplexity window (2048)")
     add("--max-windows", type=int, help="only the first so many windows (c4: 256)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    add("--dtype", default="auto", choices=[dtype.value for dtype in Dtype], help="of computation")
-    add("--json", type=Path, metavar="OUT", help="also write the scores to this file")
+    parser.add_computing()
     return parser
 
 
@@ -70,13 +68,9 @@ def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluatio
     options = TaskOptions(names, arguments.limit, arguments.task_data)
     texts = [_text(name, arguments.seq_len, arguments.max_windows) for name in arguments.text]
     faults = [fault for each in (options, *texts) for fault in unfit("eval", each) or each.faults()]
-    faults += device_faults(arguments.device)
+    faults += computing_faults(arguments)
     if not names and not texts:
         faults.append("nothing to measure: give --tasks or --text")
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        faults.append(f"--json {arguments.json}: there is no such folder")
-    if arguments.json and arguments.json.is_dir():
-        faults.append(f"--json {arguments.json}: is a folder; name a file")
     if faults:
         raise AceError("; ".join(dict.fromkeys(faults)))
     return options, texts
