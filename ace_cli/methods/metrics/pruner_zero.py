@@ -41,13 +41,11 @@ class PrunerZero(Metric):
 
     def scores_of_rows(self, weight_OI: Tensor, seen: Seen) -> RowScores:
         total_OI = seen[Gradient(self.source, self.seed, power=2)].total_OI
-        low, high = (float(each.sqrt()) for each in total_OI.aminmax())
+        low, high = (each.sqrt() for each in total_OI.aminmax())  # tensors: a device is not waited for
         width = high - low
 
         def scores(weight_RI: Tensor, rows: slice) -> Tensor:
-            squares_RI = weight_RI.float().square()
-            if not width:
-                return squares_RI
-            return total_OI[rows].sqrt().sub_(low).clamp_(min=0).div_(width).mul_(squares_RI)
+            share_RI = total_OI[rows].sqrt().sub_(low).clamp_(min=0).div_(width)
+            return share_RI.masked_fill_(width == 0, 1.0).mul_(weight_RI.float().square())
 
         return scores
