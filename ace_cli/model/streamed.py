@@ -26,6 +26,7 @@ from ace_cli.model.configuration import check_config, not_understood, transforme
 from ace_cli.model.experts import Experts
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
+from ace_cli.model.sliced import add_shortcuts, shortcuts_of
 from ace_cli.model.slots import Left, Part, Slot, SlotFilter, View, find_slots
 from ace_cli.model.ties import resolved, same_values
 from ace_cli.model.transformers_api import block_classes, kept_in_float32, tied_weights
@@ -475,6 +476,7 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> A
         with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta(len(checkpoint.tensors)):
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
             resize(model, shapes_of(config))
+            add_shortcuts(model, shortcuts_of(config))
             return model
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         raise not_understood(checkpoint.folder, fault) from fault

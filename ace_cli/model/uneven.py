@@ -7,6 +7,7 @@ it resizes them, for transformers with ``trust_remote_code``; here they are resi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ def shapes_of(config: Any) -> dict[str, list[int]]:
     return shapes
 
 
-def class_of(config: Any) -> Any:
-    """The stock class of a configuration, resized as it says."""
+def class_of(config: Any, more: Callable[[nn.Module, Any], object] = lambda model, config: None) -> Any:
+    """The stock class of a configuration, resized as it says; ``more(model, config)`` is done to it after that."""
     stock: Any = class_for(auto_class(config), config)
 
     class Resized(stock):  # type: ignore[misc]
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             resize(self, shapes_of(config))
+            more(self, config)
 
     return Resized
 

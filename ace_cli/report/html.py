@@ -130,7 +130,10 @@ def _inside(report: dict[str, Any]) -> list[Picture]:
     table = _by_kind_and_block(report)
     blocks = len(report["blocks"])
     rows = [[_mean([slot["sparsity"] for slot in row.get(b, [])]) for b in range(blocks)] for row in table.values()]
-    pictures.append(("Zeros by kind of weight and block", plots.heat_map(list(table), rows), 0.8 + 0.24 * len(rows)))
+    if rows:  # what is known of a model in another basis is known of the whole
+        pictures.append(
+            ("Zeros by kind of weight and block", plots.heat_map(list(table), rows), 0.8 + 0.24 * len(rows))
+        )
     outputs = [block["output"] for block in report["blocks"]]
     if any(outputs):
         angles = [output and output["angle"] for output in outputs]

@@ -91,23 +91,28 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         speed=measured.speed,
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
-        size=None if run.cutting is None and not config.unit.ranks else _size(run, manifest),
+        size=_size(run, manifest) if _smaller(run) else None,
     )
 
 
 def _sparsity(run: RunContext, manifest: Manifest, zeros: int, dense: float) -> facts.Sparsity:
     """Shares of zeros; of a model that got smaller, the share of its parameters that is gone."""
-    if run.cutting is not None or run.config.unit.ranks:
+    if _smaller(run):
         gone = 1 - _size(run, manifest).parameters["pruned"] / run.plan.parameters
         return facts.Sparsity(run.config.requested, gone, gone)
     return facts.Sparsity(run.config.requested, zeros / run.plan.slot_weights, zeros / run.plan.parameters, dense)
+
+
+def _smaller(run: RunContext) -> bool:
+    return run.cutting is not None or run.config.unit.ranks or run.config.unit.slices
 
 
 def _size(run: RunContext, manifest: Manifest) -> facts.Size:
     if run.cutting is None:
         stay = {cut.name: len(cut.kept) for cut in manifest.cuts}
         left = run.plan.parameters - sum(cut.fewer for cut in manifest.cuts)
-        return facts.Size("rank", {"dense": run.plan.parameters, "pruned": left}, stay, as_products=True)
+        name, ranks = ("rank", True) if run.config.unit.ranks else ("direction", False)
+        return facts.Size(name, {"dense": run.plan.parameters, "pruned": left}, stay, as_products=ranks)
     left = sum(entry.numel for entry in run.cutting.cut().entries(run.model.checkpoint).values())
     return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
 

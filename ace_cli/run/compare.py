@@ -21,8 +21,11 @@ from ace_cli.run.assemble import protocol_of
 from ace_cli.run.context import RunContext
 
 
-def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Perplexity, facts.Fidelity]:
-    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew."""
+def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Perplexity, facts.Fidelity | None]:
+    """Perplexities and fidelity of the checkpoint in ``folder``: same windows, same dtype, its files read anew.
+
+    No fidelity where the residual stream is another one: it is measured with one head for both models.
+    """
     assert isinstance(run.config.eval, Evaluation)
     model, terminal = run.model, run.terminal
     spill = Spill(run.folder) if run.plan.spills(windows.ids_NL.numel()) else None
@@ -46,10 +49,12 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
 
     dense = run.dense.windows(key, measure)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
-    comparison = FidelityMeter(pruned, dense.states)
+    comparison = FidelityMeter(pruned, dense.states) if run.slicer is None else None
     with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
-        losses = window_losses(pruned, windows.ids_NL, lambda _: step(), comparison, spill, workers)
-    return _perplexity(dense.losses, losses, protocol), _fidelity(comparison, compared, workers)
+        watch = comparison or (lambda *_: None)
+        losses = window_losses(pruned, windows.ids_NL, lambda _: step(), watch, spill, workers)
+    fidelity = _fidelity(comparison, compared, workers) if comparison is not None else None
+    return _perplexity(dense.losses, losses, protocol), fidelity
 
 
 def write_samples(

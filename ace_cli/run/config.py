@@ -308,6 +308,8 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(
             f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
         )
+    if parts.unit.slices:
+        return faults + _misfits_of_slices(parts, pattern)
     if parts.unit.ranks:
         return faults + _misfits_of_ranks(parts, pattern)
     if not parts.unit.cuts:
@@ -333,6 +335,24 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
     for name, reason in {**reasons, "scope": "units of a block are compared"}.items():
         if getattr(parts, name) is not None:
             faults.append(f"{name} means nothing for unit={unit}: {reason}")
+    return faults
+
+
+def _misfits_of_slices(parts: Any, pattern: Pattern) -> list[str]:
+    """What makes no sense where the residual stream gets narrower."""
+    faults = []
+    if isinstance(pattern, NofM):
+        faults.append(f"sparsity={parts.sparsity} means nothing for unit=hidden: give the share that goes (20%)")
+    if parts.allocation.surveys:
+        name = registry.name_of("allocation", parts.allocation)
+        faults.append(f"allocation={name} means nothing for unit=hidden: the stream is as wide everywhere")
+    if parts.recover.acts:
+        faults.append("recover does not follow unit=hidden: its blocks compute in another basis")
+    for name in ("keep", "scope", "include", "exclude"):
+        if getattr(parts, name) is not None:
+            faults.append(f"{name} means nothing for unit=hidden: give the share that goes")
+    if parts.pack:
+        faults.append("pack keeps zeros small: unit=hidden makes none")
     return faults
 
 

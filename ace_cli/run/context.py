@@ -15,6 +15,7 @@ from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot.harness import Tasks
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting
+from ace_cli.pruning.slicing import Slicer
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.config import RunConfig
 from ace_cli.run.machine_limit import Limit
@@ -36,7 +37,7 @@ class RunContext:
 
     ``phases`` are what a person waits for; ``inner`` is what happens inside pruning, without waiting for a device: what
     it still computes counts where its result is needed. ``cutting``: the units that are taken out; then ``model`` has
-    the weights that read them as its only slots.
+    the weights that read them as its only slots. ``slicer``: makes the residual stream narrower, if that is asked for.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class RunContext:
     start: datetime.datetime
     workers: Workers = ONE
     inner: Clock = field(default_factory=Clock)
+    slicer: Slicer | None = None
 
     @property
     def folder(self) -> Path:

@@ -25,6 +25,7 @@ from ace_cli.model.slots import SlotFilter
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting
+from ace_cli.pruning.slicing import Slicer
 from ace_cli.report import facts
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
@@ -53,6 +54,7 @@ from ace_cli.run.journal import Followed, Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
+from ace_cli.run.slice import slicer_files, slicer_of
 from ace_cli.run.speed import check_bench, measure_speed
 from ace_cli.run.stages import run_stage
 
@@ -98,7 +100,8 @@ def _run(
             model.dtype = choose_dtype(config.dtype, model.device, model.checkpoint)
         cutting = begin(config, model) if config.unit.cuts else None
         model = model if cutting is None else cutting.watched
-    plan, limit = _plan(config, model, cutting, terminal)
+        slicer = slicer_of(config, model) if config.unit.slices else None
+    plan, limit = _plan(config, model, cutting, slicer, terminal)
     if config.dry_run:
         return None
     texts = _texts(config, model.checkpoint, device, terminal, phases)
@@ -108,6 +111,7 @@ def _run(
     folder = Path(workers.from_first(lambda: str(_output_folder(config, identity))))
     config = dataclasses.replace(config, output_dir=folder)
     run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start, workers)
+    run.slicer = slicer
     if not workers.first:
         _follow(run, Followed(run.folder, identity, model))
         return None
@@ -116,7 +120,7 @@ def _run(
         terminal.say(f"$ {command}")
         if not alone:
             terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
-        more = () if cutting is None else own_files(cutting)
+        more = slicer_files(slicer) if slicer else () if cutting is None else own_files(cutting)
         work = Work(run.folder, identity, model, config.keep_checkpoint, more)
         try:
             report = _do(run, work)
@@ -156,7 +160,9 @@ def _open(config: RunConfig, device: torch.device) -> StreamedModel:
     return StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
 
 
-def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, terminal: Terminal) -> tuple[Plan, Limit]:
+def _plan(
+    config: RunConfig, model: StreamedModel, cutting: Cutting | None, slicer: Slicer | None, terminal: Terminal
+) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     check_left(model, config)
     tokens = config.calib.tokens if config.needs_data else 0
@@ -176,6 +182,8 @@ def _plan(config: RunConfig, model: StreamedModel, cutting: Cutting | None, term
     plan = make_plan(model, patterns, demand, _budget(config, model.device))
     if cutting is not None:
         plan = plan.smaller(cutting.cut().entries(model.checkpoint), describe(cutting, config))
+    if slicer is not None:
+        plan = plan.smaller(slicer.entries(), f"{slicer.width} of {slicer.hidden} directions stay")
     plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)

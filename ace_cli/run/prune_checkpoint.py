@@ -51,6 +51,7 @@ from ace_cli.run.cut import check_loads, kept_units, manifest_of, smaller, width
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
 from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
+from ace_cli.run.slice import check_sliced, sliced, write_sliced
 
 
 def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
@@ -90,8 +91,8 @@ def _threads(config: RunConfig) -> int | str:
 def prune_checkpoint(run: RunContext, work: Work) -> None:
     """Prune into ``checkpoint.partial``, verify what was written, and rename it into place.
 
-    Workers share the blocks. Recovery of the whole, a cut of units, and products of thinner weights are made by the
-    first one, while the others wait.
+    Workers share the blocks. Recovery of the whole, a cut of units, products of thinner weights and a narrower stream
+    are made by the first one, while the others wait.
     """
     if work.news:
         run.terminal.say(work.news)
@@ -101,14 +102,14 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         _publish(run, work)
         run.workers.done(f"pruned {run.folder}")
         return
-    if run.cutting is None and not run.config.unit.ranks:
+    if run.cutting is None and run.slicer is None and not run.config.unit.ranks:
         _prune(run, work)
     run.workers.await_first(f"pruned {run.folder}")
 
 
 def _publish(run: RunContext, work: Work) -> None:
     try:
-        step = _factor if run.config.unit.ranks else _prune if run.cutting is None else _cut
+        step = _slice if run.slicer else _factor if run.config.unit.ranks else _prune if run.cutting is None else _cut
         step(run, work)
         run.model.checkpoint.check_unchanged()
         if warning := work.publish():
@@ -231,6 +232,33 @@ def _factor(run: RunContext, work: Work) -> None:
         write_metadata(source, work.partial, summary, [], card, work.digest, same)
     with clock("verify"):
         verify(work.partial)
+
+
+def _slice(run: RunContext, work: Work) -> None:
+    """The same for a residual stream that gets narrower. Nothing is kept of an interrupted one: it begins anew."""
+    model, clock, source, slicer = run.model, run.inner, run.model.checkpoint, run.slicer
+    assert slicer is not None
+    work.restart()
+    with clock("write"):
+        writer = CheckpointWriter(source, work.partial, slicer.entries())
+    batches, _ = _batches(run, work)
+    end = batches[0]
+    with clock("observe"), run.terminal.progress("slicing", len(model.blocks)) as step:
+        for tensors in slicer.run(batches, step):
+            with clock("write"):
+                write_sliced(slicer, writer, tensors)
+    with clock("write"):
+        writer.finish()
+        work.finished += [BlockFacts(index, block.name, [], 0.0) for index, block in enumerate(model.blocks)]
+        gone = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
+        summary = summary_of(run.config, run.command, run.texts.windows_NL, gone)
+        base = run.config.model
+        card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
+        write_metadata(source, work.partial, summary, [], card, work.digest, sliced(slicer, writer))
+    with clock("verify"):
+        verify(work.partial)
+        check_sliced(slicer, work.partial, end)
+        check_loads(model, work.partial, run.plan.host_bytes)
 
 
 def _stream(

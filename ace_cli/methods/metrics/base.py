@@ -35,6 +35,8 @@ class Metric:
     weights = True
     #: Whether it finds products of thinner weights instead: ace_cli.methods.low_rank.
     ranks = False
+    #: Whether it finds a basis of the residual stream.
+    hidden = False
     #: What to choose instead where its own cost is too much, and what that loses; empty where nothing is much cheaper.
     cheaper = ""
 

@@ -22,6 +22,8 @@ class Unit:
     cuts = True
     #: True if weights become products of two thinner ones.
     ranks = False
+    #: True if the residual stream gets narrower.
+    slices = False
     #: Whether it is cut out of models with experts.
     beside_experts = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
