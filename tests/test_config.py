@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
+from ace_cli.core import registry
 from ace_cli.core.errors import AceError, did_you_mean
 from ace_cli.methods.metrics.ace import ACE, Combine
 from ace_cli.methods.metrics.cosp import Mode
@@ -174,3 +176,14 @@ def test_a_fault_that_is_its_own_cause_is_explained() -> None:
 @pytest.mark.parametrize("key", ["calib.calib:1:30...`", "a.b.c.d", ".", "..x", "model", "gate.x.y"])
 def test_a_key_of_any_letters_is_explained(key: str) -> None:
     assert "there is no such option" in str(explain(ValueError(f"Key '{key}' not in 'C4'\n    full_key: {key}")))
+
+
+def test_the_rows_of_table_1_are_recipes(configure: Callable[..., RunConfig]) -> None:
+    folder = config_folder()
+    rows = OmegaConf.load(folder / "experiment" / "table1.yaml").hydra.sweeper.params.recipe.split(",")
+    assert sorted(rows) == sorted(file.stem for file in (folder / "recipe").glob("*.yaml"))
+    config = configure("recipe=sobp")  # what a unit brings gives way to what its row says
+    choices = [registry.name_of(group, getattr(config, group)) for group in ("unit", "metric", "repair", "allocation")]
+    assert choices == ["channel", "sobp", "obs", "global"]
+    assert (config.requested, config.unit.uneven) == ("0.5", True)
+    assert registry.name_of("metric", configure("recipe=slicegpt_eq").metric) == "slicegpt"
