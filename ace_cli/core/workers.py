@@ -154,7 +154,10 @@ def on_this_machine() -> tuple[int, int]:
 
 
 def join(device: str) -> Workers:
-    """Meet the others, if there are any; ``device``: cpu or cuda. Raises AceError where they cannot be reached."""
+    """Meet the others, if there are any; ``device``: cpu or cuda.
+
+    Raises AceError where nothing says how, and LostWorker where they cannot be reached.
+    """
     global _joined
     if size() == 1 or _joined.several:
         return _joined
@@ -162,14 +165,18 @@ def join(device: str) -> Workers:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, rank, count = next(iter(rendezvous("env://")))
+        found, rank, count = next(iter(rendezvous("env://")))
+        # torchrun may keep the store when it starts the workers again: what those before left in it is not for these
+        store = distributed.PrefixStore(f"attempt {_number('TORCHELASTIC_RESTART_COUNT', 0)}", found)  # type: ignore[attr-defined]
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
-    except (ValueError, RuntimeError) as fault:
+    except ValueError as fault:  # a variable is not set
         raise AceError(
-            f"WORLD_SIZE={size()}, but the other workers cannot be met: {first_line(fault)}.",
+            f"WORLD_SIZE={size()}, but how to meet the others is not said: {first_line(fault)}.",
             "Start with torchrun, or unset WORLD_SIZE.",
         ) from fault
+    except RuntimeError as fault:
+        raise LostWorker(f"The other workers cannot be met: {first_line(fault)}.", "Repeat the command.") from fault
     _joined = Workers(rank, count, store)
     return _joined
 
@@ -242,6 +249,8 @@ def _reachable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as fault:
+        hours = PATIENCE.total_seconds() / 3600
         raise LostWorker(
-            f"Another worker has ended: {first_line(fault)}.", "Repeat the command: finished blocks are kept."
+            f"Another worker has ended, or was not heard of for {hours:g} hours.",
+            "Repeat the command: finished blocks are kept.",
         ) from fault
