@@ -44,7 +44,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: whoever else is busy
     assert done.returncode == 0
     for text in (
-        "metric: ace, cfsp, cosp, flap, magnitude, ria, ria_varp, sparsegpt, varp, wanda",
+        "[ace], cfsp, cosp, flap, magnitude, ria, ria_varp, sparsegpt,",
         "smollm2",
         "sparsity",
         "Exit codes",
@@ -178,9 +178,9 @@ def test_a_sweep_leaves_one_table_and_goes_on_after_a_failure(here: Command, lla
     assert all(Path(job["report"]).is_file() for job in good)
     text = (tmp_path / "sweep" / "sweep.md").read_text()
     assert "3:7" in text.replace("\\", "")
-    assert "64 inputs" in text
-    assert f"{good[0]['perplexity']:.3f}" in text
-    assert text.strip().splitlines()[-1] in done.stdout
+    for part in ("64 inputs", f"{good[0]['perplexity']:.3f}"):
+        assert part in text
+        assert part in done.stdout
 
 
 def test_a_sweep_started_again_repeats_only_what_is_not_finished(here: Command, llama: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from conftest import Terminal, composed, run
 
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Perplexity
-from ace_cli.report.html import VERDICTS, kind_of, render, verdict
+from ace_cli.report.html import kind_of, render, verdict
+from ace_cli.report.verdict import VERDICTS
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ def test_verdicts(report: dict[str, Any]) -> None:
     words = []
     for ratio in (0.99, 1.1, 1.3, 2.0, 9.0):
         report["perplexity"]["ratio"] = ratio
-        words.append(next(word for _, word in VERDICTS if word in verdict(report)))
-    assert words == [word for _, word in VERDICTS]
+        words.append(next(each.word for _, each in VERDICTS if each.word in verdict(report)))
+    assert words == [each.word for _, each in VERDICTS]
 
 
 @pytest.mark.parametrize(("name", "kind"), [

@@ -190,7 +190,9 @@ def test_a_busy_machine_is_said(
     for spread, said in ((1.2, False), (4.0, True)):
         monkeypatch.setattr(limit, "_matmul", lambda *_, spread=spread: (1e9, spread))
         out = tmp_path / f"{spread}"
-        done = here(f"model.path={llama}", "calib=self", "calib.n_samples=2", "eval=none", f"output_dir={out}")
+        done = here(
+            f"model.path={llama}", "calib=self", "calib.n_samples=2", "eval=none", "verbose=true", f"output_dir={out}"
+        )
         assert ("machine      busy: " in done.stdout) == said
         assert ("The machine was busy" in (out / "report.md").read_text()) == said
 
@@ -199,7 +201,7 @@ def test_the_forecast_is_a_range_of_everything_one_waits_for(
     llama: Path, documents: Path, tmp_path: Path, here: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     options = [f"model.path={llama}", "calib=self", "calib.n_samples=2", "eval=text", f"eval.path={documents}"]
-    done = here(*options, "eval.seq_len=32", f"output_dir={tmp_path / 'out'}")
+    done = here(*options, "eval.seq_len=32", "verbose=true", f"output_dir={tmp_path / 'out'}")
     expected = next(line for line in done.stdout.splitlines() if line.startswith("expects"))
     for phase in ("import", "calibrate", "prune", "evaluate", "samples"):
         assert re.search(rf"{phase} [\d.,]+ (to [\d.,]+ )?s", expected), expected
@@ -257,7 +259,7 @@ def test_the_plan_names_what_is_much_cheaper(
     monkeypatch.setattr("ace_cli.methods.metrics.ace.ACE.flops", lambda self, rows, columns: 10**13)
     prune_here(llama, tmp_path / "a", "metric=ace")
     prune_here(llama, tmp_path / "b", "metric=varp")
-    first, second = capfd.readouterr().out.split("Results:")[:2]
+    first, second = capfd.readouterr().out.split("Report ")[:2]
     (line,) = [line for line in first.splitlines() if line.startswith("cheaper")]
     assert "metric=varp" in line
     assert re.search(r": [\d.]+(?: to [\d.]+)? s$", line)

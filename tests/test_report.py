@@ -175,7 +175,8 @@ def test_a_sweep_keeps_unlike_protocols_apart(finished: tuple[Report, Path], tmp
     JobRecord(tmp_path, 2, ["metric=varp", "seed=1"]).finish(by(changed(finished[0], seq_len=64), "varp"))
     JobRecord(tmp_path, 3, ["metric=ace", "seed=1"]).fail("It broke.")
     sweep = gather(tmp_path)
-    tables = sweep.write().split("\n\n## ")
+    sweep.write()
+    tables = (tmp_path / "sweep.md").read_text().partition("\n\n")[2].strip().split("\n\n## ")
     assert len(tables) == 3
     assert tables[1].splitlines()[2].startswith("| job | metric | perplexity | dense | ratio |")
     assert tables[1].splitlines()[4].startswith("| 2 | varp |"), "what tells it from the runs of other tables"
@@ -185,5 +186,3 @@ def test_a_sweep_keeps_unlike_protocols_apart(finished: tuple[Report, Path], tmp
     content = json.loads((tmp_path / "sweep.json").read_text())
     assert [("error" in job) for job in content["jobs"]] == [False, False, False, True]
     assert sweep.failed == 1
-    for text in tables:
-        assert text in (tmp_path / "sweep.md").read_text()

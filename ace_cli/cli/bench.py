@@ -18,7 +18,7 @@ from ace_cli.evaluation.speed.options import Bench
 def main() -> None:
     """Exits 0 when done, 2 for what the user can mend."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported: our own bar is the only one
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     bench = Bench(arguments.prompt, arguments.new, arguments.rounds)
     faults = computing_faults(arguments) + [f"--{fault.replace('=', ' ', 1)}" for fault in bench.faults()]
     if arguments.threads is not None and arguments.threads < 1:
@@ -28,21 +28,22 @@ def main() -> None:
     _measure(arguments, bench)
 
 
-def _parser() -> Flags:
-    parser = Flags(
+def parser() -> Flags:
+    """Of the command's arguments."""
+    made = Flags(
         prog="ace-bench",
         description="Tokens a second, seconds to the first token, memory and bytes of checkpoints, side by side. Every "
         "engine that is here and takes a checkpoint is measured; ratios are against the first.",
         epilog="ace-bench smollm2 outputs/x/checkpoint outputs/x/packed outputs/x/gguf/model.gguf",
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder (plain or packed), .gguf file, hub id, or a card: smollm2")
     add("--prompt", type=int, default=128, help="tokens of the prompt (128)")
     add("--new", type=int, default=32, help="tokens that are written (32)")
     add("--rounds", type=int, default=5, help="how often every model has its turn (5)")
     add("--threads", type=int, help="of a CPU; as torch has it if not said")
-    parser.add_computing()
-    return parser
+    made.add_computing()
+    return made
 
 
 def _measure(arguments: argparse.Namespace, bench: Bench) -> None:

@@ -59,6 +59,8 @@ def stopping_at_once(program: str) -> Iterator[None]:
     """
 
     def stop(*_: object) -> None:
+        if sys.stdout.isatty():
+            print("\r\x1b[2K\x1b[?25h", end="", flush=True)  # the bar goes, the cursor that it hid comes back
         print(f"{program}: Interrupted. Nothing was begun.", file=sys.stderr, flush=True)
         os._exit(MEND)
 

@@ -34,7 +34,7 @@ def main() -> None:
 
 def measure(words: list[str]) -> facts.Comparison:
     """What ``ace-eval`` does with these arguments. Raises AceError for what the user can mend."""
-    arguments = _parser().parse_args(words)
+    arguments = parser().parse_args(words)
     try:
         options, texts = _checked(arguments)
         models = {name: named_model(name) for name in arguments.models}
@@ -44,13 +44,14 @@ def measure(words: list[str]) -> facts.Comparison:
         raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 
 
-def _parser() -> Flags:
-    parser = Flags(
+def parser() -> Flags:
+    """Of the command's arguments."""
+    made = Flags(
         prog="ace-eval",
         description="Zero-shot tasks and perplexity of one or more checkpoints, side by side.",
         epilog="ace-eval outputs/x/checkpoint smollm2 --limit 200 --text wiki.jsonl --json scores.json",
     )
-    add = parser.add_argument
+    add = made.add_argument
     add("models", nargs="+", metavar="MODEL", help="folder, hub id, .gguf file, or a card such as smollm2")
     add("--tasks", default=SEVEN, help="names by commas; 'seven' (the default) is the paper's list, 'none' is none")
     add("--limit", type=int, help="only the first so many items of each task")
@@ -58,8 +59,8 @@ def _parser() -> Flags:
     add("--text", action="append", default=[], help="perplexity on wikitext2, c4 or a text file; may be repeated")
     add("--seq-len", type=int, default=2048, help="tokens of a perplexity window (2048)")
     add("--max-windows", type=int, help="only the first so many windows (c4: 256)")
-    parser.add_computing()
-    return parser
+    made.add_computing()
+    return made
 
 
 def _checked(arguments: argparse.Namespace) -> tuple[TaskOptions, list[Evaluation]]:

@@ -23,7 +23,7 @@ from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
 from ace_cli.core.memory import lasting
-from ace_cli.report.sweep import JobRecord, write_so_far
+from ace_cli.report.sweep import JobRecord, launched, write_so_far
 from ace_cli.run.config import CONFIGURATION_ERRORS, RunConfig, explain, parse
 
 if TYPE_CHECKING:
@@ -100,6 +100,8 @@ def _of_many(config: DictConfig) -> float | None:
             mend("ace-prune", AceError(f"Job {record.number} is still worked on by another process"))
             return None
         record.begin()
+        if (started := launched(record.folder)) is not None:
+            print(started.line(record), flush=True)
         try:
             return _recorded(config, Path(hydra_config.runtime.output_dir), record)
         except KeyboardInterrupt:
@@ -141,11 +143,16 @@ def _kept(config: RunConfig) -> Report | None:
 
 def _run(config: RunConfig, shared: Path | None) -> Report | None:
     """``shared``: the folder of what other jobs measured of the dense model."""
+    from ace_cli.report.terminal import Terminal
+
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
-    with lasting(), stopping_at_once("ace-prune"):
+    with (
+        Terminal(quiet=workers.size() > 1).waiting("loading torch and transformers"),
+        lasting(),
+        stopping_at_once("ace-prune"),
+    ):
         from ace_cli.core.device import choose_device
         from ace_cli.evaluation.dense import DenseCache
-        from ace_cli.report.terminal import Terminal
         from ace_cli.run.pipeline import run
 
     overrides = [override for override in _overrides() if not override.startswith("output_dir=")]
@@ -153,7 +160,8 @@ def _run(config: RunConfig, shared: Path | None) -> Report | None:
         overrides.append(f"output_dir={config.output_dir}")
     command = shlex.join(["ace-prune", *_config_folder(), *overrides])
     group = workers.join(choose_device(config.device).type if workers.size() > 1 else "")
-    report = run(config, command, Terminal(quiet=not group.first), DenseCache(shared), group)
+    terminal = Terminal(quiet=not group.first, brief=shared is not None)
+    report = run(config, command, terminal, DenseCache(shared), group)
     workers.leave()
     return report
 

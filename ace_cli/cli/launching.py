@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from ace_cli.cli.arguments import as_typed
 from ace_cli.core.errors import first_line
 from ace_cli.core.locks import locked
+from ace_cli.report import sweep
 from ace_cli.report.sweep import Sweep, forget, gather
 from ace_cli.run.config import CONFIGURATION_ERRORS
 
@@ -54,6 +55,10 @@ class Launched:
             self.search = not str(config.hydra.sweeper["_target_"]).endswith("BasicSweeper")
         for number, of_job in enumerate(overrides, first):
             self.jobs[number] = [as_typed(override) for override in filter_overrides(of_job)]
+        typed = [dict(override.split("=", 1) for override in job) for job in self.jobs.values()]
+        trials = int(config.hydra.sweeper.get("n_trials") or 0) if self.search else 0
+        started = sweep.Launched(max(len(self.jobs), trials), sweep.differing(typed))
+        started.write(self.folder)
 
     def gathered(self) -> Sweep | None:
         """What became of them; None where there are none."""
@@ -81,8 +86,8 @@ class _Watched(Launcher):
         return [_returned(value) for value in self._perplexities(initial_job_idx, len(job_overrides))]
 
     def _perplexities(self, first: int, count: int) -> list[float | None]:
-        sweep = self._launched.gathered()
-        found = {job["job"]: job.get("perplexity") for job in sweep.jobs} if sweep else {}
+        done = self._launched.gathered()
+        found = {job["job"]: job.get("perplexity") for job in done.jobs} if done else {}
         return [found.get(number) for number in range(first, first + count)]
 
 

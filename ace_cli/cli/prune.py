@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 
 from ace_cli import __version__
 from ace_cli.cli.arguments import for_hydra
+from ace_cli.cli.completion import script
 from ace_cli.cli.ending import command, mend
+from ace_cli.cli.help import BRIEFLY, show
 from ace_cli.cli.job import WORSE, job, known, prepare
 from ace_cli.cli.launching import Launched
 from ace_cli.core import workers
@@ -17,28 +23,35 @@ from ace_cli.run.config import config_folder, explain, store_schemas
 
 DONE, FAILED = 0, 1
 NOTHING_YET = "No block was finished: nothing is kept."
-_BRIEFLY = """\
-ace-prune makes a language model sparse or smaller, and proves what it did.
-
-  ace-prune model=smollm2 experiment=best sparsity=0.5   a first look, offline
-  ace-prune model=FOLDER metric=ace sparsity=2:4         yours, or a hub id
-  ace-prune model=FOLDER sparsity=0.5 dry_run=true       what it would need
-  ace-prune -m metric=wanda,varp,ace sparsity=0.5,2:4    a table
-
-  ace-prune --help                                       every choice and option
-  ace-eval, ace-bench, ace-report, ace-verify            judge, time, compare"""
 
 
 @command("ace-prune")
 def main() -> None:
     """``ace-prune``: exits 0 when done, 1 when a job of a sweep failed, 2 for what the user can mend, 3 at the gate."""
-    if sys.argv[1:] in ([], ["--version"]):
-        print(f"ace-prune {__version__}" if sys.argv[1:] else _BRIEFLY)
+    if (told := _told(sys.argv[1:])) is not None:
+        print(told)
         return
     if (code := workers.ended()) is not None:
         sys.exit(code)
     if workers.size() > 1 and {"-m", "--multirun"} & {*sys.argv}:
         raise AceError("Several workers make one model, -m makes many", "Use a launcher of Hydra's, or leave -m out.")
+    _work()
+
+
+def _told(arguments: list[str]) -> str | None:
+    """What only wants to be read; None where there is something to do."""
+    if not arguments:
+        return BRIEFLY
+    if "--version" in arguments:
+        return f"ace-prune {__version__}"
+    if "--completion" in arguments:
+        return script(arguments[arguments.index("--completion") + 1 :])
+    if {"--help", "-h"} & set(arguments):
+        return show([name for name in arguments if "=" not in name and not name.startswith("-")])
+    return None
+
+
+def _work() -> None:
     prepare()
     sys.argv[1:] = for_hydra(sys.argv[1:])
     store_schemas()
@@ -46,7 +59,8 @@ def main() -> None:
     start = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="prune")(job)
     with launched.watching():
         try:
-            start()
+            with _choices_named(sys.argv[1:]):
+                start()
         except Exception as fault:  # before a job begins, all that fails is the configuration
             code = mend("ace-prune", known(fault) or explain(fault))
         except KeyboardInterrupt as stop:  # a run that has something to lose says what becomes of it
@@ -57,14 +71,29 @@ def main() -> None:
     sys.exit(code or worst)
 
 
+@contextmanager
+def _choices_named(arguments: list[str]) -> Iterator[None]:
+    """What ``--cfg job`` prints says which choice the options of a group belong to."""
+    if not {"--cfg", "-c"} & set(arguments) and not any(each.startswith("--cfg=") for each in arguments):
+        yield
+        return
+    with redirect_stdout(io.StringIO()) as printed:
+        yield
+    chosen = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    for line in printed.getvalue().splitlines():
+        name, _, rest = line.partition(":")
+        named = isinstance(chosen.get(name), str) and rest.strip() in ("", "{}")
+        print(f"{line}  # {name}={chosen[name]}" if named else line)
+
+
 def _gathered(launched: Launched) -> int:
     """Tables and page of a sweep, and its exit code."""
     sweep = launched.gathered()
     if sweep is None or not sweep.jobs:
         return DONE
-    print("\n" + sweep.write())
+    sweep.write()
     sweep.finish(launched.search)
-    print(f"\nSweep: {sweep.folder}")
+    sweep.show()
     for objection in sweep.objections:
         print(f"ace-prune: {objection}", file=sys.stderr)
     return FAILED if sweep.failed else WORSE if sweep.objections else DONE

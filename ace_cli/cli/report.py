@@ -14,26 +14,26 @@ from ace_cli.report.collect import Group, as_csv, as_json, as_markdown, find, gr
 @command("ace-report")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Exits 0 when done, 2 where a folder holds no report."""
-    parser = Flags("ace-report", description="Runs side by side, a table for each protocol.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, a sweep, or many of them")
-    parser.add_argument("--format", choices=("terminal", "md", "csv", "json"), default="terminal", help="of the output")
-    parser.add_argument("--out", type=Path, help="also write overview.html, .md, .csv, .json and the pictures here")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     _show(options.folders, options.format, options.out)
+
+
+def parser() -> Flags:
+    """Of the command's arguments."""
+    made = Flags("ace-report", description="Runs side by side, a table for each protocol.")
+    made.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="of a run, a sweep, or many of them")
+    made.add_argument("--format", choices=("terminal", "md", "csv", "json"), default="terminal", help="of the output")
+    made.add_argument("--out", type=Path, help="also write overview.html, .md, .csv, .json and the pictures here")
+    return made
 
 
 def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:
     from ace_cli.report import overview
+    from ace_cli.report.terminal import Terminal
 
     found = groups(find(folders))
     if form == "terminal":
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=200)
-        for shown in overview.terminal_tables(found):
-            console.print(shown)
+        Terminal().groups(found)
     else:
         forms: dict[str, Callable[[list[Group]], str]] = {"md": as_markdown, "csv": as_csv, "json": as_json}
         print(forms[form](found).rstrip("\n"))

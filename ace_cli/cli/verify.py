@@ -12,9 +12,7 @@ from ace_cli.cli.flags import Flags
 @command("ace-verify")
 def main() -> None:
     """Exits 0 if every pruned weight holds its pattern, 1 at the first violation, 2 if the folder cannot be read."""
-    parser = Flags(prog="ace-verify", description="Re-read a pruned checkpoint and check its pattern.")
-    parser.add_argument("folder", type=Path, help="of an ace-prune run, or its checkpoint")
-    folder: Path = parser.parse_args().folder
+    folder: Path = parser().parse_args().folder
     from ace_cli.model.pruned import MANIFEST, Violation, verify
 
     if not (folder / MANIFEST).exists() and (folder / "checkpoint" / MANIFEST).exists():
@@ -24,6 +22,13 @@ def main() -> None:
     except Violation as violation:
         print(f"ace-verify: {violation}", file=sys.stderr)
         sys.exit(1)
+
+
+def parser() -> Flags:
+    """Of the command's arguments."""
+    made = Flags("ace-verify", description="Re-read a pruned checkpoint and check its pattern.")
+    made.add_argument("folder", type=Path, help="of an ace-prune run, or its checkpoint")
+    return made
 
 
 if __name__ == "__main__":

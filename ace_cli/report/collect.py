@@ -25,6 +25,11 @@ NUMBERS = {
     "dense tasks": "%", "zeros": ".4f", "fewer": ".4f", "prune s": ".1f", "total s": ".1f", "peak GB": ".2f",
 }  # fmt: skip
 
+#: Numbers of which the least, or the most, is the best.
+_BEST = {
+    **dict.fromkeys(("perplexity", "ratio", "KL", "prune s", "total s", "peak GB"), min),
+    **dict.fromkeys(("same top-1", "tasks"), max),
+}  # fmt: skip
 #: Columns of zero-shot tasks -> the model whose mean accuracy they show.
 _TASKS = {"tasks": "pruned", "dense tasks": "dense"}
 #: Choices with options of their own: "metric", "metric.alpha".
@@ -71,11 +76,22 @@ class Group:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """Head and lines of the table, as text."""
+        words = [_without_places([row.choices.get(name, "") for row in self.rows]) for name in self.varied]
         lines = [
-            [*(row.choices.get(name, "") for name in self.varied), *(_shown(name, row) for name in self.columns)]
-            for row in self.rows
+            [*of_row, *(_shown(name, row) for name in self.columns)]
+            for *of_row, row in zip(*words, self.rows, strict=True)
         ]
         return [*self.varied, *self.columns], lines
+
+    def best(self) -> set[tuple[int, str]]:
+        """(row, column) of the best numbers; none in a column where all rows have the same."""
+        found = set()
+        for name in self.columns:
+            values = {at: value for at, row in enumerate(self.rows) if (value := row.numbers[name]) is not None}
+            if name in _BEST and len(set(values.values())) > 1:
+                best = _BEST[name](values.values())
+                found |= {(at, name) for at, value in values.items() if value == best}
+        return found
 
     def lengths(self) -> dict[str, list[tuple[int, float]]]:
         """Method -> (calibration length, perplexity), a mean over seeds; empty if all have one length."""
@@ -124,7 +140,10 @@ def groups(rows: Sequence[Row], always: Sequence[str] = ()) -> list[Group]:
     for row in rows:
         together.setdefault(row.protocol, []).append(row)
     columns = varied(rows, always)
-    return [Group(protocol, columns, of_protocol) for protocol, of_protocol in together.items()]
+    return [
+        Group(protocol, [name for name in columns if not _place_of_all(name, of_protocol)], of_protocol)
+        for protocol, of_protocol in together.items()
+    ]
 
 
 def varied(rows: Sequence[Row], always: Sequence[str] = ()) -> list[str]:
@@ -149,9 +168,33 @@ def _differs(name: str, rows: Iterable[Row]) -> bool:
     return any(len(values - nothing) > 1 for values in found.values())
 
 
+def _place_of_all(name: str, rows: Sequence[Row]) -> bool:
+    """Whether a choice is a path that all rows of a table share: it tells nothing in it."""
+    return name.endswith(".path") and len({row.choices.get(name) for row in rows}) == 1
+
+
+def _without_places(values: Sequence[str]) -> list[str]:
+    """Of each path its last part; of all as many parts as tell them apart."""
+    parts = [value.split("/") for value in values]
+    for count in range(1, max(map(len, parts), default=1)):
+        short = ["/".join(each[-count:]) for each in parts]
+        if len(set(short)) == len(set(values)):
+            return short
+    return list(values)
+
+
 def as_markdown(found: Iterable[Group]) -> str:
-    """One table for each protocol."""
-    return "\n\n".join(f"## {group.protocol}\n\n" + table(*group.cells()) for group in found)
+    """One table for each protocol; the best numbers are bold."""
+    return "\n\n".join(f"## {group.protocol}\n\n{table(*_bold(group))}" for group in found)
+
+
+def _bold(group: Group) -> tuple[list[str], list[list[str]]]:
+    head, lines = group.cells()
+    best = {(at, head.index(name)) for at, name in group.best()}
+    return head, [
+        [f"**{cell}**" if (at, place) in best else cell for place, cell in enumerate(line)]
+        for at, line in enumerate(lines)
+    ]
 
 
 def as_csv(found: list[Group]) -> str:

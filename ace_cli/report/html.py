@@ -10,15 +10,8 @@ from typing import Any
 from ace_cli.report import plots
 from ace_cli.report.facts import Speed, SpeedFacts, Spread
 from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
+from ace_cli.report.verdict import verdict_of
 
-#: Perplexity ratio up to which a word fits; beyond the last the model is broken.
-VERDICTS = (
-    (1.02, "as good as the dense model"),
-    (1.15, "slightly worse than the dense model"),
-    (1.5, "clearly worse than the dense model"),
-    (3.0, "much worse than the dense model"),
-    (math.inf, "badly damaged; a repair or a milder sparsity may help"),
-)
 #: What a number means, in plain words.
 WORDS = {
     "perplexity": "How surprised the model is by text it has not seen: lower is better, 1 would be perfect.",
@@ -63,7 +56,7 @@ def verdict(report: dict[str, Any]) -> str:
     numbers = report["perplexity"]
     if numbers["ratio"] is None:
         return f"{zeros}; how good the model still is was not measured (eval=none)."
-    word = next(word for most, word in VERDICTS if numbers["ratio"] <= most)
+    word = verdict_of(numbers["ratio"]).word
     change = f"perplexity went from {numbers['dense']:.2f} to {numbers['pruned']:.2f} ({numbers['ratio']:.2f} times)"
     return f"{zeros}; {change}: {word}."
 

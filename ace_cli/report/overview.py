@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ace_cli.report import plots
 from ace_cli.report.collect import Group, Row, as_csv, as_json, as_markdown
@@ -79,20 +78,3 @@ def _samples(group: Group) -> dict[str, list[tuple[str, str]]]:
 def _who(group: Group, row: Row) -> str:
     shown = [f"{name} {row.choices[name]}" for name in group.varied if name in row.choices]
     return ", ".join(shown) or Path(row.report).parent.name
-
-
-def terminal_tables(found: Sequence[Group]) -> list[Any]:
-    """rich tables, one for each protocol."""
-    from rich.table import Table
-
-    tables = []
-    for group in found:
-        head, lines = group.cells()
-        shown = Table(title=group.protocol, title_justify="left")
-        for number, name in enumerate(head):
-            number_column = number >= len(group.varied)
-            shown.add_column(name, justify="right" if number_column else "left", overflow="fold", no_wrap=number_column)
-        for line in lines:
-            shown.add_row(*line)
-        tables.append(shown)
-    return tables

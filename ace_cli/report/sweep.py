@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,13 @@ from ace_cli.core.locks import in_turn, is_locked
 from ace_cli.report.collect import Group, Row, as_markdown, groups, row
 from ace_cli.report.facts import Report, write_whole
 from ace_cli.report.markdown import table
+from ace_cli.report.pace import duration
 from ace_cli.report.zero_shot import task_protocol
 
 SCHEMA_VERSION = 1
 #: The folder of the records, in a sweep's folder: N.json of job N, and N.lock, held while somebody works on it.
 RECORDS = "jobs"
+_LAUNCHED = "launched"
 _AGAIN = "repeat the command to do it again"
 
 
@@ -66,6 +69,45 @@ class JobRecord:
         (self.folder / RECORDS).mkdir(parents=True, exist_ok=True)
         content = {"job": self.number, "overrides": list(self.overrides), **content}
         write_whole(self.folder / RECORDS / f"{self.number}.json", json.dumps(content) + "\n")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What was started: how many ``jobs``, and the overrides in which they differ."""
+
+    jobs: int
+    varied: Sequence[str]
+
+    def write(self, folder: Path) -> None:
+        """Into a sweep's folder, for its jobs to read."""
+        (folder / RECORDS).mkdir(parents=True, exist_ok=True)
+        write_whole(folder / RECORDS / _LAUNCHED, json.dumps({"jobs": self.jobs, "varied": list(self.varied)}) + "\n")
+
+    def line(self, of: JobRecord) -> str:
+        """ "Job 2 of 4 (number 1): metric=varp; about 12 min left": from what the jobs that have ended took."""
+        typed = dict(override.split("=", 1) for override in of.overrides)
+        own = " ".join(f"{name}={typed[name]}" for name in self.varied if name in typed)
+        records = [JobRecord(of.folder, number, []).read() for number in range(self.jobs)]
+        took = [each["report"]["seconds"]["total"] for each in records if each.get("report")]
+        at_once = max(1, sum("running" in each for each in records))
+        left = self.jobs - sum(bool(each.keys() & {"report", "error", "dry_run"}) for each in records)
+        seconds = statistics.fmean(took) * left / at_once if took else 0.0
+        about = f"; about {duration(seconds)} left" if seconds else ""
+        return f"Job {of.number + 1} of {self.jobs} (number {of.number}){': ' if own else ''}{own}{about}"
+
+
+def launched(folder: Path) -> Launched | None:
+    """What the sweep in ``folder`` started; None where that is not known."""
+    try:
+        return Launched(**json.loads((folder / RECORDS / _LAUNCHED).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def differing(jobs: Sequence[Mapping[str, str]]) -> list[str]:
+    """The overrides, name -> value, in which jobs differ."""
+    names = dict.fromkeys(name for job in jobs for name in job)
+    return [name for name in names if len({job.get(name) for job in jobs}) > 1]
 
 
 def forget(folder: Path) -> None:
@@ -129,14 +171,26 @@ class Sweep:
         """How many jobs ended in an error, or without a result."""
         return sum("error" in job for job in self.jobs)
 
-    def write(self) -> str:
-        """sweep.json and sweep.md in the sweep's folder; returns the tables, one for each evaluation protocol."""
+    def show(self) -> None:
+        """The tables, one for each evaluation protocol, what failed, and where it all is, on the screen."""
+        from ace_cli.report.terminal import Terminal
+
+        terminal = Terminal()
+        terminal.say()
+        terminal.groups(self._groups())
+        for job in self.jobs:
+            if "error" in job:
+                own = " ".join(f"{name}={job['overrides'].get(name, '')}" for name in self._varied())
+                terminal.say(f"Job {job['job']} failed ({own}): {job['error']}", "red")
+        terminal.place("Sweep", str(self.folder / "sweep.html"))
+
+    def write(self) -> None:
+        """sweep.json and sweep.md in the sweep's folder."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tables = "\n\n".join(part for part in (as_markdown(self._groups()), self._failures()) if part)
         content = {"schema_version": SCHEMA_VERSION, "jobs": self.jobs}
         write_whole(self.folder / "sweep.json", json.dumps(content, indent=1) + "\n")
         write_whole(self.folder / "sweep.md", f"# Sweep\n\n{tables}\n")
-        return tables
 
     def finish(self, search: bool = False) -> None:
         """sweep.html and its pictures, from the jobs that succeeded. ``search``: each job learnt from those before."""
@@ -148,8 +202,7 @@ class Sweep:
 
     def _varied(self) -> list[str]:
         """The overrides in which the jobs differ."""
-        names = dict.fromkeys(name for job in self.jobs for name in job["overrides"])
-        return [name for name in names if len({job["overrides"].get(name) for job in self.jobs}) > 1]
+        return differing([job["overrides"] for job in self.jobs])
 
     def _groups(self) -> list[Group]:
         return groups(self.rows, always=("job", *self._varied()))

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from ace_cli.core.console import unwritten
+from ace_cli.report.bars import live
+from ace_cli.report.fitting import fitting
 from ace_cli.report.markdown import (
     fidelity_line,
     gigabytes,
@@ -24,7 +25,9 @@ from ace_cli.report.markdown import (
     stage_lines,
     windows_line,
 )
+from ace_cli.report.pace import Pace, Remaining, Span, durations, expecting
 from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
+from ace_cli.report.verdict import advice, sentence, verdict_of
 from ace_cli.report.zero_shot import (
     comparison_head,
     comparison_lines,
@@ -35,9 +38,17 @@ from ace_cli.report.zero_shot import (
 )
 
 if TYPE_CHECKING:
+    from ace_cli.report.collect import Group
     from ace_cli.report.facts import Comparison, Report, Speed, ZeroShot
-    from ace_cli.run.machine_limit import Limit
     from ace_cli.run.plan import Plan
+
+#: Numbers of many runs that a narrow screen does without, the first one first.
+DROPPED = (
+    "peak GB", "total s", "dense tasks", "dense", "zeros", "KL", "same top-1", "fewer", "ratio", "prune s",
+)  # fmt: skip
+#: Letters in a line of the log, and of standard output where that is no screen.
+WIDE = 160
+_STYLES = {"good": "green", "fair": "yellow", "bad": "red", "": None}
 
 
 class _Screen(Console):
@@ -54,17 +65,24 @@ class _Screen(Console):
 
 
 class Terminal:
-    """Prints to standard output, unless ``quiet``; a log file, once opened, gets the same text."""
+    """Prints to standard output, unless ``quiet``; a log file, once opened, gets the same text.
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._screen = _Screen(highlight=False, soft_wrap=True, quiet=quiet)
+    ``brief``: the result is one line, as in a sweep whose table follows.
+    """
+
+    def __init__(self, quiet: bool = False, brief: bool = False) -> None:
+        self._screen = _Screen(highlight=False, quiet=quiet)
+        self.brief = brief
+        if not self._screen.is_terminal:  # a file has no edge
+            self._screen.width, self._screen.soft_wrap = WIDE, True
         self._log: Console | None = None
+        self._remaining = Remaining()
 
     @contextmanager
     def logging_to(self, file: Path) -> Iterator[None]:
         """Also write everything to ``file``."""
         with open(file, "a", encoding="utf-8") as stream:
-            self._log = Console(file=stream, width=160, highlight=False)
+            self._log = Console(file=stream, width=WIDE, highlight=False)
             try:
                 yield
             finally:
@@ -73,60 +91,54 @@ class Terminal:
     def say(self, content: Any = "", style: str | None = None) -> None:
         """Print a line or a table."""
         self._screen.print(content, style=style, markup=False)
+        self.note(content)
+
+    def note(self, content: Any) -> None:
+        """For the log alone."""
         if self._log is not None:
             self._log.print(content, markup=False)
 
-    def plan(self, plan: Plan, limit: Limit, method: str, calibration: str, takes: str, instead: str = "") -> None:
-        """What will happen and what it needs; ``takes``: how long pruning will be; ``instead``: what is cheaper."""
-        rows = {
-            "model": f"{plan.architecture}, {plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks",
-            "from": plan.model,
-            "method": method,
-            "calibration": calibration,
-            "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in "
-            f"{len(plan.shapes)} matrices ({plan.coverage:.1%} of the blocks' weights)",
-            **({"cuts": _cut_line(plan)} if plan.cut else {}),
-            "computes": f"on {plan.device} in {plan.dtype}",
-            "needs": f"{gigabytes(plan.host_bytes)} memory"
-            + (f", {gigabytes(plan.device_bytes)} on the device" if plan.device_bytes else "")
-            + f", {gigabytes(plan.disk_bytes)} disk",
-            "takes": f"{takes} to prune and write; the limit here is {limit.seconds:,.1f} s",
-        }
-        if instead:
-            rows["cheaper"] = instead
-        if limit.rates.busy:
-            rows["machine"] = "busy: the same product took up to " + f"{limit.rates.spread:.1f} times as long"
+    def aside(self, content: Any) -> None:
+        """What a ``brief`` screen does without."""
+        (self.note if self.brief else self.say)(content)
+
+    def place(self, name: str, value: str) -> None:
+        """A line whose ``value`` is to be copied: it is never broken."""
+        self._screen.print(f"{name:8} {value}", markup=False, soft_wrap=True)
+        self.note(f"{name:8} {value}")
+
+    def plan(self, plan: Plan, chosen: str, details: Mapping[str, str]) -> None:
+        """What will happen and what it needs: in one line, and ``details`` below it if there are any."""
+        size = f"{plan.parameters / 1e6:,.1f} M parameters, {plan.blocks} blocks"
         if plan.cut:
-            rows.pop("prunes")
-        if plan.copied:
-            rows["copies"] = "; ".join(plan.copied)
-        if plan.spills(plan.tokens):
-            rows["keeps"] = f"hidden states on disk, to stay within {gigabytes(plan.budget_bytes)} of memory"
-        if plan.left_dense:
-            rows["stays dense"] = ", ".join(plan.left_dense)
-        for name, value in rows.items():
+            size += f" -> {plan.parameters_left / 1e6:,.1f} M parameters"
+        needs = f"needs {gigabytes(plan.host_bytes)} memory, {gigabytes(plan.disk_bytes)} disk"
+        (self.aside if not details else self.say)(f"{chosen}: {size}; {needs}.")
+        for name, value in details.items():
             self.say(f"{name:12} {value}")
+
+    def expect(self, spans: Mapping[str, Span]) -> None:
+        """What the bars to come will probably take, in seconds: the time that is left of the run is told by them."""
+        self._remaining = expecting(spans)
 
     @contextmanager
     def progress(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
         """A live bar; yields a function to call after each of ``total`` steps. Plain lines where there is no screen."""
+        pace = Pace(total, done, self._remaining.begin(what))
         if not self._screen.is_terminal:
             self.say(f"{what} ...")
-            yield _plain_steps(self, what, total, done)
+            yield _plain_steps(self, what, pace, self._remaining)
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-                   TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=self._screen, transient=True) as bar:
-            task = bar.add_task(what, total=total, completed=done)
-            yield lambda: bar.advance(task)
+        with live(self._screen, what, pace, self._remaining) as step:
+            yield step
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """A spinner while something without steps of its own happens."""
-        if self._screen.is_terminal:
-            with self._screen.status(what):
-                yield
-        else:
+        """A bar that moves while something without steps of its own happens."""
+        if not self._screen.is_terminal:
+            yield
+            return
+        with live(self._screen, what, Pace(None, 0, self._remaining.begin(what)), self._remaining):
             yield
 
     def tasks(self, zero_shot: ZeroShot) -> None:
@@ -146,24 +158,47 @@ class Terminal:
         for line in comparison_lines(comparison):
             self.say(line)
 
-    def _scores(self, head: list[str], rows: list[list[str]]) -> None:
-        table = Table()
-        for number, name in enumerate(head):
-            table.add_column(name, justify="left" if number < 2 else "right", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        self.say(table)
+    def groups(self, found: Sequence[Group]) -> None:
+        """A table for each protocol of many runs."""
+        for group in found:
+            head, rows = group.cells()
+            shown = fitting(head, rows, self._screen.width, left=len(group.varied), drop=DROPPED, best=group.best(),
+                            title=group.protocol)  # fmt: skip
+            for part in shown:
+                self._screen.print(part)
 
-    def result(self, report: Report) -> None:
-        """The table and the warnings."""
-        table = Table(title_justify="left")
-        for name in ("model", "perplexity", "ratio", share_name(report), "on disk"):
-            table.add_column(name, justify="left" if name == "model" else "right")
-        for row in perplexity_rows(report):
-            table.add_row(*row)
-        self.say(table)
+    def _scores(self, head: list[str], rows: list[list[str]]) -> None:
+        self._table(head, rows, left=2)
+
+    def _table(self, head: Sequence[str], rows: Sequence[Sequence[str]], left: int, drop: Sequence[str] = ()) -> None:
+        for part in fitting(head, rows, self._screen.width, left=left, drop=drop):
+            self._screen.print(part)
+        for part in fitting(head, rows, WIDE, left=left):
+            self.note(part)
+
+    def result(self, report: Report, folder: Path, page: bool, verbose: bool = False) -> None:
+        """The table, the warnings, the verdict, and how to go on; in one line where the screen is ``brief``."""
+        told = dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))
+        word = verdict_of(report.perplexity.ratio)
+        if self.brief and not verbose:
+            self.say(f"{sentence(told)} {report.seconds['total']:.0f} s.", _STYLES[word.level])
+            return
+        self._numbers(report, verbose)
+        for warning in report.warnings:
+            self.say(f"Warning: {warning}", style="yellow")
+        self.say(sentence(told), f"bold {_STYLES[word.level] or ''}".strip())
+        if next_step := advice(told):
+            self.place("Try", next_step)
+        self.place("Report", str(folder / ("report.html" if page else "report.md")))
+        if Path(report.checkpoint).is_dir():
+            self.place("Load", f'AutoModelForCausalLM.from_pretrained("{report.checkpoint}")')
+
+    def _numbers(self, report: Report, verbose: bool) -> None:
+        head = ["model", "perplexity", "ratio", share_name(report), "on disk"]
+        self._table(head, perplexity_rows(report), 1, drop=("on disk",))
         self.say(protocol_line(report))
-        for line in (windows_line(report), recovery_line(report), fidelity_line(report), *stage_lines(report)):
+        lines = [windows_line(report)] if verbose else []
+        for line in (*lines, recovery_line(report), fidelity_line(report), *stage_lines(report)):
             if line:
                 self.say(line)
         if report.zero_shot is not None:
@@ -173,11 +208,9 @@ class Terminal:
         seconds, memory = report.seconds, report.peak_memory_bytes
         rate = f" ({report.tokens_per_second['prune']:,.0f} tokens/s)" if report.tokens_per_second else ""
         self.say(
-            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s{rate}{_limit(report)}, "
+            f"Pruned in {seconds['prune'] + seconds['write']:.1f} s{rate + _limit(report) if verbose else ''}, "
             f"{seconds['total']:.1f} s in all; peak memory {gigabytes(memory['host'])}."
         )
-        for warning in report.warnings:
-            self.say(f"Warning: {warning}", style="yellow")
 
 
 def quiet_libraries() -> None:
@@ -189,14 +222,6 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _cut_line(plan: Plan) -> str:
-    before, after, share = plan.parameters, plan.parameters_left, 1 - plan.parameters_left / plan.parameters
-    return (
-        f"{plan.cut}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} M parameters ({share:.1%} fewer), "
-        f"{gigabytes(plan.bytes_source)} -> {gigabytes(plan.bytes_left)}"
-    )
-
-
 def _limit(report: Report) -> str:
     if not report.efficiency:
         return ""
@@ -205,11 +230,14 @@ def _limit(report: Report) -> str:
     )
 
 
-def _plain_steps(terminal: Terminal, what: str, total: int, done: int) -> Any:
+def _plain_steps(terminal: Terminal, what: str, pace: Pace, remaining: Remaining) -> Callable[[], None]:
+    """A line every ten per cent."""
+
     def step() -> None:
-        nonlocal done
-        done += 1
-        if done * 4 // total > (done - 1) * 4 // total:
-            terminal.say(f"{what}: {done}/{total}")
+        pace.step()
+        done, total = pace.done, pace.total or 1
+        if done * 10 // total > (done - 1) * 10 // total:
+            left = remaining.with_later(pace.left()) if done < total else None
+            terminal.say(f"{what}: {done}/{total}" + (f", {durations(left)} left of the run" if left else ""))
 
     return step

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ace_cli.core.errors import AceError, first_line, wider_than
@@ -17,8 +19,10 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
+from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import protocol_of
 from ace_cli.run.context import RunContext
+from ace_cli.run.forecast import DENSE, PRUNED
 
 
 def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Perplexity, facts.Fidelity | None]:
@@ -44,17 +48,25 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
 
     def measure() -> Dense:
         states = DenseStates(most=len(compared))
-        with terminal.progress("evaluating dense", len(model.blocks)) as step:
+        with _evaluating(DENSE, model, terminal) as step:
             return Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill, workers), states)
 
     dense = run.dense.windows(key, measure)
     pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
     comparison = FidelityMeter(pruned, dense.states) if run.slicer is None else None
-    with terminal.progress("evaluating pruned", len(pruned.blocks)) as step:
+    with _evaluating(PRUNED, pruned, terminal) as step:
         watch = comparison or (lambda *_: None)
         losses = window_losses(pruned, windows.ids_NL, lambda _: step(), watch, spill, workers)
     fidelity = _fidelity(comparison, compared, workers) if comparison is not None else None
     return _perplexity(dense.losses, losses, protocol), fidelity
+
+
+@contextmanager
+def _evaluating(what: str, model: StreamedModel, terminal: Terminal) -> Iterator[Callable[[], None]]:
+    """A bar of the blocks, and of the head as one more."""
+    with terminal.progress(what, len(model.blocks) + 1) as step:
+        yield step
+        step()
 
 
 def write_samples(

@@ -76,6 +76,7 @@ class Schema:
     dry_run: bool = False
     workers: int | None = None
     hardware: str | None = None
+    verbose: bool = False
     output_dir: str = MISSING
 
 
@@ -111,6 +112,7 @@ class RunConfig:
     dry_run: bool
     workers: int | None
     hardware: Hardware | None
+    verbose: bool
     output_dir: Path
     output_dir_given: bool
     text: str
@@ -237,6 +239,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         dry_run=parts.dry_run,
         workers=parts.workers,
         hardware=None if parts.hardware is None else _hardware(parts.hardware),
+        verbose=parts.verbose,
         output_dir=output_dir.expanduser().absolute(),
         output_dir_given=output_dir_given,
         text=OmegaConf.to_yaml(config),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.pruning.recipe import Permute
+from ace_cli.report.pace import Span
 from ace_cli.run.machine_limit import Limit
 from ace_cli.run.plan import INPUT_PASSES, PRODUCT_SHARE, Plan
 
@@ -17,7 +18,8 @@ UNSURE = 2.0
 #: A step of writing text costs about so much for every block beside its arithmetic: Python calls every module.
 _STEP = 1e-3
 
-Span = tuple[float, float]
+#: Names of bars.
+PRUNING, DENSE, PRUNED, SAMPLES = "pruning", "evaluating dense", "evaluating pruned", "samples of both"
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,29 @@ class Forecast:
 
     phases: dict[str, Span]
     apart: tuple[str, ...] = ()
+    #: Seconds of the evaluation that are over: its texts are read.
+    evaluated: float = 0.0
 
     @property
     def total(self) -> Span:
         """Of all phases together."""
         return sum(low for low, _ in self.phases.values()), sum(high for _, high in self.phases.values())
 
-    def line(self) -> str:
-        """In words."""
+    def line(self, verbose: bool = True) -> str:
+        """In words; without the phases unless ``verbose``."""
         parts = ", ".join(f"{name} {span(each)}" for name, each in self.phases.items())
-        return f"{span(self.total)} in all ({parts})" + "".join(f"; {name} on top" for name in self.apart)
+        return (
+            f"{span(self.total)} in all"
+            + (f" ({parts})" if verbose else "")
+            + "".join(f"; {name} on top" for name in self.apart)
+        )
+
+    def bars(self) -> dict[str, Span]:
+        """The bars that are to come, by name: what each of them will take."""
+        low, high = self.phases.get("evaluate", (0.0, 0.0))
+        half = max(0.0, low - self.evaluated) / 2, max(0.0, high - self.evaluated) / 2
+        found = {PRUNING: self.phases.get("prune", (0.0, 0.0)), DENSE: half, PRUNED: half}
+        return {**found, SAMPLES: self.phases.get("samples", (0.0, 0.0))}
 
 
 def span(seconds: Span) -> str:
@@ -62,7 +77,7 @@ def of_run(run: RunContext) -> Forecast:
         "the search for a permutation": config.permute is not Permute.none,
         "later stages": bool(config.stages),
     }
-    return Forecast(phases, tuple(name for name, wanted in apart.items() if wanted))
+    return Forecast(phases, tuple(name for name, wanted in apart.items() if wanted), done["evaluate"])
 
 
 def pruning(plan: Plan, limit: Limit) -> Span:

@@ -32,7 +32,7 @@ from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
 from ace_cli.run import forecast
-from ace_cli.run.assemble import Measured, calibration_line, make_report, method_line
+from ace_cli.run.assemble import Measured, make_report
 from ace_cli.run.at_scale import lines_at_scale, rates_of
 from ace_cli.run.checks import (
     already_sparse,
@@ -57,7 +57,10 @@ from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
 from ace_cli.run.slice import slicer_files, slicer_of
 from ace_cli.run.speed import check_bench, measure_speed
 from ace_cli.run.stages import run_stage
+from ace_cli.run.words import chosen, details
 
+#: Seconds that a person waits without a thought of what would be cheaper.
+_A_WAIT = 30.0
 #: What to do where there is too little of it.
 LESS_MEMORY = (
     "Lower calib.n_samples, calib.seq_len or eval.seq_len, set memory_gb so that hidden states go to disk, or use "
@@ -93,7 +96,7 @@ def _run(
         torch.cuda.reset_peak_memory_stats(device)
     phases = Phases(Clock(partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None), sampler)
     quiet_libraries()
-    with phases("import"):
+    with phases("import"), terminal.waiting("opening the model"):
         model = _open(config, device)
         if config.hardware is not None:  # for a plan: nothing is computed
             model.device = torch.device(config.hardware.device)
@@ -115,9 +118,11 @@ def _run(
     if not workers.first:
         _follow(run, Followed(run.folder, identity, model))
         return None
-    terminal.say(f"{'expects':12} {forecast.of_run(run).line()}")
+    expected = forecast.of_run(run)
     with locked(run.folder) as alone, terminal.logging_to(run.folder / "run.log"):
-        terminal.say(f"$ {command}")
+        terminal.note(f"$ {command}")
+        terminal.aside(f"{'expects':12} {expected.line(config.verbose)}")
+        terminal.expect(expected.bars())
         if not alone:
             terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
         more = slicer_files(slicer) if slicer else () if cutting is None else own_files(cutting)
@@ -126,8 +131,7 @@ def _run(
             report = _do(run, work)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(work.kept) from None
-        terminal.result(report)
-        terminal.say(f"Results: {run.folder}")
+        terminal.result(report, run.folder, config.html, config.verbose)
     return report
 
 
@@ -191,11 +195,14 @@ def _plan(
     if config.hardware is not None:
         rates = rates_of(config.hardware)
     else:
-        rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
+        with terminal.waiting("timing this machine"):
+            rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     takes = forecast.span(forecast.pruning(plan, limit))
-    calibration = calibration_line(config) if tokens else "none needed"
-    terminal.plan(plan, limit, method_line(config), calibration, takes, _instead(config, plan, limit))
+    told = details(config, plan, limit, takes) if config.verbose or config.dry_run else {}
+    if instead := _instead(config, plan, limit):
+        told["cheaper"] = instead
+    terminal.plan(plan, chosen(config), told)
     if config.workers is not None or config.hardware is not None:
         for name, line in lines_at_scale(config, model, plan, rates).items():
             terminal.say(f"{name:12} {line}")
@@ -231,7 +238,8 @@ def _instead(config: RunConfig, plan: Plan, limit: Limit) -> str:
     """What would be much cheaper than the metric, and what that loses; empty where nothing is."""
     plain = dataclasses.replace(plan, method_flops=0, by_rows=True)
     least = dataclasses.replace(limit, method_flops=0)
-    if not config.metric.cheaper or plan.seconds(limit) < 2 * plain.seconds(least):
+    seconds = plan.seconds(limit)
+    if not config.metric.cheaper or seconds < max(_A_WAIT, 2 * plain.seconds(least)):
         return ""
     return f"{config.metric.cheaper}: {forecast.span(forecast.pruning(plain, least))}"
 
@@ -280,7 +288,7 @@ def _measured(run: RunContext, pruned: Path, stages: dict[str, dict[str, Any]]) 
     if not run.workers.first:
         return found
     if texts.evaluation is not None and run.config.samples.wanted:
-        with run.phases("samples"), run.terminal.waiting("samples of text, dense and pruned"):
+        with run.phases("samples"), run.terminal.waiting(forecast.SAMPLES):
             found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense)
             found.notes += [why_not] if why_not else []
     if run.config.bench is not None:

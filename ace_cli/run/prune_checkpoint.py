@@ -48,6 +48,7 @@ from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
 from ace_cli.run.cut import check_loads, kept_units, manifest_of, smaller, widths
+from ace_cli.run.forecast import PRUNING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
 from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
@@ -280,7 +281,7 @@ def _stream(
         work.record(block, writer)
         on_disk(block)
 
-    with run.terminal.progress("pruning", len(model.blocks), done) as step:
+    with run.terminal.progress(PRUNING, len(model.blocks), done) as step:
         for block in prune(model, batches, recipe, writer, run.inner, done, record, compared, recovering, workers):
             work.finished.append(block)
             step()

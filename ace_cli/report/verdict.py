@@ -1,0 +1,61 @@
+"""What came of a run, in a word; and what to try next where it is bad. The same on the screen and on the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``word`` is the verdict, ``level`` its colour: good, fair or bad; "" where nothing was measured."""
+
+    word: str
+    level: str
+
+
+#: Perplexity ratio up to which a verdict fits; beyond the last but one the model is broken.
+VERDICTS = (
+    (1.02, Verdict("as good as the dense model", "good")),
+    (1.15, Verdict("slightly worse than the dense model", "good")),
+    (1.5, Verdict("clearly worse than the dense model", "fair")),
+    (3.0, Verdict("much worse than the dense model", "bad")),
+    (math.inf, Verdict("badly damaged", "bad")),
+)
+_UNKNOWN = Verdict("not measured", "")
+
+
+def verdict_of(ratio: float | None) -> Verdict:
+    """Of a perplexity that is ``ratio`` times the dense model's."""
+    if ratio is None:
+        return _UNKNOWN
+    return next(verdict for most, verdict in VERDICTS if ratio <= most)
+
+
+def sentence(report: Mapping[str, Any]) -> str:
+    """The verdict with its numbers; ``report`` is report.json, parsed."""
+    numbers, found = report["perplexity"], verdict_of(report["perplexity"]["ratio"])
+    if numbers["ratio"] is None:
+        return "Not measured (eval=none): how good the model still is, nobody knows."
+    change = f"perplexity {numbers['dense']:.2f} -> {numbers['pruned']:.2f}, {numbers['ratio']:.2f} times"
+    return f"{found.word.capitalize()}: {change}."
+
+
+def advice(report: Mapping[str, Any]) -> str:
+    """What is likely to give a better model with the same pattern; empty where the model is good enough."""
+    if verdict_of(report["perplexity"]["ratio"]).level not in ("fair", "bad"):
+        return ""
+    method, calibration = report["method"], report["calibration"] or {}
+    if method.get("unit", "weight") != "weight":
+        if method["recover"] == "none":
+            return "recover=blocks calib.seq_len=128 trains what was kept, block by block"
+        return "fewer units: a lower sparsity, or a higher keep"
+    if method["repair"] == "none":
+        return "experiment=best refits the weights that stay, from the same text"
+    if method["recover"] == "none":
+        return "recover=blocks calib.seq_len=128 trains the weights that stay, block by block"
+    if calibration.get("tokens", 0) < 32_768:
+        return "experiment=best_long reads more text"
+    return "a lower sparsity"

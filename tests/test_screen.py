@@ -1,0 +1,239 @@
+"""What a person sees on a terminal: help, completion, tables that fit, bars that tell how much longer, the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import composed
+from rich.console import Console
+
+from ace_cli.cli.completion import script
+from ace_cli.cli.help import SECTIONS, comments_of, show
+from ace_cli.core.registry import PACKAGES
+from ace_cli.report.bars import live
+from ace_cli.report.fitting import fitting
+from ace_cli.report.pace import Pace, duration, durations, expecting
+from ace_cli.report.sweep import JobRecord, Launched, launched
+from ace_cli.report.verdict import advice, sentence, verdict_of
+from ace_cli.run.config import Schema, config_folder
+from ace_cli.run.words import chosen
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+# --- help ------------------------------------------------------------------------------------------------------------
+
+
+def test_help_names_every_option_with_a_line_of_its_own() -> None:
+    named = [name for names in SECTIONS.values() for name in names]
+    assert sorted(named) == sorted(
+        [*(each.name for each in dataclasses.fields(Schema)), "preset", "recipe", "experiment"]
+    )
+    assert set(named) <= set(comments_of(config_folder() / "prune.yaml"))
+    text = show([])
+    assert max(map(len, text.splitlines())) <= 80
+    assert [name for name in named if not re.search(rf"^  {name} ", text, re.M)] == []
+    for default in ("[ace]", "[smollm2]", "[uniform]", "[wikitext2]", "[sublayer]", "gate.max_ppl_ratio=null"):
+        assert default in text
+
+
+@pytest.mark.parametrize("group", ["model", "preset", "recipe", "experiment", "gate", *PACKAGES])
+def test_help_of_a_group_has_its_choices_and_their_options(group: str) -> None:
+    text = show([group])
+    assert f"{group}{'.max_ppl_ratio' if group == 'gate' else ''}=" in text
+    assert ("metric.alpha=0.5" in text) == (group == "metric")
+
+
+def test_help_of_nothing_is_refused(here: Command) -> None:
+    done = here("--help", "metrics")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "Did you mean 'metric'?" in done.stderr
+
+
+def test_the_configuration_says_which_choice_its_options_belong_to(here: Command) -> None:
+    lines = here("preset=best", "metric=ria", "--cfg", "job").stdout.splitlines()
+    assert {"metric:  # metric=ria", "repair:  # repair=sparsegpt", "calib:  # calib=self"} < set(lines)
+
+
+@pytest.mark.parametrize(("preset", "metric", "repair"), [
+    ("fast", "varp", "none"), ("balanced", "ace", "none"), ("best", "wanda", "sparsegpt"),
+])  # fmt: skip
+def test_presets(preset: str, metric: str, repair: str) -> None:
+    config = composed(f"preset={preset}", "output_dir=/given")
+    words = chosen(config).split()
+    assert f"metric={metric}" in words
+    assert (f"repair={repair}" in words) == (repair != "none")
+
+
+# --- completion ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("line", "expected"), [
+    ("ace-prune met", {"metric=ace", "metric.alpha="}), ("ace-prune metric=wan", {"wanda"}),
+    ("ace-prune -m html=", {"true", "false"}), ("ace-prune preset=b", {"best", "balanced"}),
+    ("ace-eval --ta", {"--tasks", "--task-data"}), ("ace-bench smoll", {"smollm2"}), ("ace-report --f", {"--format"}),
+    ("ace-verify a", {"a_file"}), ("ace-prune calib.path=a_", {"a_file"}),
+])  # fmt: skip
+def test_bash_completes(line: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    words = "compopt() { :; }\n" + script(["bash"])  # compopt only works while a key is pressed
+    program = shlex.split(line)[0]
+    ask = f"COMP_LINE={shlex.quote(line)} COMP_POINT={len(line)}; _{program.replace('-', '_')}"
+    lines = f"{words}\n{ask}\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
+    done = subprocess.run(["bash", "-c", lines], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert expected <= set(done.stdout.split())
+
+
+def test_other_shells_are_refused(here: Command) -> None:
+    assert "bash, or zsh" in here("--completion", "tcsh").stderr
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def printed(parts: list[Any], width: int) -> str:
+    stream = io.StringIO()
+    console = Console(file=stream, width=width, highlight=False)
+    for part in parts:
+        console.print(part)
+    return stream.getvalue()
+
+
+HEAD = ["metric", "perplexity", "dense", "peak GB"]
+ROWS = [["wanda", "123.456", "30.294", "1.12"], ["varp", "98.765", "30.294", "12.10"]]
+
+
+@pytest.mark.parametrize("width", [80, 40, 34, 20])
+def test_a_table_never_cuts_what_it_shows(width: int) -> None:
+    best = {(1, "perplexity"), (0, "peak GB")}
+    text = printed(fitting(HEAD, ROWS, width, drop=("peak GB", "dense"), best=best), width)
+    assert max(map(len, text.splitlines())) <= width
+    for row in ROWS:
+        assert row[0] in text
+        assert row[1] in text
+    assert "98.765*" in text
+    assert "…" not in text
+    assert ("1.12*" in text) == (width in (80, 20))  # left out in between; upright rows have all
+    assert ("no room here for peak GB" in " ".join(text.split())) == (width in (40, 34))
+
+
+def test_the_last_part_of_a_path_is_enough(tmp_path: Path) -> None:
+    from ace_cli.report.collect import Group, Row
+
+    def row(model: str, path: str) -> Row:
+        choices = {"model": model, "calib.path": path}
+        numbers = dict.fromkeys(("perplexity", "dense", "ratio", "KL", "same top-1", "tasks", "dense tasks", "zeros",
+                                 "fewer", "prune s", "total s", "peak GB"))  # fmt: skip
+        return Row(choices, {**numbers, "perplexity": float(len(path))}, {}, "p", "m", None, "r", [])
+
+    group = Group("p", ["model", "calib.path"], [row("/a/llama", "/x/pages.jsonl"), row("/b/llama", "/other/one")])
+    head, lines = group.cells()
+    assert head == ["model", "calib.path", "perplexity"]
+    assert [line[:2] for line in lines] == [["a/llama", "pages.jsonl"], ["b/llama", "one"]]
+    assert group.best() == {(1, "perplexity")}
+
+
+# --- bars ------------------------------------------------------------------------------------------------------------
+
+
+def test_time_left_is_a_forecast_until_steps_tell_better() -> None:
+    now = [0.0]
+    pace = Pace(10, 0, (40.0, 90.0), lambda: now[0])
+    assert pace.left() == (40, 90)
+    now[0] = 30
+    assert pace.left() == (10, 270), "a first step that takes so long says something, too"
+    assert 0 < pace.shown() < 1
+    now[0] = 31
+    pace.step()
+    assert pace.left() == (279, 279)
+    now[0] = 41
+    assert pace.left() == (269, 269)
+    now[0] = 100
+    assert pace.left() == (248, 248), "a step that takes longer than the others does not eat the others' time"
+    assert pace.shown() < 2
+    run = expecting({"before": (1, 2), "this": (3, 4), "next": (5, 9)})
+    assert run.begin("this") == (3, 4)
+    assert run.with_later((1, 1)) == (6, 10)
+    assert run.begin("unheard of") is None
+    assert run.with_later(None) is None
+    assert Pace(10, 0, None, lambda: now[0]).left() is None
+
+
+def test_durations() -> None:
+    assert [duration(each) for each in (0.4, 24, 150, 9000)] == ["0 s", "24 s", "2 min", "2.5 h"]
+    assert [durations(each) for each in ((3, 3.2), (40, 90), (50, 150))] == ["3 s", "40 to 90 s", "50 s to 2 min"]
+
+
+@pytest.mark.parametrize("total", [30, None])
+def test_a_bar_says_how_much_longer(total: int | None) -> None:
+    stream = io.StringIO()
+    screen = Console(file=stream, width=80, force_terminal=True, highlight=False)
+    pace = Pace(total, 0, (24.0, 24.0), lambda: 0.0)
+    with live(screen, "evaluating pruned", pace, expecting({"samples": (3.0, 9.0)})) as step:
+        step()
+        step()
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert "evaluating pruned" in text
+    assert "-:--" not in text
+    assert ("0/30, 0 s, 27 to 33 s left" in text) == (total is not None)
+
+
+def test_a_job_of_a_sweep_says_what_is_left(tmp_path: Path) -> None:
+    Launched(4, ["metric"]).write(tmp_path)
+    started = launched(tmp_path)
+    assert started == Launched(4, ["metric"])
+    records = [JobRecord(tmp_path, number, ["a=1", f"metric=m{number}"]) for number in range(4)]
+    records[0]._write({"report": {"seconds": {"total": 100.0}}})
+    records[1].fail("of something")
+    records[2].begin()
+    assert started.line(records[2]) == "Job 3 of 4 (number 2): metric=m2; about 3 min left"
+    assert launched(tmp_path / "elsewhere") is None
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "word", "level"), [
+    (None, "not measured", ""), (1.0, "as good as", "good"), (1.1, "slightly worse", "good"),
+    (1.4, "clearly worse", "fair"), (2.0, "much worse", "bad"), (9.0, "badly damaged", "bad"),
+])  # fmt: skip
+def test_verdict(ratio: float | None, word: str, level: str) -> None:
+    assert verdict_of(ratio).word.startswith(word)
+    assert verdict_of(ratio).level == level
+    told = sentence({"perplexity": {"ratio": ratio, "dense": 10.0, "pruned": 10 * (ratio or 0)}})
+    assert told.startswith(word.capitalize())
+
+
+@pytest.mark.parametrize(("ratio", "method", "tokens", "words"), [
+    (1.0, {"repair": "none", "recover": "none"}, 2048, ""),
+    (2.0, {"repair": "none", "recover": "none"}, 2048, "experiment=best "),
+    (2.0, {"repair": "sparsegpt", "recover": "none"}, 2048, "recover=blocks"),
+    (2.0, {"repair": "sparsegpt", "recover": "blocks"}, 2048, "experiment=best_long"),
+    (2.0, {"repair": "sparsegpt", "recover": "blocks"}, 32768, "a lower sparsity"),
+    (2.0, {"unit": "channel", "repair": "lstsq", "recover": "none"}, 2048, "recover=blocks"),
+    (2.0, {"unit": "channel", "repair": "lstsq", "recover": "blocks"}, 2048, "fewer units"),
+])  # fmt: skip
+def test_what_to_try_next_was_not_done_yet(ratio: float, method: dict[str, str], tokens: int, words: str) -> None:
+    report = {"perplexity": {"ratio": ratio}, "method": method, "calibration": {"tokens": tokens}}
+    assert advice(report).startswith(words)
+    assert bool(advice(report)) == bool(words)
+
+
+def test_a_run_says_a_line_before_and_the_verdict_after(here: Command, llama: Path, tmp_path: Path) -> None:
+    options = ["metric=magnitude", "eval=self", "eval.seq_len=16", "eval.max_windows=2", "samples.prompts=[]"]
+    done = here(f"model.path={llama}", *options, f"output_dir={tmp_path / 'out'}")
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith(f"{llama.name} sparsity=0.5 metric=magnitude eval=self eval.seq_len=16")
+    assert "$ ace-prune" not in done.stdout
+    assert "$ ace-prune" in (tmp_path / "out" / "run.log").read_text()
+    assert any(line == f"Report   {tmp_path / 'out' / 'report.html'}" for line in lines)
+    assert lines[-1] == f'Load     AutoModelForCausalLM.from_pretrained("{tmp_path / "out" / "checkpoint"}")'
