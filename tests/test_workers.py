@@ -9,6 +9,7 @@ import multiprocessing
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tiny_models import add_tokenizer, make
 
 from ace_cli.core import workers
 from ace_cli.core.workers import Workers
+from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report
 from ace_cli.run import pipeline, prune_checkpoint
 from ace_cli.run.at_scale import AtScale, at_scale, rates_of
@@ -178,6 +182,26 @@ def test_threads_are_no_part_of_a_run_whose_bytes_do_not_depend_on_them(
         torch.set_num_threads(before)
     assert found[0] == found[1]
     assert digest(tmp_path / "1") == digest(tmp_path / "2")
+
+
+def test_zero_shot_answers_are_those_of_one_worker(models: dict[str, Path]) -> None:
+    """Each of two scores its batches alone; together they have scored all, bit for bit."""
+
+    class Apart(Workers):
+        def told(self, value: Any) -> list[Any]:
+            return [json.loads(json.dumps(value))]
+
+    model = StreamedModel(Checkpoint(models["llama"]), torch.device("cpu"), torch.float32)
+    model.__class__ = type("Narrow", (StreamedModel,), {"plain_tokens": 32})  # several batches
+    requests: list[Any] = [(("", ""), [1 + i % 5] * (3 + i % 7), [3 + i, 4]) for i in range(20)]
+
+    def scored(workers: Workers) -> list[tuple[float, bool]]:
+        return StreamedLM(model, lambda _: nullcontext(lambda: None), workers).score_tokens(requests)
+
+    one, halves = scored(Workers()), [scored(Apart(rank, 2)) for rank in range(2)]
+    unscored = (0.0, False)
+    assert all((a == unscored) != (b == unscored) for a, b in zip(*halves, strict=True))
+    assert [b if a == unscored else a for a, b in zip(*halves, strict=True)] == one
 
 
 # --- planned, where nothing runs ------------------------------------------------------------------------------------
