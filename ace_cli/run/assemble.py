@@ -66,7 +66,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         command=run.command,
         created=run.start.isoformat(timespec="seconds"),
         versions=versions(),
-        hardware=_hardware(model.device) | {"loops": loops},
+        hardware=_hardware(model.device) | {"loops": loops, "workers": run.workers.size},
         config={"yaml": config.text},
         model=_model(config, model, plan),
         method=_method(config, plan),
