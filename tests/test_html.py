@@ -61,10 +61,20 @@ def test_text_of_others_is_text(page: str) -> None:
 
 def test_what_was_measured_is_shown(page: str, report: dict[str, Any]) -> None:
     numbers = (f"{report['perplexity']['pruned']:.3f}", f"{report['fidelity']['kl']:.4f}", "5 windows of 32")
-    parts = ("NOT passed", "viewport", "prefers-color-scheme", "@media print", "Memory over time", "Share of inputs")
+    parts = (
+        'class="badge',
+        "from_pretrained(folder)",
+        "Smaller or faster?",
+        "NOT passed",
+        "viewport",
+        "prefers-color-scheme",
+        "@media print",
+        "Memory over time",
+        "Share of inputs",
+    )
     for text in (*numbers, *parts):
         assert text in page
-    assert page.count("<svg") == 3 + 2 + 3 + 4 + 3  # quality, cost, blocks, norms of four inputs, activations
+    assert page.count("<svg") == 3 + 2 + 2 + 4 + 3  # quality, cost, blocks, norms of four inputs, activations
 
 
 def test_ids_are_unique(page: str) -> None:
@@ -79,7 +89,7 @@ def test_a_run_without_data_or_evaluation(report: dict[str, Any]) -> None:
     bare["blocks"] = [{**block, "output": None} for block in report["blocks"]]
     text = render(bare)
     assert "not measured (eval=none)" in text
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 2
 
 
 def test_verdicts(report: dict[str, Any]) -> None:

@@ -121,7 +121,7 @@ def test_lines_over_length_are_means_over_seeds(runs: Path) -> None:
 
 def test_the_front_is_what_nothing_beats(runs: Path) -> None:
     ((_, points),) = groups(find([runs]))[0].times().items()
-    assert {(x, y) for _, x, y, best in points if best} == {(1.0, 9.0), (1.5, 8.5), (2.0, 8.0), (4.0, 7.5)}
+    assert {(x, y) for _, x, y, best, _ in points if best} == {(1.0, 9.0), (1.5, 8.5), (2.0, 8.0), (4.0, 7.5)}
 
 
 def test_machines_do_not_share_a_time_plot(runs: Path) -> None:
@@ -200,6 +200,24 @@ def test_a_sweep_ends_with_a_page_and_its_failures(here: Command, llama: Path, t
     assert "64 inputs" in page
     assert "What they write" in page
     assert (tmp_path / "sweep" / "sweep_time.png").is_file()
+
+
+def test_a_page_of_many_runs_has_verdicts_links_and_a_heat_map(runs: Path, tmp_path: Path) -> None:
+    for number, sparsity in enumerate(("0.5", "2:4", "0.5", "2:4")):
+        file = runs / str(number) / "report.json"
+        report = json.loads(file.read_text())
+        report["method"] |= {"metric": ("wanda", "varp")[number // 2], "pattern": sparsity}
+        report["calibration"]["seq_len"] = 16
+        report["perplexity"] |= {"pruned": 10.0 + number, "ratio": 1.0 + number}
+        file.write_text(json.dumps(report))
+        (runs / str(number) / "report.html").write_text("")
+    overview.main([*(str(runs / str(number)) for number in range(4)), "--out", str(tmp_path / "out")])
+    page = (tmp_path / "out" / "overview.html").read_text()
+    assert '<a href="../runs/3/report.html">report</a>' in page
+    assert re.findall(r'class="badge (\w+)">([a-z ]+)<', page)[0] == ("good", "as good as dense")
+    assert '<td class="n best">10.000</td>' in page
+    assert re.search(r"<th>wanda</th><td style=[^>]*\b0%[^>]*>10.00</td><td style=[^>]*\b0%", page)
+    assert re.search(r"<th>varp</th><td style=[^>]*\b60%[^>]*>12.00</td>", page)
 
 
 def test_an_experiment_runs_as_it_stands(

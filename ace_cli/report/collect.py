@@ -104,16 +104,21 @@ class Group:
         lines = {name: sorted((x, statistics.fmean(values)) for x, values in of.items()) for name, of in points.items()}
         return lines if len({x for line in lines.values() for x, _ in line}) > 1 else {}
 
-    def times(self) -> dict[str, list[tuple[str, float, float, bool]]]:
-        """Machine -> (method, seconds to prune and write, perplexity, whether no run is better and as fast)."""
-        machines: dict[str, list[tuple[str, float, float]]] = {}
+    def times(self) -> dict[str, list[tuple[str, float, float, bool, str]]]:
+        """Machine -> (method, seconds to prune, perplexity, whether none of its pattern beats it, pattern)."""
+        machines: dict[str, list[tuple[str, float, float, str]]] = {}
         names = [name for name in varied(self.rows) if name != "job"]
         for row in self.rows:
             seconds, value = row.numbers["prune s"], row.numbers["perplexity"]
             if seconds is not None and value is not None:
-                machines.setdefault(row.machine, []).append((_name(row, names), seconds, value))
+                machines.setdefault(row.machine, []).append(
+                    (_name(row, names), seconds, value, row.choices["sparsity"])
+                )
         return {
-            machine: [(name, x, y, not any(_beats(other, (x, y)) for _, *other in points)) for name, x, y in points]
+            machine: [
+                (name, x, y, not any(_beats(other[1:3], (x, y)) for other in points if other[3] == pattern), pattern)
+                for name, x, y, pattern in points
+            ]
             for machine, points in machines.items()
             if len(points) > 1
         }

@@ -9,9 +9,12 @@ from typing import Any
 
 from ace_cli.report import plots
 from ace_cli.report.facts import Speed, SpeedFacts, Spread
+from ace_cli.report.markdown import size_words
 from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
-from ace_cli.report.verdict import verdict_of
+from ace_cli.report.verdict import advice, verdict_of
 
+#: Shares of zeros that differ by less look the same.
+_TO_SEE = 0.005
 #: What a number means, in plain words.
 WORDS = {
     "perplexity": "How surprised the model is by text it has not seen: lower is better, 1 would be perfect.",
@@ -23,10 +26,16 @@ WORDS = {
 
 def render(report: dict[str, Any]) -> str:
     """The page of one run; ``report`` is its report.json, parsed."""
-    template = environment().get_template("report.html.j2")
+    template, found = environment().get_template("report.html.j2"), verdict_of(report["perplexity"]["ratio"])
     text: str = template.render(
         r=report,
+        name=Path(report["model"]["path"]).name,
         verdict=verdict(report),
+        word=found.word,
+        level=found.level,
+        size=size_words(report),
+        advice=advice(report),
+        kept="keep_checkpoint: false" not in report["config"]["yaml"],
         plots=_plots(report),
         words=WORDS,
         kinds=_activation_rows(report),
@@ -123,7 +132,7 @@ def _inside(report: dict[str, Any]) -> list[Picture]:
     table = _by_kind_and_block(report)
     blocks = len(report["blocks"])
     rows = [[_mean([slot["sparsity"] for slot in row.get(b, [])]) for b in range(blocks)] for row in table.values()]
-    if rows:  # what is known of a model in another basis is known of the whole
+    if rows and _uneven(rows):  # what is known of a model in another basis is known of the whole
         pictures.append(
             ("Zeros by kind of weight and block", plots.heat_map(list(table), rows), 0.8 + 0.24 * len(rows))
         )
@@ -196,6 +205,12 @@ def _by_kind_and_block(report: dict[str, Any]) -> dict[str, dict[int, list[dict[
             block = int(number[1]) if number else 0
         table.setdefault(kind_of(slot["name"]), {}).setdefault(block, []).append(slot)
     return table
+
+
+def _uneven(rows: list[list[float]]) -> bool:
+    """Whether there is anything to see in a picture of these shares."""
+    shares = [share for row in rows for share in row if not math.isnan(share)]
+    return bool(shares) and max(shares) - min(shares) > _TO_SEE
 
 
 def _mean(values: list[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping
@@ -42,17 +43,17 @@ def share_name(report: Report) -> str:
     return "zeros in pruned weights" if report.size is None else "parameters fewer"
 
 
-def size_line(report: Report) -> str:
-    """What the checkpoint is good for, by itself."""
-    if report.size is None:
+def size_words(report: Mapping[str, Any]) -> str:
+    """What the checkpoint is good for, by itself; ``report`` is report.json, parsed."""
+    if report["size"] is None:
         return "Zeros are stored densely: the checkpoint loads everywhere and is neither smaller nor faster by itself."
-    dense, pruned = report.size.parameters["dense"], report.size.parameters["pruned"]
-    if report.size.as_products:
+    dense, pruned = report["size"]["parameters"]["dense"], report["size"]["parameters"]["pruned"]
+    if report["size"].get("as_products"):
         return (
             f"Weights became products of thinner ones: {dense:,} -> {pruned:,} parameters as factors; the checkpoint "
             "has them multiplied out, loads everywhere and is no smaller."
         )
-    what = f"{report.size.unit.capitalize()}s were cut out"
+    what = str(report["size"]["unit"]).capitalize() + "s were cut out"
     return f"{what}: {dense:,} -> {pruned:,} parameters; the checkpoint is smaller and faster as it is."
 
 
@@ -168,7 +169,7 @@ def render(report: Report) -> str:
         fidelity_line(report),
         task_part(report.zero_shot) if report.zero_shot else "",
         *([table(SPEED_HEAD, speed_rows(report.speed)), *speed_lines(report.speed)] if report.speed else []),
-        size_line(report),
+        size_words(dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))),
         *stage_lines(report),
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",

@@ -14,6 +14,8 @@ from typing import Any
 #: Of text and axes, replaced by the page's own colour. No line of data has it.
 _INK = "#010203"
 COLOURS = ("#2f6fdb", "#d9642c", "#2a9d63", "#a04fc4", "#c9a227", "#d6447d", "#5f8f9b", "#8c6d4f")
+#: Dense is blue and pruned is orange, wherever both are.
+_MEANING = {"dense": COLOURS[0], "pruned": COLOURS[1]}
 #: Inches: as wide as a phone shows without shrinking the letters.
 WIDTH = 4.3
 
@@ -77,7 +79,7 @@ def bars(names: Sequence[str], values: Sequence[float], label: str, form: str = 
     """Horizontal bars with their numbers, the first on top."""
 
     def draw(axes: Any) -> None:
-        drawn = axes.barh(range(len(names)), values, color=[COLOURS[i % len(COLOURS)] for i in range(len(names))])
+        drawn = axes.barh(range(len(names)), values, color=[_MEANING.get(name, COLOURS[6]) for name in names])
         axes.bar_label(drawn, [form.format(value) for value in values], padding=3)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -91,8 +93,8 @@ def over_windows(values: Sequence[float], mean: float, label: str) -> Draw:
     """A bar for each evaluation window, and the mean."""
 
     def draw(axes: Any) -> None:
-        axes.bar(range(1, len(values) + 1), values, color=COLOURS[0])
-        axes.axhline(mean, color=COLOURS[1], label=f"mean {mean:.3f}")
+        axes.bar(range(1, len(values) + 1), values, color=COLOURS[1])
+        axes.axhline(mean, color=COLOURS[7], label=f"mean {mean:.3f}")
         axes.set_xlabel("evaluation window")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
@@ -188,24 +190,18 @@ def length_plot(lines: dict[str, list[tuple[int, float]]]) -> Draw:
     return draw
 
 
-def time_plot(points: list[tuple[str, float, float, bool]]) -> Draw:
-    """Perplexity against seconds to prune: (name, seconds, perplexity, on the Pareto front)."""
+def time_plot(points: list[tuple[str, float, float, bool, str]]) -> Draw:
+    """Perplexity against seconds to prune: (name, seconds, perplexity, on its pattern's Pareto front, pattern)."""
 
     def draw(axes: Any) -> None:
-        front = sorted((x, y) for _, x, y, best in points if best)
-        axes.plot(
-            [x for x, _ in front],
-            [y for _, y in front],
-            color=COLOURS[1],
-            drawstyle="steps-post",
-            label="best for its time",
-        )
-        for best in (False, True):
-            chosen = [(x, y) for _, x, y, is_best in points if is_best is best]
-            axes.scatter([x for x, _ in chosen], [y for _, y in chosen], color=COLOURS[int(best)], s=22, zorder=3)
-        for name, x, y, best in points:
-            if best:
-                axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        for number, pattern in enumerate(dict.fromkeys(pattern for *_, pattern in points)):
+            colour = COLOURS[number % len(COLOURS)]
+            mine = [(x, y, best) for _, x, y, best, of in points if of == pattern]
+            front = sorted((x, y) for x, y, best in mine if best)
+            axes.plot(*zip(*front, strict=True), color=colour, drawstyle="steps-post", label=pattern)
+            axes.scatter([x for x, *_ in mine], [y for _, y, _ in mine], color=colour, s=22, zorder=3)
+        for name, x, y, best, _ in points:
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7 if best else 5.5)
         axes.set_xscale("log")
         axes.set_yscale("log")
         for axis in (axes.xaxis, axes.yaxis):
@@ -214,6 +210,7 @@ def time_plot(points: list[tuple[str, float, float, bool]]) -> Draw:
         axes.tick_params(which="minor", labelsize=7)
         axes.set_xlabel("seconds to prune and write")
         axes.set_ylabel("perplexity")
+        _legend(axes)
 
     return draw
 

@@ -15,6 +15,11 @@ class Verdict:
     word: str
     level: str
 
+    @property
+    def short(self) -> str:
+        """Where the dense model is named already."""
+        return self.word.removesuffix(" than the dense model").replace("as the dense model", "as dense")
+
 
 #: Perplexity ratio up to which a verdict fits; beyond the last but one the model is broken.
 VERDICTS = (
