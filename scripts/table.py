@@ -3,14 +3,8 @@
 python scripts/table.py FOLDER [RECIPE]     FOLDER/SWEEP/JOB/report.json, as scripts/reproduce_smollm2.sh leaves them
 
 One table for each evaluation protocol; then by how much each recipe differs from RECIPE (the overrides of a row; the
-<<<<<<< HEAD
 first row if it is not said), paired: of runs of one calibration text, seed and evaluation protocol, the mean of the
 logarithm of the ratio of perplexities in per cent, and its standard error. Better is only what is beyond two of those.
-=======
-first row if it is not said), paired: of runs of the same calibration text, seed and evaluation protocol, the mean of
-the logarithm of the ratio of perplexities in per cent, and its standard error. Better is only what is beyond
-two of those.
->>>>>>> 7489115 (A line of 121 characters)
 """
 
 from __future__ import annotations

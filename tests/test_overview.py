@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from ace_cli.cli import report as overview
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.collect import Row, find, groups, row, varied
+from ace_cli.report.sweep import Sweep
 from ace_cli.run.config import config_folder
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -87,6 +88,17 @@ def test_columns_are_the_overrides_in_which_runs_differ(one: dict[str, Any]) -> 
     longer = run_of(one, "wanda", {"calib.continue_to": "64", "sparsity": "50%", "model.revision": "a"})
     assert varied([longer, wanda]) == ["model.revision", "calib.continue_to"], "what was typed, and not told yet"
     assert varied([longer, wanda], always=("sparsity", "job")) == ["model.revision", "sparsity", "calib.continue_to"]
+
+
+def test_rows_of_methods_are_sorted_and_others_as_asked_for(one: dict[str, Any], tmp_path: Path) -> None:
+    for option, expected in (("recipe", ["1", "0"]), ("metric", ["0", "1"])):
+        sweep = Sweep(tmp_path)
+        for number, (name, value) in enumerate((("a", 9.0), ("b", 4.0))):
+            report = copy.deepcopy(one)
+            report["perplexity"]["pruned"] = value
+            sweep.add(number, {"overrides": [f"{option}={name}"], "report": report, "objection": None})
+        (group,) = sweep._groups()
+        assert [row.choices["job"] for row in group.rows] == expected
 
 
 def test_what_a_report_s_command_says_is_shown(runs: Path) -> None:

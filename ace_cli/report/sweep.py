@@ -135,6 +135,11 @@ def gather(folder: Path, launched: Mapping[int, Sequence[str]] | None = None) ->
     return sweep
 
 
+def _perplexity(row: Row) -> float:
+    value = row.numbers["perplexity"]
+    return float("inf") if value is None else value
+
+
 def write_so_far(folder: Path) -> None:
     """The tables of the jobs that have ended: a sweep that is cut off leaves them."""
     with in_turn(folder / RECORDS / "tables.lock"):
@@ -205,7 +210,10 @@ class Sweep:
         return differing([job["overrides"] for job in self.jobs])
 
     def _groups(self) -> list[Group]:
-        return groups(self.rows, always=("job", *self._varied()))
+        """Where each job is a method as a table has it (``recipe``), best first; else as they were asked for."""
+        varied = self._varied()
+        rows = sorted(self.rows, key=_perplexity) if "recipe" in varied else self.rows
+        return groups(rows, always=("job", *varied))
 
     def _failures(self) -> str:
         """A table of the jobs that failed; empty where none did."""
