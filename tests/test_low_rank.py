@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ace_cli.core.errors import AceError
 from ace_cli.methods.low_rank import fewer, rank_of
@@ -20,6 +21,7 @@ from ace_cli.methods.repair.lstsq import LeastSquares
 from ace_cli.methods.statistics import Gram, Seen, Size
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify
+from ace_cli.model.streamed import StreamedModel
 
 RANK = 3
 
@@ -128,6 +130,29 @@ def test_a_run_writes_products_that_load_anywhere(
     assert "as factors" in (out / "report.md").read_text()
     load(out / "checkpoint")(token_windows(1, 4))
     assert verify(out / "checkpoint") == len(manifest["cuts"])
+
+
+def test_factors_are_smaller_and_compute_the_same(tmp_path: Path, prune_here: Any) -> None:
+    folder = add_tokenizer(make(tmp_path / "dense", "qwen2"))  # with biases
+    report = prune_here(folder, tmp_path / "run", *RUN, "unit.factors=true")
+    plain, factors = tmp_path / "run" / "checkpoint", tmp_path / "run" / "factors"
+    got = weights(factors)
+    assert report.size is not None
+    assert sum(tensor.numel() for tensor in got.values()) == report.size.parameters["pruned"]
+    bias = weights(plain)["model.layers.0.self_attn.q_proj.bias"]
+    assert torch.equal(got["model.layers.0.self_attn.q_proj.up.bias"], bias)
+    ids = token_windows(2, 12)
+    remote = AutoModelForCausalLM.from_pretrained(factors, dtype=torch.float32, trust_remote_code=True)
+    streamed = StreamedModel(Checkpoint(factors), torch.device("cpu"), torch.float32)
+    batches = list(streamed.batches(ids))
+    streamed.run(batches)
+    with torch.inference_mode(), streamed.head_loaded():
+        theirs, ours = remote(ids).logits, streamed.logits(ids, batches[0].hidden_BLH)
+        torch.testing.assert_close(theirs, load(plain)(ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert "products as their factors" in (tmp_path / "run" / "report.md").read_text()
+    with pytest.raises(AceError, match="is no linear layer of its own"):
+        prune_here(make(tmp_path / "gpt2", "gpt2"), tmp_path / "no", *RUN, "unit.factors=true")
 
 
 def test_killed_and_continued_gives_the_same_bytes(

@@ -65,16 +65,21 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
     """
     from ace_cli.model.auto import auto_class
     from ace_cli.model.configuration import transformers_config
+    from ace_cli.model.factored import factor, ranks_of
     from ace_cli.model.sliced import add_shortcuts, shortcuts_of
     from ace_cli.model.uneven import class_of, shapes_of
 
     config = transformers_config(checkpoint.folder)
     auto, folder = auto_class(config), checkpoint.folder
     try:
-        if shapes_of(config) or shortcuts_of(config):
-            model = class_of(config, lambda model, config: add_shortcuts(model, shortcuts_of(config))).from_pretrained(
-                folder, config=config, dtype=dtype, trust_remote_code=False
-            )
+        if shapes_of(config) or shortcuts_of(config) or ranks_of(config):
+
+            def change(model: Any, config: Any) -> None:
+                add_shortcuts(model, shortcuts_of(config))
+                factor(model, ranks_of(config))
+
+            resized = class_of(config, change)
+            model = resized.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
             return model.to(device).eval()
         model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         return model.to(device).eval()

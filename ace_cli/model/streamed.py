@@ -24,6 +24,7 @@ from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.completeness import check_complete
 from ace_cli.model.configuration import check_config, not_understood, transformers_config
 from ace_cli.model.experts import Experts
+from ace_cli.model.factored import factor, ranks_of
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.mapping import Conversion, Mapping
 from ace_cli.model.sliced import add_shortcuts, shortcuts_of
@@ -477,6 +478,7 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> A
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
             resize(model, shapes_of(config))
             add_shortcuts(model, shortcuts_of(config))
+            factor(model, ranks_of(config))
             return model
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         raise not_understood(checkpoint.folder, fault) from fault

@@ -24,6 +24,7 @@ from ace_cli.evaluation.gate import Gate
 from ace_cli.evaluation.none import NoEvaluation
 from ace_cli.evaluation.samples import Samples
 from ace_cli.evaluation.speed.options import Bench
+from ace_cli.export.factors import Factors
 from ace_cli.export.gguf import Gguf
 from ace_cli.export.gguf import fault as gguf_fault
 from ace_cli.export.packed import Pack
@@ -293,8 +294,9 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
 
 def _stages(parts: Any) -> tuple[Stage, ...]:
     """What is made of the finished checkpoint, in this order."""
+    factored = [Factors()] if parts.unit.ranks and parts.unit.factors else []
     packed = [Pack(parts.pack == "zstd")] if parts.pack else []
-    return (*packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
+    return (*factored, *packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
 
 
 def _gguf_kind(export: str) -> str:
