@@ -19,7 +19,7 @@ from ace_cli.methods.metrics.saap import SAAP, Fuse, Select
 from ace_cli.methods.metrics.sobp import SoBP
 from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import Units
-from ace_cli.model.files import Checkpoint
+from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import verify
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.gradients import gradients_of, model_bytes, model_gradients
@@ -251,6 +251,7 @@ def test_sobp_is_the_mean_squared_gate_and_ranks_all_blocks_together() -> None:
         ("unit=channel", "unit.multiple=8", "metric=saap", "unit.uneven=true", "allocation=flap"),
         ("unit=channel", "unit.multiple=8", "metric=llm_pruner", "metric.source=model", "metric.form=mix"),
         ("unit=channel", "unit.multiple=8", "metric=sobp", "repair=obs", "unit.uneven=true", "allocation=global"),
+        ("unit=head", "metric=sobp", "repair=obs"),
         ("unit=head", "metric=saap", "repair=none", "propagate=dense"),
     ],
 )
@@ -258,6 +259,27 @@ def test_runs_with_gradients(options: tuple[str, ...], llama: Path, tmp_path: Pa
     report = prune_here(llama, tmp_path / "run", "calib.seq_len=8", *options)
     assert report.sparsity.achieved > 0.1
     assert verify(tmp_path / "run" / "checkpoint") >= 2
+
+
+@pytest.mark.parametrize("source", Source)
+def test_killed_and_continued_gives_the_same_bytes(
+    source: Source, llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("metric=pruner_zero", f"metric.source={source.value}", "calib.seq_len=8")
+    prune_here(llama, tmp_path / "whole", *options)
+    write = CheckpointWriter.write
+
+    def failing(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
+        if ".1.mlp.up_proj" in name:
+            raise KeyboardInterrupt
+        write(self, name, tensor)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointWriter, "write", failing)
+        prune_here(llama, tmp_path / "killed", *options)
+    prune_here(llama, tmp_path / "killed", *options)
+    one, other = (tmp_path / each / "checkpoint" / "model.safetensors" for each in ("whole", "killed"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_what_cannot_be_is_refused_before_work(
