@@ -14,14 +14,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ace_cli.core.errors import AceError
+from ace_cli.methods.allocation.sensitivity import SHARES, Sensitivity
 from ace_cli.methods.low_rank import fewer, rank_of
 from ace_cli.methods.metrics.asvd import ASVD
 from ace_cli.methods.metrics.svd_llm import SVDLLM
+from ace_cli.methods.patterns import Ratio
 from ace_cli.methods.repair.lstsq import LeastSquares
 from ace_cli.methods.statistics import Gram, Seen, Size
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.sensitivity import sensitivities
 
 RANK = 3
 
@@ -96,6 +99,16 @@ def test_ranks_are_as_large_as_the_share_allows() -> None:
     assert rank_of(10, 10, Fraction("0.99")) == 1
 
 
+def test_sensitivity_takes_most_where_it_hurts_least() -> None:
+    blocks = [{"a": (4, 25), "b": (10, 10)}, {"c": (10, 20)}]
+    errors = [{"a": [0.1 * k for k in range(1, 10)], "b": [k / 3 for k in range(1, 10)]}, {"c": [9.0] * 9}]
+    found = Sensitivity().patterns(Ratio(Fraction("0.25")), blocks, errors)
+    shares = {name: pattern.p for name, pattern in found.items() if isinstance(pattern, Ratio)}
+    lost = 100 * shares["a"] + 100 * shares["b"] + 200 * shares["c"]
+    assert lost == 100  # a quarter of 400, exactly
+    assert shares == {"a": Fraction(8, 10), "b": Fraction(2, 10), "c": 0}  # errors up to 0.8
+
+
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 RUN = ("unit=rank", "sparsity=40%", "calib.seq_len=8")
@@ -104,10 +117,13 @@ RUN = ("unit=rank", "sparsity=40%", "calib.seq_len=8")
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        ("llama", ()), ("llama", ("metric=asvd", "repair=lstsq", "allocation=owl")), ("gpt2", ("propagate=dense",)),
+        ("llama", ()),
+        ("llama", ("metric=asvd", "allocation=sensitivity")),
+        ("llama", ("metric=asvd", "repair=lstsq", "allocation=owl")),
+        ("gpt2", ("propagate=dense",)),
         ("qwen3_moe", ("metric=asvd",)),
     ],
-)  # fmt: skip
+)
 def test_a_run_writes_products_that_load_anywhere(
     family: str, options: tuple[str, ...], tmp_path: Path, prune_here: Any
 ) -> None:
@@ -155,6 +171,27 @@ def test_factors_are_smaller_and_compute_the_same(tmp_path: Path, prune_here: An
         prune_here(make(tmp_path / "gpt2", "gpt2"), tmp_path / "no", *RUN, "unit.factors=true")
 
 
+def test_sensitivities_are_those_of_products_tried_alone(llama: Path) -> None:
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    batches, metric = list(model.batches(token_windows(4, 10))), ASVD()
+    found = sensitivities(model, batches, metric, SHARES, lambda: None)
+    name, key = "model.layers.0.mlp.down_proj.weight", 4
+    with model.loaded(model.blocks[0]), torch.no_grad():
+        (slot,) = [slot for slot in model.blocks[0].slots if slot.name == name]
+        seen, inputs = Seen(metric.needs()), []
+        handle = slot.module.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+        y = model.forward(0, batches[0]).double()
+        handle.remove()
+        (x,) = inputs
+        for statistic in seen:
+            statistic.update(x.flatten(0, 1), x.flatten(0, 1), slot.weight_OI)
+        up_OR, down_RI, _ = metric.factors(slot.weight_OI, seen, rank_of(*slot.shape, SHARES[key]))
+        slot.put((up_OR @ down_RI).float())
+        off = (model.forward(0, batches[0]).double() - y).square().sum(-1) / y.square().sum(-1)
+    assert found[0][name][key] == pytest.approx(float(off.mean()), rel=1e-3)
+    assert found[0][name] == sorted(found[0][name])
+
+
 def test_killed_and_continued_gives_the_same_bytes(
     llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +225,7 @@ def test_killed_and_continued_gives_the_same_bytes(
         (["metric=wanda"], "metric=wanda does not go with unit=rank: it scores"),
         (["repair=obs"], "repair=obs does not go with unit=rank"),
         (["allocation=flap"], "allocation=flap ranks units"),
+        (["unit=weight", "metric=wanda", "allocation=sensitivity"], "allocation=sensitivity tries products"),
         (["recover=blocks"], "a product would not stay one"),
         (["pack=true"], "unit=rank makes none"),
         (["unit=weight"], "metric=svd_llm does not go with unit=weight"),

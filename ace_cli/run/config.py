@@ -313,6 +313,9 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(
             f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
         )
+    if parts.allocation.of_ranks and not parts.unit.ranks:
+        name = registry.name_of("allocation", parts.allocation)
+        faults.append(f"allocation={name} tries products: unit=rank")
     if parts.unit.slices:
         return faults + _misfits_of_slices(parts, pattern)
     if parts.unit.ranks:
@@ -370,7 +373,7 @@ def _misfits_of_ranks(parts: Any, pattern: Pattern) -> list[str]:
         faults.append("keep means nothing for unit=rank: give the share that goes")
     if parts.allocation.units_only or parts.allocation.of_states:
         name = registry.name_of("allocation", parts.allocation)
-        faults.append(f"allocation={name} ranks units, not products: use uniform, or owl, alpha, dlp or atp")
+        faults.append(f"allocation={name} ranks units, not products: use sensitivity, uniform, owl, alpha, dlp or atp")
     if parts.scope is not None:
         faults.append("scope means nothing for unit=rank: every weight becomes a product of its own")
     if parts.recover.acts:

@@ -16,7 +16,9 @@ from ace_cli.core.errors import AceError, TransientError
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
+from ace_cli.methods.allocation.sensitivity import SHARES
 from ace_cli.methods.gradients import Source
+from ace_cli.methods.low_rank import Factorisation
 from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.statistics import Seen
 from ace_cli.model.cuts import Grown
@@ -39,6 +41,7 @@ from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.gradients import backward_of, model_gradients, steps_of
 from ace_cli.pruning.recipe import Permute, Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
+from ace_cli.pruning.sensitivity import sensitivities
 from ace_cli.pruning.survey import survey
 from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.report.card import card_of, model_card
@@ -346,8 +349,12 @@ def _allocate(run: RunContext, batches: list[Batch]) -> dict[str, Pattern]:
     """Slot name -> its pattern, after a look at the dense model if the allocation asks for one."""
     model, allocation = run.model, run.config.allocation
     blocks = [{slot.name: slot.shape for slot in block.slots} for block in model.blocks]
-    measures = [0.0] * len(blocks)
-    if allocation.surveys:
+    measures: list[Any] = [0.0] * len(blocks)
+    if allocation.of_ranks:
+        assert isinstance(run.config.metric, Factorisation)
+        with run.inner("survey"), run.terminal.progress("surveying", len(blocks)) as step:
+            measures = sensitivities(model, batches, run.config.metric, SHARES, step)
+    elif allocation.surveys:
         with run.inner("survey"), run.terminal.progress("surveying", len(blocks)) as step:
             measures = survey(model, batches, allocation, lambda _: step())
     return allocation.patterns(run.config.pattern, blocks, measures)

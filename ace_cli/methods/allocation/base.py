@@ -36,6 +36,8 @@ class Allocation:
     units_only = False
     #: Whether its measure is of the states that go into a block and come out of it (``measure_states``).
     of_states = False
+    #: Whether it is one for ranks alone: it tries products of every weight.
+    of_ranks = False
 
     def faults(self) -> list[str]:
         """What is wrong with the knobs, one line each; empty when all is well."""
