@@ -44,7 +44,7 @@ from ace_cli.pruning.units.channel import Channel
 from ace_cli.pruning.units.head import Head, Heads
 from ace_cli.report.collect import find
 from ace_cli.report.html import render as page
-from ace_cli.run.cut import _changes, kept_units, manifest_of, smaller
+from ace_cli.run.cut import manifest_of, smaller
 
 CPU = torch.device("cpu")
 WINDOWS = token_windows(4, 20)
@@ -68,9 +68,9 @@ def cut_into(
     recipe = Recipe(metric or CFSP(), {}, repair or NoRepair(), Propagate.sublayer, cutting=cutting)
     blocks = list(prune(cutting.watched, list(model.batches(WINDOWS)), recipe, writer, Clock()))
     writer.finish()
-    manifest = manifest_of(cutting.cut(), blocks, writer.entries)
+    manifest = manifest_of(cutting, blocks, writer.entries)
     write_metadata(model.checkpoint, out, {}, [], "card", cut=smaller(cutting, writer.entries, manifest))
-    return cutting, kept_units(cutting, blocks), blocks
+    return cutting, cutting.kept_units(blocks), blocks
 
 
 def logits(folder: Path, changed: dict[str, Tensor] | None = None) -> Tensor:
@@ -179,14 +179,14 @@ def test_the_key_is_found_where_another_holds_the_same_number(tmp_path: Path) ->
     folder = make(tmp_path / "dense", "llama", intermediate_size=64, vocab_size=64)
     cutting = Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
     cutting.stay = dict.fromkeys(cutting.stay, 32)
-    assert _changes(cutting) == {("intermediate_size",): 32}
+    assert cutting.changes() == {("intermediate_size",): 32}
 
 
 def test_a_key_that_holds_nothing_is_filled_in(tmp_path: Path) -> None:
     folder = make(tmp_path / "dense", "gpt2", n_inner=None)
     cutting = Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
     cutting.stay = dict.fromkeys(cutting.stay, 64)
-    assert _changes(cutting) == {("n_inner",): 64}
+    assert cutting.changes() == {("n_inner",): 64}
 
 
 # --- scores and refits, as their formulas say it slowly --------------------------------------------------------------

@@ -1,15 +1,15 @@
 """Cuts: which entries of which tensors go when units go, and what the files look like afterwards.
 
 A coupling is known from the shapes of a block alone, before any block runs; which of its units stay is found while
-streaming. A unit that is more than entries along axes (a whole block, an expert with tensors of its own) needs a
-coupling that says which tensors go, and a layout that gives the others their new names.
+streaming. Where units have tensors of their own, with their number in the name, those of units that go are gone, and
+those of the others are numbered anew (``Numbered``).
 
 Shapes: U units, P places of one unit along an axis, R regions of W units (U = R W), C inputs of a unit, I inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -21,6 +21,26 @@ from ace_cli.model.header import DTYPES, TensorEntry
 from ace_cli.model.links import Link
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Block
+
+
+@dataclass(frozen=True)
+class Numbered:
+    """Units with tensors of their own: those of unit u begin with ``before``, u and a dot."""
+
+    before: str
+
+    def number(self, key: str) -> int | None:
+        """Which unit's a tensor is; None if it is none's."""
+        number, dot, _ = key.removeprefix(self.before).partition(".")
+        return int(number) if key.startswith(self.before) and dot and number.isdecimal() else None
+
+    def moved(self, key: str, kept: Sequence[int]) -> str:
+        """The name that a tensor has once the units ``kept``, in order, are all there are; empty if it is gone."""
+        unit = self.number(key)
+        if unit is None:
+            return key
+        rest = key.removeprefix(f"{self.before}{unit}")
+        return f"{self.before}{kept.index(unit)}{rest}" if unit in kept else ""
 
 
 @dataclass(frozen=True)
@@ -38,12 +58,14 @@ class Coupling:
 
     ``name``: the weight that reads the units, as slots are named; ``columns_RWC``: its inputs that each unit is.
     ``producers``: the weights whose rows make the inputs, as slots are named, and for each input its row (I,).
+    ``numbered``: where units have tensors of their own, all of the same shapes.
     """
 
     name: str
     columns_RWC: Tensor
     axes: tuple[Axis, ...]
     producers: tuple[tuple[str, Tensor], ...]
+    numbered: Numbered | None = None
 
     @property
     def regions(self) -> int:
@@ -107,6 +129,36 @@ class Cut:
                 found.setdefault(axis.key, []).append((each, axis))
         return found
 
+    @cached_property
+    def _owners(self) -> dict[str, Coupling]:
+        """The couplings with tensors of their units' own, by what these are called before the number."""
+        return {each.numbered.before: each for block in self.couplings for each in block if each.numbered}
+
+    def _owner(self, key: str) -> Coupling | None:
+        dots = (place + 1 for place, letter in enumerate(key) if letter == ".") if self._owners else ()
+        return next((self._owners[key[:end]] for end in dots if key[:end] in self._owners), None)
+
+    def own_of(self, keys: Iterable[str]) -> set[str]:
+        """Those of ``keys`` that are a unit's own."""
+        return {key for key in keys if self._owner(key) is not None}
+
+    def moved(self, key: str, kept: Mapping[str, Tensor]) -> str:
+        """What a tensor is called in the new files; empty if it is gone. ``kept``: coupling's name -> bool (U,)."""
+        each = self._owner(key)
+        if each is None or each.numbered is None:
+            return key
+        return each.numbered.moved(key, kept[each.name].nonzero().flatten().tolist())
+
+    def source_of(self, name: str, kept: Mapping[str, Tensor]) -> str:
+        """The other way round: the tensor of the source that is called ``name`` in the new files."""
+        each = self._owner(name)
+        if each is None or each.numbered is None:
+            return name
+        number = each.numbered.number(name)
+        assert number is not None
+        old = int(kept[each.name].nonzero().flatten()[number])
+        return f"{each.numbered.before}{old}{name.removeprefix(f'{each.numbered.before}{number}')}"
+
     @property
     def keys(self) -> set[str]:
         """The tensors of the files that get smaller."""
@@ -127,7 +179,11 @@ class Cut:
 
     def entries(self, source: Checkpoint) -> dict[str, TensorEntry]:
         """The tensors of the new files, in the shapes they will have; places in files are those of the source."""
-        return {name: _shaped(entry, self.shape(entry)) for name, entry in source.tensors.items()}
+        total = {each.name: each.regions * each.width for block in self.couplings for each in block}
+        first = {name: torch.arange(total[name]) < total[name] - self._gone(name) for name in total}
+        return {
+            name: _shaped(entry, self.shape(entry)) for name, entry in source.tensors.items() if self.moved(name, first)
+        }
 
     def sliced(self, key: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """What stays of a tensor of the files. ``kept``: coupling's name -> bool (U,)."""
@@ -149,6 +205,9 @@ class Cut:
             keep.setdefault(axis.axis, torch.ones(shape[axis.axis], dtype=torch.bool))
             keep[axis.axis][axis.places_UP[~kept[each.name].cpu()].flatten()] = False
         return {axis: stays.nonzero().flatten() for axis, stays in keep.items()}
+
+    def _gone(self, name: str) -> int:
+        return next(each.regions * self._fewer(each) for b in self.couplings for each in b if each.name == name)
 
     def _fewer(self, each: Coupling) -> int:
         return each.width - self.stay[each.name]
@@ -175,13 +234,30 @@ class Grown(Checkpoint):
         return self._cut.grown(name, tensor, self._source.tensors[name].shape, self._kept) if written else tensor
 
 
+class Renamed(Checkpoint):
+    """A checkpoint whose tensors are read by other names: ``names`` has what each is called in it."""
+
+    def __init__(self, source: Checkpoint, names: Mapping[str, str]) -> None:
+        self.__dict__.update(source.__dict__)
+        self._source, self._names = source, names
+        self.tensors = {name: replace(source.tensors[called], name=name) for name, called in names.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._names[name])
+
+
+def renumbered(source: Checkpoint, numbered: Numbered, kept: Sequence[int]) -> Renamed:
+    """A checkpoint as if of all numbered units ``kept`` alone were there."""
+    return Renamed(source, {new: old for old in source.tensors if (new := numbered.moved(old, kept))})
+
+
 class Sliced(Checkpoint):
     """A checkpoint read as if it had been cut: ``kept`` says which units stay, coupling's name -> bool (U,)."""
 
     def __init__(self, source: Checkpoint, cut: Cut, kept: Mapping[str, Tensor]) -> None:
         self.__dict__.update(source.__dict__)
         self.tensors = cut.entries(source)
-        self._source, self._cut, self._kept = source, cut, kept
+        self._source, self._cut, self.kept = source, cut, kept
 
     def read(self, name: str) -> Tensor:
-        return self._cut.sliced(name, self._source.read(name), self._kept)
+        return self._cut.sliced(name, self._source.read(self._cut.source_of(name, self.kept)), self.kept)

@@ -105,6 +105,25 @@ class Experts:
         """How many tokens the router sent to the expert in all of ``calls``."""
         return sum(len(call.rows(self.count, expert, everyone=False)) for call in calls)
 
+    def gates(self, call: ExpertCall, expert: int) -> Tensor:
+        """What the expert's output is multiplied by, (n,), for each token routed to it; 1 where its input was."""
+        if call.index is None:
+            return torch.ones(len(call.rows(self.count, expert, everyone=False)))
+        chosen_TK = call.values[call.index] == expert
+        _, *others = self._tensors(call)
+        gate_TK = next(value for value in others if not _is_integer(value))
+        gate_n: Tensor = (gate_TK * chosen_TK).sum(-1)[chosen_TK.any(-1)]
+        return gate_n
+
+    def _tensors(self, call: ExpertCall) -> list[Tensor]:
+        return [value for value in call.values.values() if isinstance(value, Tensor)]
+
+    def outputs(self, call: ExpertCall, expert: int) -> Tensor:
+        """The expert's own outputs (n, H) for the tokens routed to it, not yet weighed."""
+        module = self.module if call.index is not None else self._sole(expert)
+        outputs_nH: Tensor = module.forward(**call.alone(call.rows(self.count, expert, everyone=False), expert))
+        return outputs_nH
+
     def show(
         self, call: ExpertCall, expert: int, everyone: bool, stage: list[Slot], note: Callable[[Slot, Tensor], None]
     ) -> None:

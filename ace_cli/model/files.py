@@ -242,14 +242,20 @@ class CheckpointWriter:
     Tensors keep their names and dtypes, and their shapes unless ``entries`` has others; shards hold at most 5 GB.
     Memory is one tensor. A folder begun by an earlier writer of the same source is continued: its files are left as
     they are.
+
+    Every method takes names of the source. Where a tensor gets another name, or none, ``moved`` says so: that may
+    become known while others are already written.
     """
 
     def __init__(self, source: Checkpoint, folder: Path, entries: Mapping[str, TensorEntry] | None = None) -> None:
         self.source = source
         self.entries = source.tensors if entries is None else entries
         self.folder = folder
-        self.left = set(self.entries)
-        #: Tensor -> the hash of the bytes that were written for it.
+        #: Tensors of the source that are still to be written.
+        self.left = set(source.tensors)
+        #: Tensor of the source -> its name in the new files, empty if it is gone; its own where nothing is said.
+        self.moved: dict[str, str] = {}
+        #: Tensor of the new files -> the hash of the bytes that were written for it.
         self.digests: dict[str, str] = {}
         #: False if a file had to be begun: whatever an earlier writer put there is gone.
         self.continued = True
@@ -257,42 +263,53 @@ class CheckpointWriter:
         for file, shard in shard_plan(self.entries).items():
             self._begin(folder / file, shard)
 
+    def name_of(self, name: str) -> str:
+        """What a tensor of the source is called in the new files; empty if it is gone."""
+        return self.moved.get(name, name)
+
     def write(self, name: str, tensor: Tensor) -> None:
-        """Store ``tensor`` (on the CPU, in the stored dtype) as ``name``."""
+        """Store ``tensor`` (on the CPU, in the stored dtype) in the place of ``name``."""
         import torch
 
+        new = self.name_of(name)
         raw = memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        if len(raw) != self.entries[name].nbytes:
-            raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.entries[name].nbytes}")
-        disk.write(*self._place[name], raw, self.source.around_cache)
-        self.digests[name] = xxhash.xxh3_64_hexdigest(raw)
+        if len(raw) != self.entries[new].nbytes:
+            raise ValueError(f"{name}: {len(raw)} bytes to store, room for {self.entries[new].nbytes}")
+        disk.write(*self._place[new], raw, self.source.around_cache)
+        self.digests[new] = xxhash.xxh3_64_hexdigest(raw)
         self.left.discard(name)
 
     def copy(self, names: Iterable[str]) -> None:
-        """Copy the stored bytes of ``names`` as they are, without decoding."""
+        """Copy the stored bytes of ``names`` as they are, without decoding; nothing of those that are gone."""
         for name in names:
-            if self.source.tensors[name].nbytes != self.entries[name].nbytes:
+            new = self.name_of(name)
+            self.left.discard(name)
+            if not new:
+                continue
+            if self.source.tensors[name].nbytes != self.entries[new].nbytes:
                 raise ValueError(f"{name}: to be stored smaller than it is")
-            target, start = self._place[name]
+            target, start = self._place[new]
             found = xxhash.xxh3_64()
             for piece in self.source.pieces(name):
                 disk.write(target, start, piece, self.source.around_cache)
                 found.update(piece)
                 start += len(piece)
-            self.digests[name] = found.hexdigest()
-            self.source.note(name, self.digests[name])
-            self.left.discard(name)
+            self.digests[new] = found.hexdigest()
+            self.source.note(name, self.digests[new])
 
     def sync(self, names: Iterable[str]) -> None:
         """Force the files that hold ``names`` to disk."""
-        for file in {self._place[name][0] for name in names}:
+        self._sync({self._place[new][0] for name in names if (new := self.name_of(name))})
+
+    def _sync(self, files: Iterable[Path]) -> None:
+        for file in files:
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
 
     def finish(self) -> None:
         """Copy what was not written, then force everything to disk."""
         self.copy(sorted(self.left))
-        self.sync(self._place)
+        self._sync({file for file, _ in self._place.values()})
 
     def _begin(self, file: Path, entries: list[TensorEntry]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -316,7 +333,7 @@ class NoWriter(CheckpointWriter):
 
     def __init__(self, source: Checkpoint) -> None:
         self.source, self.entries = source, source.tensors
-        self.left, self.digests, self.continued = set(), {}, True
+        self.left, self.moved, self.digests, self.continued = set(), {}, {}, True
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Nothing."""

@@ -32,7 +32,7 @@ def proven_changes(
     ``sizes``: old number -> new number that the change may be about. ``right`` has the last word, of a checkpoint whose
     config.json is changed so: other heads may have the same shapes. None if no key, and no two or three keys, say it.
     """
-    raw, complete = cut.config(), _complete(cut.folder)
+    raw, complete = cut.config(), complete_config(cut.folder)
     candidates = [*_candidates(raw, complete, sizes)]
     for count in (1, 2, 3):
         for chosen in combinations(candidates, count):
@@ -47,10 +47,10 @@ def proven_changes(
 def _pins(raw: Mapping[str, Any], complete: Mapping[str, Any]) -> Iterator[dict[Place, Any]]:
     """Nothing; then a size of heads that the file leaves to be computed from what may change."""
     yield {}
-    written = {place for place, _ in _leaves(raw)}
+    written = {place for place, _ in leaves(raw)}
     yield from (
         {place: value}
-        for place, value in _leaves(complete)
+        for place, value in leaves(complete)
         if place[-1] == "head_dim" and place not in written and value
     )
 
@@ -66,7 +66,7 @@ def changed(raw: Mapping[str, Any], changes: Mapping[Place, Any]) -> dict[str, A
     return config
 
 
-def _complete(folder: Path) -> dict[str, Any]:
+def complete_config(folder: Path) -> dict[str, Any]:
     """The configuration with all defaults filled in."""
     complete: dict[str, Any] = transformers_config(folder).to_dict()
     return complete
@@ -76,8 +76,8 @@ def _candidates(
     raw: Mapping[str, Any], complete: Mapping[str, Any], sizes: Mapping[int, int]
 ) -> Iterator[tuple[Place, Any]]:
     """Likely keys first: those that hold an old number, in the file, then by default; then those that hold nothing."""
-    known = list(_leaves(complete))
-    written = {place for place, _ in _leaves(raw)}
+    known = list(leaves(complete))
+    written = {place for place, _ in leaves(raw)}
     for in_file in (True, False):
         for place, value in known:
             if (place in written) is in_file:
@@ -90,10 +90,11 @@ def _candidates(
             yield from ((place, new) for new in sizes.values())
 
 
-def _leaves(config: Mapping[str, Any], above: Place = ()) -> Iterator[tuple[Place, Any]]:
+def leaves(config: Mapping[str, Any], above: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Every value that is no part of the configuration itself, and where it is."""
     for name, value in config.items():
         if isinstance(value, dict):
-            yield from _leaves(value, (*above, name))
+            yield from leaves(value, (*above, name))
         else:
             yield (*above, name), value
 

@@ -153,14 +153,14 @@ def find_slots(block: nn.Module, parts: Mapping[str, list[Part]], selection: Slo
     """The weights of two or more dimensions of one block. ``parts``: parameter name inside the block -> its tensors."""
     candidates: list[tuple[Slot, str]] = []
     left: dict[str, Left] = {}
-    routers = _routers(block)
+    weigh = routers(block)
     for path, module in block.named_modules():
         for leaf, weight in module.named_parameters(recurse=False):
             name = f"{path}.{leaf}" if path else leaf
             if weight.dim() < 2 or (weight.dim() == 2 and _stacked(module)):  # vectors, biases of experts
                 continue
             slots, reason = _slots_of(module, leaf, weight, parts.get(name, []))
-            reason = "router" if path in routers and weight.dim() == 2 else reason
+            reason = "router" if path in weigh and weight.dim() == 2 else reason
             candidates += [(slot, reason) for slot in slots]
             if not slots:
                 left[parts[name][0].key if name in parts else name] = Left(reason, weight.numel())
@@ -205,7 +205,7 @@ def _expert_slots(module: nn.Module, leaf: str, weight: Tensor, part: Part, turn
     return [Slot(f"{part.key}.{view.index}", part.key, module, leaf, view, view) for view in views]
 
 
-def _routers(block: nn.Module) -> set[str]:
+def routers(block: nn.Module) -> set[str]:
     """Paths of what chooses among experts, or weighs them: beside the experts, one output for each or a single one."""
     paths = set()
     for path, parent in block.named_modules():

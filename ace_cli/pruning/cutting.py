@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
-from ace_cli.methods.units import Units
-from ace_cli.model.cuts import Coupling, Cut, coupling, rows_of
+from ace_cli.methods.units import Units, equal_width, kept_width
+from ace_cli.model.cuts import Coupling, Cut, Grown, Sliced, coupling, rows_of
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.header import TensorEntry
 from ace_cli.model.links import LinkFinder
-from ace_cli.model.streamed import Block, StreamedModel
+from ace_cli.model.proven_config import Place, proven_changes
+from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.pruning.facts import BlockFacts
 
 if TYPE_CHECKING:
     from ace_cli.methods.statistics import Seen
+    from ace_cli.pruning.orders import Order
+    from ace_cli.pruning.slot_pruner import SlotPruner
     from ace_cli.pruning.units.base import Unit
 
 
@@ -49,26 +55,105 @@ class Cutting:
             self._finder = LinkFinder(self.model)
             found: dict[Any, list[Any]] = {}
             for index, block in enumerate(self.model.blocks):
-                if _kind(block) not in found:
+                if kind_of(block) not in found:
                     with self.model.loaded(block):
                         links = self.unit.links(self._finder, index)
-                    found[_kind(block)] = [(link, rows_of(link)) for link in links]
+                    found[kind_of(block)] = [(link, rows_of(link)) for link in links]
         self.couplings = tuple(
-            tuple(coupling(block, link, rows) for link, rows in found[_kind(block)]) for block in self.model.blocks
+            tuple(coupling(block, link, rows) for link, rows in found[kind_of(block)]) for block in self.model.blocks
         )
         self.stay = {each.name: each.width for block in self.couplings for each in block}
         self._index = {block.name: index for index, block in enumerate(self.model.blocks)}
         if not any(self.couplings):
             raise AceError(f"unit={self.name}: no {self.name}s were found in {kind}.", "Choose another unit.")
 
+    #: How the slots of a block are observed and pruned; None where that is as for single weights.
+    order: ClassVar[type[Order] | None] = None
+    #: Whether slots are repaired one by one: what that costs is planned from their shapes.
+    by_slots = True
+    #: Whether every token is computed with fewer weights.
+    speeds = True
+    #: How often the dense model is run before anything is cut, for the unit itself.
+    looks = 0
+    #: Why ``changes`` found none, where more is known than that.
+    why_not = ""
+
+    @property
+    def pruner(self) -> type[SlotPruner]:
+        """What happens to a block."""
+        from ace_cli.pruning.unit_pruner import UnitPruner  # which looks at cuttings itself
+
+        return UnitPruner
+
+    @property
+    def planned(self) -> StreamedModel:
+        """The model whose slots say what a run computes."""
+        return self.watched
+
     @property
     def watched(self) -> StreamedModel:
         """The model with the weights that read units as its only slots: what is observed, scored and repaired."""
         return self.model.watching({each.name for block in self.couplings for each in block})
 
+    def ask(self, share: Fraction, keep: int | None) -> None:
+        """Every block keeps the same number: all but a share of its units, or ``keep``. AceError if that cannot be."""
+        multiple = self.unit.multiple
+        self.stay = {
+            each.name: equal_width(self.name, each.width, share, multiple)
+            if keep is None
+            else kept_width(self.name, each.width, keep, multiple)
+            for block in self.couplings
+            for each in block
+        }
+
+    def words(self) -> str:
+        """What is cut: "1216 of 1536 channels stay in 30 blocks"."""
+        counts = {(self.stay[each.name], each.width, each.regions) for block in self.couplings for each in block}
+        words = [
+            f"{stay} of {width} {self.name}s stay" + (f" in each of {regions} groups" if regions > 1 else "")
+            for stay, width, regions in sorted(counts)
+        ]
+        return f"{', '.join(words)} in {sum(bool(block) for block in self.couplings)} blocks"
+
     def cut(self) -> Cut:
         """The shapes that follow."""
         return Cut(self.couplings, self.stay)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether blocks of equal width keep different numbers of units."""
+        return self.cut().uneven
+
+    def entries(self) -> dict[str, TensorEntry]:
+        """The tensors of the new files."""
+        return self.cut().entries(self.model.checkpoint)
+
+    def changes(self) -> dict[Place, Any] | None:
+        """The change of config.json that says it, proven; None if there is none."""
+        sliced = Sliced(self.model.checkpoint, self.cut(), self.first_units)
+        return proven_changes(sliced, self.sizes, self.computes)
+
+    def kept_units(self, blocks: Iterable[BlockFacts]) -> dict[str, Tensor]:
+        """Coupling's name -> which of its units stayed, bool (U,), of finished blocks."""
+        each_of = {each.name: each for block in self.couplings for each in block}
+        found = {}
+        for slot in (slot for block in blocks for slot in block.slots):
+            keep_U = torch.zeros(each_of[slot.name].regions * each_of[slot.name].width, dtype=torch.bool)
+            keep_U[slot.kept or []] = True
+            found[slot.name] = keep_U
+        return found
+
+    def replay(self, batches: list[Batch], blocks: list[BlockFacts], written: Checkpoint, dense: bool) -> None:
+        """Bring ``batches`` to where they were after the finished ``blocks``, which are read from ``written``.
+
+        ``dense``: what came after saw the dense model.
+        """
+        source = self.model.checkpoint
+        weights = source if dense else Grown(written, source, self.cut(), self.kept_units(blocks))
+        model = self.watched.reading(weights)
+        with torch.no_grad():
+            for index in model.one_by_one(len(blocks)):
+                model.advance(index, batches)
 
     def units(self, block: str, each: Coupling, gradients: Mapping[str, Seen]) -> Units:
         """The units of ``each`` as methods see them; ``block``, by name, is loaded when they ask for rows.
@@ -115,7 +200,7 @@ class Cutting:
         narrow = StreamedModel(sliced, self.model.device, self.model.dtype)
         ids_BL = (torch.arange(16) % self.model.skeleton.get_input_embeddings().weight.shape[0]).view(2, 8)
         (wide_batch,), (narrow_batch,) = self.model.batches(ids_BL), narrow.batches(ids_BL)
-        kinds = {_kind(block): index for index, block in reversed(list(enumerate(self.model.blocks)))}
+        kinds = {kind_of(block): index for index, block in reversed(list(enumerate(self.model.blocks)))}
         with torch.no_grad():
             for index in kinds.values():
                 with self.model.loaded(self.model.blocks[index]):
@@ -154,6 +239,6 @@ class Cutting:
         return {each.name: each for each in self.couplings[index]}
 
 
-def _kind(block: Block) -> Any:
+def kind_of(block: Block) -> Any:
     """Blocks of one kind have the same code and shapes."""
     return type(block.module), tuple((name, value.shape) for name, value in block.module.state_dict().items())

@@ -36,7 +36,6 @@ from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.shares import held
 from ace_cli.pruning.slot_pruner import SlotPruner
-from ace_cli.pruning.unit_pruner import UnitPruner
 
 
 def prune(
@@ -111,7 +110,7 @@ def prune(
                 with clock("agree"):
                     workers.agree(f"after {block.name}", held(weights, [] if last else batches))
             facts = BlockFacts(index, block.name, pruner.facts, sum(clock.seconds.values()) - before, output, recovered)
-            written = background.submit(_write_block, writer, block, weights, facts, on_disk)
+            written = background.submit(_write_block, writer, block, weights, pruner.moved, facts, on_disk)
             del weights, pruner
             yield facts
         with clock("write"):
@@ -120,7 +119,7 @@ def prune(
 
 def _pruner_of(recipe: Recipe) -> type[SlotPruner]:
     if recipe.cutting is not None:
-        return UnitPruner
+        return recipe.cutting.pruner
     return RankPruner if recipe.ranks else SlotPruner
 
 
@@ -135,9 +134,11 @@ def _write_block(
     writer: CheckpointWriter,
     block: Block,
     weights: dict[str, Tensor],
+    moved: dict[str, str],
     facts: BlockFacts,
     on_disk: Callable[[BlockFacts], None],
 ) -> None:
+    writer.moved |= moved
     for name, weight in weights.items():
         writer.write(name, weight)
     writer.copy(sorted(set(block.files) - weights.keys()))

@@ -219,6 +219,8 @@ class Sublayer(Order):
 
 def order_of(recipe: Recipe) -> type[Order]:
     """The order that a recipe asks for."""
+    if recipe.cutting is not None and recipe.cutting.order is not None:
+        return recipe.cutting.order
     if not recipe.wanted:
         return AllAtOnce
     return Sublayer if recipe.propagate is Propagate.sublayer else WholeBlock

@@ -53,6 +53,8 @@ class SlotPruner:
         self.orders: dict[str, Tensor] = {}
         #: Slot name -> its statistics of gradients, of the dense block.
         self.gradients: Mapping[str, Seen] = {}
+        #: Tensor of the block -> its name in the new files, empty if it is gone; where that is not its own.
+        self.moved: dict[str, str] = {}
         self._model = model
         self._block = block
         self._recipe = recipe

@@ -83,7 +83,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         timeline=_timeline(run.phases),
         bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},
         checkpoint=str(work.final),
-        slots=[_slot(slot, zeros[slot.name]) for slot in slots],
+        slots=[_slot(slot, zeros.get(slot.name, 0)) for slot in slots],
         blocks=[_block(block) for block in work.finished],
         samples=measured.samples,
         gate=_gate(config, measured),
@@ -113,7 +113,7 @@ def _size(run: RunContext, manifest: Manifest) -> facts.Size:
         left = run.plan.parameters - sum(cut.fewer for cut in manifest.cuts)
         name, ranks = ("rank", True) if run.config.unit.ranks else ("direction", False)
         return facts.Size(name, {"dense": run.plan.parameters, "pruned": left}, stay, as_products=ranks)
-    left = sum(entry.numel for entry in run.cutting.cut().entries(run.model.checkpoint).values())
+    left = sum(entry.numel for entry in run.cutting.entries().values())
     return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
 
 

@@ -131,7 +131,8 @@ class RunConfig:
     @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
-        return any(part.needs() for part in (self.metric, self.repair, self.allocation)) or self.recover.acts
+        parts = (self.metric, self.repair, self.allocation)
+        return any(part.needs() for part in parts) or self.metric.of_states or self.recover.acts
 
 
 #: More than anybody has.
@@ -326,7 +327,10 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         if parts.allocation.units_only:
             faults.append(f"allocation={registry.name_of('allocation', parts.allocation)} is for units: unit=channel")
         return faults
-    if parts.recover.acts and not parts.recover.in_stream:
+    if parts.recover.acts and not parts.unit.trains:
+        name = registry.name_of("recover", parts.recover)
+        faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=none")
+    elif parts.recover.acts and not parts.recover.in_stream:
         name = registry.name_of("recover", parts.recover)
         faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=blocks")
     if isinstance(pattern, NofM):
@@ -339,6 +343,8 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"allocation={name} gives blocks widths of their own: {hint}")
     if parts.allocation.surveys and parts.keep is not None:
         faults.append("keep is the same number in every block: with an allocation give a sparsity")
+    if parts.propagate is Propagate.dense and not parts.unit.trains:
+        faults.append(f"propagate=dense means nothing for unit={unit}: what is left runs without what went")
     reasons = dict.fromkeys(("include", "exclude"), "the weights that make and read units go together")
     for name, reason in {**reasons, "scope": "units of a block are compared"}.items():
         if getattr(parts, name) is not None:

@@ -17,19 +17,21 @@ from ace_cli.data.generation import whole_model
 from ace_cli.methods.allocation.base import MOST
 from ace_cli.methods.patterns import Ratio
 from ace_cli.methods.statistics import Seen
-from ace_cli.methods.units import equal_width, kept_width, uneven_widths
+from ace_cli.methods.units import uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
-from ace_cli.model.cuts import Cut, Sliced
+from ace_cli.model.cuts import Coupling, Cut
 from ace_cli.model.files import Checkpoint, shard_plan
 from ace_cli.model.header import TensorEntry
-from ace_cli.model.proven_config import changed, proven_changes
+from ace_cli.model.proven_config import changed
 from ace_cli.model.pruned import Smaller
 from ace_cli.model.streamed import Block, StreamedModel
 from ace_cli.pruning.cutting import Cutting
+from ace_cli.pruning.depth import DepthCutting, least_important
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.survey import UnitScores, survey
 from ace_cli.pruning.unit_pruner import unit_scores
+from ace_cli.pruning.units.block import Depth
 
 if TYPE_CHECKING:
     from ace_cli.run.config import RunConfig
@@ -47,42 +49,56 @@ def begin(config: RunConfig, model: StreamedModel) -> Cutting:
 
     Raises AceError where the model has no such units, no width fits, or no configuration of its class says it.
     """
-    cutting = Cutting(model, config.unit, name_of("unit", config.unit))
-    cutting.stay = _equal(config, cutting)
-    if not config.unit.uneven and _changes(cutting) is None:
-        raise AceError(
-            f"{type(model.skeleton).__name__} has no key in its configuration for so few {cutting.name}s.",
-            "Add unit.uneven=true: a modelling file is then written into the folder."
-            if "uneven" in vars(config.unit)
-            else "Choose another unit, or another number.",
-        )
+    cutting = config.unit.cutting(model, name_of("unit", config.unit))
+    cutting.ask(config.pattern.p if isinstance(config.pattern, Ratio) else Fraction(0), config.keep)
+    if not config.unit.uneven:
+        _check_said(cutting)
     return cutting
 
 
+def _check_said(cutting: Cutting) -> None:
+    if cutting.changes() is None:
+        raise AceError(
+            f"{type(cutting.model.skeleton).__name__} has no key in its configuration for so few {cutting.name}s"
+            f"{cutting.why_not}.",
+            "Add unit.uneven=true: a modelling file is then written into the folder."
+            if "uneven" in vars(cutting.unit)
+            else "Choose another unit, or another number.",
+        )
+
+
 def describe(cutting: Cutting, config: RunConfig) -> str:
-    """What is cut, in words: "1216 of 1536 channels stay in each of 30 blocks"."""
-    counts = {
-        (cutting.stay[each.name], each.width, each.regions): len(cutting.couplings)
-        for block in cutting.couplings
-        for each in block
-    }
-    blocks = sum(bool(block) for block in cutting.couplings)
-    words = [
-        f"{stay} of {width} {cutting.name}s stay" + (f" in each of {regions} groups" if regions > 1 else "")
-        for stay, width, regions in counts
-    ]
-    where = "on average" if config.unit.uneven and config.allocation.surveys else "each"
-    return f"{', '.join(words)} in {blocks} blocks, {where}"
+    """What is cut, in words: "1216 of 1536 channels stay in 30 blocks, each"."""
+    if isinstance(cutting, DepthCutting):
+        return cutting.words()
+    return f"{cutting.words()}, {'on average' if config.unit.uneven and config.allocation.surveys else 'each'}"
+
+
+def settle(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Mapping[str, Seen]) -> None:
+    """Find what is to be known before the first block is cut: widths of their own, or which blocks go."""
+    if isinstance(cutting, DepthCutting):
+        _choose_blocks(run, cutting, batches)
+    elif run.config.allocation.surveys:
+        cutting.stay = widths(run, cutting, batches, gradients)
+
+
+def _choose_blocks(run: RunContext, cutting: DepthCutting, batches: list[Any]) -> None:
+    assert isinstance(run.config.unit, Depth)
+    count, blocks = len(cutting.goes), len(run.model.blocks)
+    steps = sum(blocks - look for look in range(cutting.looks))
+    with run.inner("survey"), run.terminal.progress("surveying", steps) as step:
+        goes = least_important(run.model, batches, run.config.metric, count, run.config.unit.choose, lambda _: step())
+    cutting.keep([index for index in range(blocks) if index not in goes])
+    _check_said(cutting)
+    run.terminal.say(f"{'goes':12} {'block' if count == 1 else 'blocks'} {', '.join(map(str, goes))}")
 
 
 def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Mapping[str, Seen]) -> dict[str, int]:
-    """Coupling's name -> how many units of each region stay, after a look at the dense model if one is asked for.
+    """Coupling's name -> how many units of each region stay, after a look at the dense model.
 
     ``gradients``: what slots saw of the whole model's loss.
     """
-    config, allocation, equal = run.config, run.config.allocation, _equal(run.config, cutting)
-    if not allocation.surveys:
-        return equal
+    config, allocation, equal = run.config, run.config.allocation, cutting.stay
     scores = None
     if allocation.units_only:
         scores = UnitScores(config.metric.needs(), _scorer(config, cutting), cutting.model, gradients)
@@ -101,24 +117,17 @@ def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Map
     return found | {each.name: count for (_, each), count in zip(pairs, counts, strict=True)}
 
 
-def kept_units(cutting: Cutting, blocks: Iterable[BlockFacts]) -> dict[str, Tensor]:
-    """Coupling's name -> which of its units stayed, bool (U,), of finished blocks."""
-    each_of = {each.name: each for block in cutting.couplings for each in block}
-    found = {}
-    for slot in (slot for block in blocks for slot in block.slots):
-        keep_U = torch.zeros(each_of[slot.name].regions * each_of[slot.name].width, dtype=torch.bool)
-        keep_U[slot.kept or []] = True
-        found[slot.name] = keep_U
-    return found
-
-
-def manifest_of(cut: Cut, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]) -> list[dict[str, Any]]:
+def manifest_of(
+    cutting: Cutting, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]
+) -> list[dict[str, Any]]:
     """What pruning.json tells of every cut: the units kept, and the tensors as they were written."""
-    each_of = {each.name: each for block in cut.couplings for each in block}
+    if isinstance(cutting, DepthCutting):
+        return [_cut_of_depth(cutting, blocks, entries)]
+    each_of = {each.name: each for block in cutting.couplings for each in block}
     return [
         {
             "name": slot.name, "units": each_of[slot.name].regions * each_of[slot.name].width, "pattern": slot.pattern,
-            "fewer": slot.shape[0] * slot.shape[1] - entries[slot.name].numel, "kept": slot.kept,
+            "fewer": _fewer(cutting, each_of[slot.name], entries), "kept": slot.kept,
             "tensors": {
                 key: {"shape": list(entries[key].shape), "xxh3": found} for key, found in slot.digests.items()
             },
@@ -128,11 +137,36 @@ def manifest_of(cut: Cut, blocks: Iterable[BlockFacts], entries: Mapping[str, Te
     ]  # fmt: skip
 
 
+def _fewer(cutting: Cutting, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:
+    """How many weights less there are: of the weight that reads the units, or of all where units have their own."""
+    source = cutting.model.checkpoint.tensors
+    if cutting.by_slots:
+        return source[each.name].numel - entries[each.name].numel
+    keys = {axis.key for axis in each.axes}
+    keys |= {key for key in source if each.numbered is not None and each.numbered.number(key) is not None}
+    return sum(source[key].numel - (entries[key].numel if key in entries else 0) for key in keys)
+
+
+def _cut_of_depth(
+    cutting: DepthCutting, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]
+) -> dict[str, Any]:
+    source = cutting.model.checkpoint
+    found = {cutting.numbered.moved(key, cutting.kept): digest for key, digest in dict(source.digests).items()}
+    found |= {key: digest for block in blocks for slot in block.slots for key, digest in slot.digests.items()}
+    fewer = sum(entry.numel for entry in source.tensors.values()) - sum(entry.numel for entry in entries.values())
+    tensors = {key: entry for key, entry in entries.items() if cutting.numbered.number(key) is not None}
+    return {
+        "name": next(iter(cutting.stay)), "units": len(cutting.model.blocks), "pattern": cutting.words(),
+        "fewer": fewer, "kept": cutting.kept,
+        "tensors": {key: {"shape": list(entry.shape), "xxh3": found[key]} for key, entry in tensors.items()},
+    }  # fmt: skip
+
+
 def smaller(cutting: Cutting, entries: Mapping[str, TensorEntry], manifest: list[dict[str, Any]]) -> Smaller:
     """What the folder needs beside its weights: config.json of the stock class, or a modelling file as well."""
     model = cutting.model
     raw = model.checkpoint.config()
-    changes = None if cutting.cut().uneven else _changes(cutting)
+    changes = None if cutting.uneven else cutting.changes()
     if changes is not None:
         return Smaller(entries, changed(raw, changes), {}, {}, manifest)
     kind, auto = type(model.skeleton), auto_class(model.skeleton.config).__name__
@@ -143,7 +177,7 @@ def smaller(cutting: Cutting, entries: Mapping[str, TensorEntry], manifest: list
 
 def own_files(cutting: Cutting) -> list[str]:
     """Files that the folder of a smaller model may hold beside those of a zeroed one."""
-    shards = shard_plan(cutting.cut().entries(cutting.model.checkpoint))
+    shards = shard_plan(cutting.entries())
     return [uneven.FILE, *shards]
 
 
@@ -171,23 +205,6 @@ def check_loads(model: StreamedModel, folder: Path, planned_bytes: int) -> None:
             f"{folder} does not compute, loaded by transformers, what was written: logits are off by {off:.1e}.",
             "This is a fault of ace-prune: please report it.",
         )
-
-
-def _equal(config: RunConfig, cutting: Cutting) -> dict[str, int]:
-    share = config.pattern.p if isinstance(config.pattern, Ratio) else Fraction(0)
-    multiple = config.unit.multiple
-    return {
-        each.name: equal_width(cutting.name, each.width, share, multiple)
-        if config.keep is None
-        else kept_width(cutting.name, each.width, config.keep, multiple)
-        for block in cutting.couplings
-        for each in block
-    }
-
-
-def _changes(cutting: Cutting) -> dict[tuple[str, ...], Any] | None:
-    sliced = Sliced(cutting.model.checkpoint, cutting.cut(), cutting.first_units)
-    return proven_changes(sliced, cutting.sizes, cutting.computes)
 
 
 def _scorer(config: RunConfig, cutting: Cutting) -> Any:

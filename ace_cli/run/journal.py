@@ -50,12 +50,14 @@ class Head:
 class Done:
     """A finished block. ``source``: the hashes of all that was read since the block before, its own tensors among it.
 
-    ``written``: those of what was written for its tensors.
+    ``written``: those of what was written for its tensors; ``moved``: those that have another name in the new files, or
+    an empty one because they are gone.
     """
 
     block: BlockFacts
     source: dict[str, str]
     written: dict[str, str]
+    moved: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -125,7 +127,10 @@ class Work:
         """Note, durably, that a block's weights are on disk."""
         read = {name: h for name, h in dict(self._model.checkpoint.digests).items() if name not in self._noted}
         self._noted |= read.keys()
-        done = Done(block, read, {name: writer.digests[name] for name in self._model.blocks[block.index].files})
+        names = self._model.blocks[block.index].files
+        written = {new: writer.digests[new] for name in names if (new := writer.name_of(name))}
+        moved = {name: writer.moved[name] for name in names if name in writer.moved}
+        done = Done(block, read, written, moved)
         with open(self.folder / _JOURNAL, "a", encoding="utf-8") as journal:
             journal.write(_line(done))
             journal.flush()
@@ -280,7 +285,8 @@ def _fitting(done: list[Done], model: StreamedModel) -> list[Done]:
         read |= each.source.keys()
         same = (each.block.index, each.block.name) == (len(found), block.name)
         same &= {slot.name: slot.shape for slot in each.block.slots} == {slot.name: slot.shape for slot in block.slots}
-        if not same or not names <= read or each.written.keys() != names:
+        written = {new for name in names if (new := each.moved.get(name, name))}
+        if not same or not names <= read or each.written.keys() != written:
             break
         found.append(each)
     return found

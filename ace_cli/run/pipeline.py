@@ -172,22 +172,28 @@ def _plan(
     tokens = config.calib.tokens if config.needs_data else 0
     alone = pruned_by_rows(config, model) and cutting is None
 
+    by_slots, planned = cutting is None or cutting.by_slots, model if cutting is None else cutting.planned
+
     def flops(rows: int, columns: int) -> int:
-        return config.metric.flops(rows, columns) + config.repair.flops(rows, columns)
+        return by_slots * (config.metric.flops(rows, columns) + config.repair.flops(rows, columns))
+
+    def nbytes(rows: int, columns: int) -> int:
+        return by_slots * max(config.metric.nbytes(rows, columns), config.repair.nbytes(rows, columns))
 
     demand = Demand(
-        tokens, config.calib.length, config.statistics, config.propagate, config.allocation.surveys, alone, flops,
+        tokens, config.calib.length, config.statistics if by_slots else (), config.propagate,
+        config.allocation.surveys if cutting is None else config.allocation.surveys + cutting.looks, alone, flops,
         config.recover.forwards(), config.recover.bytes_per_weight(),
-        lambda rows, columns: max(config.metric.nbytes(rows, columns), config.repair.nbytes(rows, columns)),
+        nbytes,
         config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
-    patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
-    plan = make_plan(model, patterns, demand, _budget(config, model.device))
+    patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}
+    plan = make_plan(planned, patterns, demand, _budget(config, model.device))
     if cutting is not None:
-        plan = plan.smaller(cutting.cut().entries(model.checkpoint), describe(cutting, config))
+        plan = plan.smaller(cutting.entries(), describe(cutting, config), cutting.speeds)
     if slicer is not None:
-        plan = plan.smaller(slicer.entries(), f"{slicer.width} of {slicer.hidden} directions stay")
+        plan = plan.smaller(slicer.entries(), f"{slicer.width} of {slicer.hidden} directions stay", True)
     plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)

@@ -35,8 +35,8 @@ class Demand:
     """What the chosen methods need, from which the plan counts memory and time.
 
     ``tokens``: of all calibration windows, in rows of ``length``. ``statistics``: what is remembered of each slot's
-    input. ``propagate``: how often a block is run. ``surveys``: whether the dense model is run once before pruning, for
-    an allocation. ``by_rows``: whether scores and patterns of a row need that row alone, so that no temporary is as
+    input. ``propagate``: how often a block is run. ``surveys``: how often the dense model is run before pruning, to
+    look at it. ``by_rows``: whether scores and patterns of a row need that row alone, so that no temporary is as
     large as a weight. ``flops(rows, columns)``: operations that refining and repairing a weight of this shape take.
     ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all tokens and in bytes for each
     weight of a block. ``nbytes(rows, columns)``: what refining and repairing such a weight hold beside the statistics.
@@ -47,7 +47,7 @@ class Demand:
     length: int = 1
     statistics: tuple[Statistic, ...] = ()
     propagate: Propagate = Propagate.sublayer
-    surveys: bool = False
+    surveys: int = 0
     by_rows: bool = True
     flops: Callable[[int, int], int] = lambda rows, columns: 0
     training_forwards: float = 0.0
@@ -102,12 +102,13 @@ class Plan:
     cut: str = ""
     parameters_left: int = 0
     bytes_left: int = 0
+    speeds: bool = True
 
-    def smaller(self, entries: Mapping[str, TensorEntry], cut: str) -> Plan:
-        """The plan of a model whose files will hold ``entries``."""
+    def smaller(self, entries: Mapping[str, TensorEntry], cut: str, speeds: bool) -> Plan:
+        """The plan of a model whose files will hold ``entries``; ``speeds``: a token is computed with fewer weights."""
         left, nbytes = (sum(getattr(entry, name) for entry in entries.values()) for name in ("numel", "nbytes"))
         disk = self.disk_bytes - self.bytes_source + nbytes
-        return replace(self, cut=cut, parameters_left=left, bytes_left=nbytes, disk_bytes=disk)
+        return replace(self, cut=cut, parameters_left=left, bytes_left=nbytes, disk_bytes=disk, speeds=speeds)
 
     def spills(self, tokens: int) -> bool:
         """Whether the hidden states of so many tokens must go to disk."""

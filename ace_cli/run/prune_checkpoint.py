@@ -21,7 +21,6 @@ from ace_cli.methods.gradients import Source
 from ace_cli.methods.low_rank import Factorisation
 from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.statistics import Seen
-from ace_cli.model.cuts import Grown
 from ace_cli.model.files import Checkpoint, CheckpointWriter, NoWriter
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.pruned import (
@@ -50,7 +49,7 @@ from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
-from ace_cli.run.cut import check_loads, kept_units, manifest_of, smaller, widths
+from ace_cli.run.cut import check_loads, manifest_of, settle, smaller
 from ace_cli.run.forecast import PRUNING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
@@ -187,21 +186,22 @@ def _cut(run: RunContext, work: Work) -> None:
     assert cutting is not None
     batches, compared = _batches(run, work)
     gradients = _gradients(run, cutting.model)
-    cutting.stay = widths(run, cutting, batches, gradients)
-    cut, source = cutting.cut(), model.checkpoint
+    settle(run, cutting, batches, gradients)
+    source = model.checkpoint
     with clock("write"):
-        writer = _writer(model, work, run.terminal, cut.entries(source))
+        writer = _writer(model, work, run.terminal, cutting.entries())
     done = len(work.finished)
     recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting, gradients=gradients)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
     if not recipe.wanted and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
-        weights = Grown(Checkpoint(work.partial, bare=True), source, cut, kept_units(cutting, work.finished))
-        replay(model.reading(source if recipe.propagate is Propagate.dense else weights), batches, done, clock)
+        with clock("replay"):
+            dense = recipe.propagate is Propagate.dense
+            cutting.replay(batches, work.finished, Checkpoint(work.partial, bare=True), dense)
     _stream(run, work, done, batches, recipe, writer, compared, recovering)
     with clock("write"):
-        entries = manifest_of(cut, work.finished, writer.entries)
+        entries = manifest_of(cutting, work.finished, writer.entries)
         sparsity = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
         summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
         base = run.config.model

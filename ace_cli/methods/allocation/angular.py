@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.methods.allocation.base import Allocation, weighted_mean
+from ace_cli.methods.angles import angular_distance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,17 +36,8 @@ class Angular(Allocation):
         return [] if 0 < self.a <= 100 else [f"allocation.a={self.a:g}: must lie in (0, 100]"]
 
     def measure_states(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-        """I_l. Angles as 2 atan2(|u - v|, |u + v|) of unit vectors: exact for small ones too."""
-        import torch
-
-        total, tokens = 0.0, 0
-        for x_BLH, y_BLH in zip(before, after, strict=True):
-            x_TH, y_TH = (state.float().flatten(0, -2) for state in (x_BLH, y_BLH))
-            u_TH, v_TH = (torch.nn.functional.normalize(state_TH, dim=1) for state_TH in (x_TH, y_TH))
-            angle_T = 2 * torch.atan2((u_TH - v_TH).norm(dim=1), (u_TH + v_TH).norm(dim=1))
-            total += float(angle_T.sum(dtype=torch.float64)) / math.pi
-            tokens += len(angle_T)
-        return total / tokens
+        """I_l."""
+        return angular_distance(before, after)
 
     def span(self, p: float) -> float:
         return 1 - p

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,13 +30,18 @@ class Metric:
 
     #: What a ratio compares where the user does not say.
     default_scope = Scope.row
-    #: Whether it scores whole units, and single weights.
+    #: Whether it scores channels and heads, single weights, whole blocks, experts.
     units = True
     weights = True
     #: Whether it finds products of thinner weights instead: ace_cli.methods.low_rank.
     ranks = False
     #: Whether it finds a basis of the residual stream.
     hidden = False
+    blocks = False
+    experts = False
+    #: Whether it looks at what goes through blocks (``score_states``, ``score_experts``), and at outputs of experts.
+    of_states = False
+    reads_outputs = False
     #: What to choose instead where its own cost is too much, and what that loses; empty where nothing is much cheaper.
     cheaper = ""
 
@@ -64,6 +69,18 @@ class Metric:
         output if its inputs are uncorrelated.
         """
         return units.summed(self.score(weight_OI, seen).square_().sum(0))
+
+    def score_states(self, before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+        """Importance of a block, from the states (B, L, H) of each batch that go into it and come out of it."""
+        raise NotImplementedError
+
+    def of_routed(self, gate_T: Tensor, output_TH: Tensor) -> float:
+        """What tokens routed to an expert add to its total: their gates, and the expert's own outputs for them."""
+        raise NotImplementedError
+
+    def score_experts(self, total_E: Tensor, tokens_E: Tensor, index: int) -> Tensor:
+        """Importance of the experts of block ``index``, float64 (E,), from their totals and numbers of tokens."""
+        raise NotImplementedError
 
     @property
     def by_rows(self) -> bool:

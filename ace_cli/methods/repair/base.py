@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ace_cli.methods.patterns import Pattern
-    from ace_cli.methods.statistics import Seen, Statistic
+    from ace_cli.methods.statistics import Gram, Seen, Statistic
     from ace_cli.methods.units import Units
 
 
@@ -46,11 +46,12 @@ class Repair:
 
     #: False for one that leaves both as they are.
     acts = True
-    #: Whether it is one for whole units, and for single weights.
+    #: Whether it is one for units inside a block, for single weights, for what is left when whole blocks go.
     units = False
     weights = True
     #: Whether it refits products of thinner weights.
     ranks = False
+    blocks = False
 
     def needs(self) -> tuple[Statistic, ...]:
         """The statistics ``repair`` reads."""
@@ -97,3 +98,10 @@ class Repair:
         keep_OI = units.inputs(keep_U, weight_OI.shape[1]).expand(weight_OI.shape).contiguous()
         pruned = Fraction(int((~keep_OI[0]).sum()), keep_OI.shape[1])
         return self.repair(weight_OI, keep_OI, seen, Ratio(pruned))
+
+    def follow(self, weight_OI: Tensor, cross_OI: Tensor, energy: float, gram: Gram) -> Repaired:
+        """A weight, float32 (O, I), whose output is to become y + d: ``cross_OI`` = sum over tokens of d_t x_t^T.
+
+        ``energy`` = sum of ||d_t||^2; ``gram`` is of the inputs x_t. Nothing is pruned.
+        """
+        raise NotImplementedError

@@ -39,6 +39,7 @@ class LeastSquares(Repair):
     units = True
     weights = False
     ranks = True
+    blocks = True
 
     def faults(self) -> list[str]:
         return pull_faults("shrinkage", self.shrinkage, 0.0)
@@ -76,6 +77,22 @@ class LeastSquares(Repair):
         factors = factors_of(seen[Gram()])
         new_OI = refitted(weight_OI, keep_OI[0], factors, pull(factors, self.shrinkage))
         return finish(weight_OI, new_OI, keep_OI, keep_OI, factors.gram_II, factors.all_notes())
+
+    def follow(self, weight_OI: Tensor, cross_OI: Tensor, energy: float, gram: Gram) -> Repaired:
+        """W + D, D = C (G + shrinkage diag(G))^{-1}: the exact minimum of ||D X - d||^2 + shrinkage ||D s||^2.
+
+        Where whole blocks go, d is what they added to the state behind them, and W the last weight before them.
+        """
+        import torch
+
+        factors = factors_of(gram)
+        lower_II = factors.cholesky(factors.damped(0.0).double(), pull(factors, self.shrinkage))
+        unit_IO = (cross_OI / factors.scale_I).T.double()
+        change_OI = torch.cholesky_solve(unit_IO, lower_II).T / factors.scale_I
+        gained = 2 * (change_OI * cross_OI).sum() - ((change_OI @ gram.total_II.double()) * change_OI).sum()
+        keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
+        after = energy - float(gained)
+        return Repaired(weight_OI + change_OI.float(), keep_OI, factors.all_notes(), energy, after)
 
 
 def pull(factors: Factors, shrinkage: float | None) -> float:

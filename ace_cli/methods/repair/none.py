@@ -23,6 +23,7 @@ class NoRepair(Repair):
     acts = False
     units = True
     ranks = True
+    blocks = True
 
     def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
         return Repaired(weight_OI, keep_OI)

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from ace_cli.methods.metrics.base import Metric
     from ace_cli.methods.repair.base import Repair
     from ace_cli.model.links import Link, LinkFinder
+    from ace_cli.model.streamed import StreamedModel
+    from ace_cli.pruning.cutting import Cutting
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Unit:
     slices = False
     #: Whether it is cut out of models with experts.
     beside_experts = True
+    #: Whether a recovery trains blocks that it was cut out of.
+    trains = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
     uneven = False
@@ -42,6 +46,12 @@ class Unit:
         elif not repair.keeps_mask():
             found.append("repair: with its options it chooses single weights")
         return found
+
+    def cutting(self, model: StreamedModel, name: str) -> Cutting:
+        """What takes these units, called ``name`` by the user, out of ``model``. AceError if it has none."""
+        from ace_cli.pruning.cutting import Cutting
+
+        return Cutting(model, self, name)
 
     def links(self, finder: LinkFinder, index: int) -> list[Link]:
         """The units of loaded block ``index``: one link for each weight that reads some, proven with its weights."""
