@@ -78,6 +78,7 @@ def run(prune_here: Any, folder: Path, out: Path, *options: str) -> Any:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_folder_computes_what_the_router_would_without_them(family: str, tmp_path: Path, prune_here: Any) -> None:
     options, keep = FAMILIES[family]
+    routed = 1 if family == "llama4_text" else 2
     folder, out = add_tokenizer(make(tmp_path / "dense", family, **options)), tmp_path / "run"
     report = run(prune_here, folder, out, f"keep={keep}")
     cuts = json.loads((out / "checkpoint" / "pruning.json").read_text())["cuts"]
@@ -88,6 +89,7 @@ def test_the_folder_computes_what_the_router_would_without_them(family: str, tmp
     expected = masked_logits(folder, kept)
     assert torch.equal(ours, expected) or torch.allclose(ours, expected, atol=1e-5)
     assert verify(out / "checkpoint") == len(kept)
+    assert {slot["tokens"] for slot in report.slots} == {8 * 16 * routed}
     gone = report.size.parameters["dense"] - report.size.parameters["pruned"]
     assert gone == sum(cut["fewer"] for cut in cuts) > 0
 

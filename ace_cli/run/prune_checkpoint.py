@@ -193,7 +193,7 @@ def _cut(run: RunContext, work: Work) -> None:
     done = len(work.finished)
     recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting, gradients=gradients)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
-    if not recipe.wanted and recovering is None:
+    if not recipe.wanted and not run.config.metric.of_states and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
         with clock("replay"):
