@@ -41,8 +41,8 @@ class Cutting:
     name: str
     couplings: tuple[tuple[Coupling, ...], ...] = field(init=False)
     stay: dict[str, int] = field(init=False)
-    _finder: LinkFinder = field(init=False)
-    _index: dict[str, int] = field(init=False)
+    _finder: LinkFinder = field(init=False, repr=False)
+    _index: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         kind = type(self.model.skeleton).__name__
