@@ -100,4 +100,5 @@ def _cut_line(plan: Plan) -> str:
     return (
         f"{plan.cut}: {before / 1e6:,.1f} -> {after / 1e6:,.1f} M parameters ({share:.1%} fewer), "
         f"{gigabytes(plan.bytes_source)} -> {gigabytes(plan.bytes_left)}"
+        + (f"; text is written about {plan.bytes_source / plan.bytes_left:.2f}x as fast" if plan.speeds else "")
     )
