@@ -23,7 +23,10 @@ Jobs = list[dict[str, Any]]
 Cells = dict[str, dict[str, Jobs]]
 
 #: Overrides that say where and how much, not how: the same in every row.
-PROTOCOL = ("model", "calib", "calib.path", "calib.seed", "eval", "sparsity", "keep_checkpoint", "output_dir")
+PROTOCOL = (
+    "model", "calib", "calib.path", "calib.seed", "eval", "sparsity", "keep_checkpoint", "output_dir",
+    "html", "samples.prompts", "observe.windows", "observe.tokens",
+)  # fmt: skip
 
 
 def main(folder: Path, base: str | None) -> None:
