@@ -44,7 +44,9 @@ SECTIONS = {
     ),
     "What wins quality back": ("repair", "recover"),
     "Which text": ("calib", "eval"),
-    "What is made beside the checkpoint": ("pack", "export", "bench", "samples", "html", "observe", "tracker"),
+    "What is made beside the checkpoint": (
+        "pack", "export", "bench", "samples", "html", "observe", "tracker", "push_to_hub",
+    ),
     "The run": ("output_dir", "keep_checkpoint", "gate", "dry_run", "workers", "hardware", "verbose"),
 }  # fmt: skip
 _LINE = re.compile(r"^(?:  - )?(?P<name>\w+): (?P<value>.*?)\s+# (?P<words>.+)$")

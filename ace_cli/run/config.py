@@ -41,6 +41,7 @@ from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
 from ace_cli.run import hydra_api
 from ace_cli.run.hardware import Hardware
+from ace_cli.run.hub import fault as hub_fault
 
 
 @dataclass
@@ -74,6 +75,7 @@ class Schema:
     export: str | None = None
     bench: bool = False
     keep_checkpoint: bool = True
+    push_to_hub: str | None = None
     dry_run: bool = False
     workers: int | None = None
     hardware: str | None = None
@@ -110,6 +112,7 @@ class RunConfig:
     stages: tuple[Stage, ...]
     bench: Bench | None
     keep_checkpoint: bool
+    push_to_hub: str | None
     dry_run: bool
     workers: int | None
     hardware: Hardware | None
@@ -238,6 +241,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         stages=_stages(parts),
         bench=Bench() if parts.bench else None,
         keep_checkpoint=parts.keep_checkpoint,
+        push_to_hub=parts.push_to_hub,
         dry_run=parts.dry_run,
         workers=parts.workers,
         hardware=None if parts.hardware is None else _hardware(parts.hardware),
@@ -271,6 +275,10 @@ def _faults(parts: Any) -> list[str]:
         faults.append(f"export={parts.export}: must be gguf or gguf:TYPE")
     elif parts.export and (wrong := gguf_fault(_gguf_kind(parts.export))):
         faults.append(wrong)
+    if unnamed := hub_fault(parts.push_to_hub):
+        faults.append(unnamed)
+    elif parts.push_to_hub and not parts.keep_checkpoint:
+        faults.append("keep_checkpoint=false leaves nothing for push_to_hub")
     for name in ("include", "exclude"):
         if any(not isinstance(glob, str) or not glob for glob in _globs(getattr(parts, name))):
             faults.append(f"{name}={getattr(parts, name)}: give globs on names of weights, like *.down_proj.*")

@@ -31,7 +31,7 @@ from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
 from ace_cli.report.trackers.base import choices_of, numbers_of
-from ace_cli.run import forecast
+from ace_cli.run import forecast, hub
 from ace_cli.run.assemble import Measured, make_report
 from ace_cli.run.at_scale import lines_at_scale, rates_of
 from ace_cli.run.checks import (
@@ -96,6 +96,8 @@ def _run(
         torch.cuda.reset_peak_memory_stats(device)
     phases = Phases(Clock(partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None), sampler)
     quiet_libraries()
+    if config.push_to_hub is not None and not config.dry_run:
+        hub.check(config.push_to_hub)
     with phases("import"), terminal.waiting("opening the model"):
         model = _open(config, device)
         if config.hardware is not None:  # for a plan: nothing is computed
@@ -132,6 +134,10 @@ def _run(
         except KeyboardInterrupt:
             raise KeyboardInterrupt(work.kept) from None
         terminal.result(report, run.folder, config.html, config.verbose)
+        if config.push_to_hub is not None:
+            with terminal.waiting(f"uploading to {config.push_to_hub}"):
+                address = hub.push(config.push_to_hub, work.final, report)
+            terminal.place("Hub", address)
     return report
 
 

@@ -1,0 +1,71 @@
+"""push_to_hub, against a hub that only remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import composed
+
+from ace_cli.core.errors import AceError
+from ace_cli.report.facts import Report
+
+
+class Hub:
+    """What huggingface_hub.HfApi does, remembered."""
+
+    calls: list[tuple[str, dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., str]:
+        def call(*positional: Any, **named: Any) -> str:
+            self.calls.append((name, {**dict(enumerate(positional)), **named}))
+            return "https://hub/me/small"
+
+        return call
+
+
+def test_a_run_goes_to_the_hub_with_a_card_that_machines_read(
+    llama: Path, tmp_path: Path, prune_here: Callable[..., Report], monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.calls = []
+    options = ["metric=magnitude", "eval=self", "eval.seq_len=16", "eval.max_windows=2", "push_to_hub=me/small"]
+    report = prune_here(llama, tmp_path / "out", *options)
+    assert [name for name, _ in Hub.calls] == ["whoami", "create_repo", "upload_folder", "upload_file"]
+    assert Hub.calls[2][1]["folder_path"] == tmp_path / "out" / "checkpoint"
+    card = Hub.calls[3][1]["path_or_fileobj"].decode()
+    data = yaml.safe_load(card.split("---\n")[1])
+    (index,) = data["model-index"]
+    assert index["name"] == "small"
+    assert index["results"][0]["metrics"][0]["value"] == report.perplexity.pruned
+    assert index["results"][0]["dataset"]["type"] == "sampled-from-the-dense-model"
+    assert 'from_pretrained("me/small")' in card
+    assert "https://hub/me/small" in capfd.readouterr().out
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(card).data.eval_results[0].metric_type == "perplexity"
+
+
+def test_nobody_is_logged_in(
+    llama: Path, tmp_path: Path, prune_here: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NoBody(Hub):
+        def whoami(self) -> None:
+            raise OSError("Token is required")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", NoBody)
+    with pytest.raises(AceError, match="hf auth login"):
+        prune_here(llama, tmp_path / "out", "metric=magnitude", "push_to_hub=me/small")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["push_to_hub=small", "push_to_hub=me/sm/all", "push_to_hub=../x"])
+def test_no_name_of_a_repository(option: str) -> None:
+    with pytest.raises(AceError, match="must be USER/NAME"):
+        composed(option, "output_dir=/given")
+    with pytest.raises(AceError, match="keep_checkpoint"):
+        composed("push_to_hub=me/small", "keep_checkpoint=false", "output_dir=/given")
