@@ -157,7 +157,8 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     measured = _measured(run, work.final, stages)
     run.model.checkpoint.check_unchanged()  # or what was measured of the dense model is of two
     report = make_report(run, work, measured, stages)
-    _write(run.config, report)
+    with run.terminal.waiting("writing the report"):
+        _write(run.config, report)
     _track(run.config, report, run.terminal)
     if warning := work.close():
         run.terminal.say(f"Warning: {warning}", "yellow")
