@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_models import make
 
 from ace_cli.core.errors import AceError
+from ace_cli.kernels.divergence import divergence
 from ace_cli.model.files import CheckpointWriter
 from ace_cli.recovery.blocks import relative_error
 from ace_cli.recovery.training import split
@@ -248,3 +249,32 @@ def test_a_training_that_gains_nothing_changes_nothing(llama: Path, tmp_path: Pa
 def test_too_little_memory_for_the_whole_model_is_one_line(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
     with pytest.raises(AceError, match=r"recover=distill needs .* GB of memory.*recover=blocks"):
         prune_here(llama, tmp_path / "out", *TAUGHT, "memory_gb=1")
+
+
+def test_the_divergence_and_its_gradient_are_those_of_the_formula() -> None:
+    torch.manual_seed(0)
+    student_TV = torch.randn(130, 11, requires_grad=True)
+    teacher_TV = torch.randn(130, 11)
+    (3 * divergence(student_TV, teacher_TV)).backward()
+    slow_TV = student_TV.detach().double().requires_grad_(True)
+    p_TV, q_TV = teacher_TV.double().softmax(-1), slow_TV.softmax(-1)
+    slow = (p_TV * (p_TV / q_TV).log()).sum()
+    (3 * slow).backward()
+    assert float(divergence(student_TV.detach(), teacher_TV)) == pytest.approx(float(slow), rel=1e-5)
+    assert student_TV.grad is not None
+    assert slow_TV.grad is not None
+    assert torch.allclose(student_TV.grad, slow_TV.grad.float(), atol=1e-6)
+
+
+def test_blocks_first_then_the_whole(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    options = (*TAUGHT, "recover=both", "recover.block_lr=3e-3", "recover.batch=32")
+    report = prune_here(llama, tmp_path / "both", *(each for each in options if each != "recover=distill"))
+    assert report.recovery is not None
+    assert report.recovery["after"] < report.recovery["before"]
+    assert all(block["recovery"]["after"] < block["recovery"]["before"] for block in report.blocks)
+    assert report.sparsity.achieved == pytest.approx(0.5, abs=0.01)
+
+
+def test_bad_options_of_both_name_their_own(configure: Callable[..., object]) -> None:
+    with pytest.raises(AceError, match=r"recover.block_epochs=0: must be at least 1"):
+        configure("model.path=x", "model=custom", "recover=both", "recover.block_epochs=0")

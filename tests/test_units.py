@@ -413,6 +413,51 @@ def test_blocks_learn_again_what_units_did(llama: Path, tmp_path: Path, prune_he
     assert torch.equal(logits(folder), streamed_logits(folder))
 
 
+HEADS = ("unit=head", "sparsity=50%")
+TAUGHT = (
+    "calib.n_samples=48",
+    "calib.seq_len=16",
+    "recover=distill",
+    "recover.batch=32",
+    "recover.lr=1e-3",
+    "recover.epochs=5",
+    "repair=none",
+)
+
+
+@pytest.mark.parametrize("options", [RUN, UNEVEN, HEADS], ids=["even", "uneven", "heads"])
+def test_the_dense_model_teaches_a_smaller_one(
+    options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any
+) -> None:
+    plain = prune_here(llama, tmp_path / "plain", *options, *TAUGHT[:2])
+    report = prune_here(llama, tmp_path / "taught", *options, *TAUGHT)
+    assert report.recovery is not None
+    assert report.recovery["after"] < report.recovery["before"]
+    assert report.size == plain.size
+    checked = [verify(tmp_path / name / "checkpoint") for name in ("taught", "plain")]  # by the hashes of each
+    assert checked[0] == checked[1]
+
+
+@pytest.mark.parametrize(
+    "moment", ["ace_cli.run.recover_checkpoint._move", "ace_cli.run.prune_checkpoint.forget_training"]
+)
+def test_a_stopped_teaching_of_a_smaller_one_goes_on(
+    moment: str, llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = prune_here(llama, tmp_path / "whole", *RUN, *TAUGHT)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(moment, stop)
+        prune_here(llama, tmp_path / "broken", *RUN, *TAUGHT)
+    report = prune_here(llama, tmp_path / "broken", *RUN, *TAUGHT)
+    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
+    assert report.recovery == straight.recovery
+    assert verify(tmp_path / "broken" / "checkpoint") == 2
+
+
 @pytest.mark.parametrize("options", [RUN, UNEVEN, TRAINED], ids=["even", "uneven", "trained"])
 def test_killed_and_continued_gives_the_same_bytes(
     options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
@@ -455,7 +500,6 @@ def test_damage_is_found(llama: Path, tmp_path: Path, prune_here: Any) -> None:
         (["allocation=angular"], "add unit.uneven=true"),
         (["repair=swaps"], "repair=swaps does not go with unit=channel"),
         (["repair=sparsegpt", "repair.adaptive=true"], "repair=sparsegpt does not go with unit=channel"),
-        (["recover=distill"], "recover=distill does not follow a cut of channels"),
         (["unit.multiple=0"], "unit.multiple=0: must be 1 or more"),
         (["exclude='*.down_proj.*'"], "exclude means nothing for unit=channel"),
         (["unit=weight", "metric=flap"], "metric=flap does not go with unit=weight"),

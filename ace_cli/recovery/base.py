@@ -34,8 +34,10 @@ class Recovery:
 
     #: False for one that does nothing.
     acts = True
-    #: Whether each block is trained in the stream, when it is pruned; else the whole model is, when all are.
+    #: Whether each block is trained in the stream, when it is pruned.
     in_stream = True
+    #: Whether the whole model is trained, when all blocks are pruned.
+    whole = False
     #: Tokens of one training step.
     batch = 512
     #: Whether targets are the dense model's own hidden states, which then have to be carried along.

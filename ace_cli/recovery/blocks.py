@@ -46,7 +46,7 @@ class Blocks(Recovery):
     """
 
     epochs: int = 4
-    lr: float = 5e-4
+    lr: float = 1e-3
     batch: int = 512
     target: Target = Target.block
     held_out: float = 0.1
@@ -87,7 +87,7 @@ class Blocks(Recovery):
                 step.backward(training[number])
                 for name, master in masters.items():
                     assert master.grad is not None
-                    master.grad.masked_fill_(~keep[name], 0)
+                    master.grad.mul_(keep[name])  # a fifth of the time of masked_fill_
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()

@@ -45,13 +45,14 @@ class Distill(Recovery):
     What is kept is the epoch that predicts best on the windows held out.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     lr: float = 3e-4
-    batch: int = 1024
+    batch: int = 512
     held_out: float = 0.1
     seed: int = 0
 
     in_stream = False
+    whole = True
 
     def faults(self) -> list[str]:
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
@@ -139,16 +140,14 @@ class _Teacher:
         return total
 
     def _sum(self, rows: slice) -> Tensor:
-        import torch
+        from ace_cli.kernels.divergence import divergence
 
         device = self._dense.device
         ids_BL, hidden_BLH = self._windows_NL[rows].to(device), self._states_NLH[rows].to(device)
-        with torch.no_grad():
-            log_p = self._dense.logits(ids_BL, hidden_BLH).float().log_softmax(-1)
         with half_precision(device):
-            logits = self._student(input_ids=ids_BL, use_cache=False).logits
-        log_q = logits.float().log_softmax(-1)
-        return torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+            teacher_BLV = self._dense.logits(ids_BL, hidden_BLH)
+            student_BLV = self._student(input_ids=ids_BL, use_cache=False).logits
+        return divergence(student_BLV.flatten(0, 1), teacher_BLV.flatten(0, 1))
 
 
 class _Fit:
@@ -194,7 +193,7 @@ class _Fit:
             self._teacher.divergence(self._training[number], backward=True)
             for name, weight in self._weights.items():
                 if weight.grad is not None:
-                    weight.grad.masked_fill_(~self._keep[name], 0)
+                    weight.grad.mul_(self._keep[name])  # a fifth of the time of masked_fill_
             self._optimiser.step()
             self._optimiser.zero_grad()
             step()

@@ -82,22 +82,23 @@ def windows_line(report: Report) -> str:
 
 
 def recovery_line(report: Report) -> str:
-    """What training gained, in one sentence; empty where nothing was trained."""
+    """What training gained, in a sentence for each way; empty where nothing was trained."""
+    whole = ""
     if report.recovery is not None:
-        whole = report.recovery
-        return (
-            f"Trained on the dense model's predictions: KL divergence on held-out windows {whole['before']:.4f} to "
-            f"{whole['after']:.4f} nats, the best after {whole['epochs']} epochs."
+        whole = (
+            f"Trained on the dense model's predictions: KL divergence on held-out windows "
+            f"{report.recovery['before']:.4f} to {report.recovery['after']:.4f} nats, the best after "
+            f"{report.recovery['epochs']} epochs."
         )
     trained = [block["recovery"] for block in report.blocks if block.get("recovery")]
     if not trained:
-        return ""
+        return whole
     gain = 1 - math.exp(statistics.fmean(math.log(max(t["after"], 1e-30) / max(t["before"], 1e-30)) for t in trained))
     better = sum(block["epochs"] > 0 for block in trained)
     return (
         f"Trained block by block: {better} of {len(trained)} blocks got better; the error on held-out windows fell by "
-        f"{gain:.0%} a block."
-    )
+        f"{gain:.0%} a block. {whole}"
+    ).rstrip()
 
 
 def protocol_words(protocol: Mapping[str, Any]) -> str:

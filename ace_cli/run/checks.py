@@ -91,7 +91,8 @@ def already_sparse(model: StreamedModel, pattern: Pattern) -> str | None:
 
 def check_training(config: RunConfig, plan: Plan) -> None:
     """AceError if the memory has no room for a whole model in training."""
-    needed = config.recover.whole_bytes(plan.parameters, plan.slot_weights)
+    trained = plan.parameters if config.unit.cuts else plan.slot_weights
+    needed = config.recover.whole_bytes(plan.parameters, trained)
     if needed > plan.budget_bytes:
         name = name_of("recover", config.recover)
         raise AceError(

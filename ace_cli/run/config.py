@@ -338,9 +338,6 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
     if parts.recover.acts and not parts.unit.trains:
         name = registry.name_of("recover", parts.recover)
         faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=none")
-    elif parts.recover.acts and not parts.recover.in_stream:
-        name = registry.name_of("recover", parts.recover)
-        faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=blocks")
     if isinstance(pattern, NofM):
         faults.append(f"sparsity={pattern} means nothing for unit={unit}: give the share that goes (20%), or keep")
     elif not pattern.p and parts.keep is None:  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ from ace_cli.methods.units import uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
 from ace_cli.model.cuts import Coupling, Cut
-from ace_cli.model.files import Checkpoint, shard_plan
+from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import changed
 from ace_cli.model.pruned import Smaller
@@ -135,6 +135,19 @@ def manifest_of(
         for block in blocks
         for slot in block.slots
     ]  # fmt: skip
+
+
+def with_new_hashes(manifest: list[dict[str, Any]], trained: Checkpoint) -> list[dict[str, Any]]:
+    """What pruning.json tells of every cut, of files whose weights were trained since."""
+    return [
+        {
+            **cut,
+            "tensors": {
+                key: {**written, "xxh3": hash_of_tensor(trained.read(key))} for key, written in cut["tensors"].items()
+            },
+        }
+        for cut in manifest
+    ]
 
 
 def _fewer(cutting: Cutting, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:

@@ -218,7 +218,7 @@ class Work:
             file = source.tensors[name].file if name in source.tensors else source.folder
             self.news = f"{file} is another one than when the run in {self.folder} was interrupted: starting anew."
             return []
-        if (self.training / TRAINED).is_file() or self._is_trained:  # the weights on disk are later ones
+        if self.is_trained:
             return done
         try:
             made = Checkpoint(self.final if self._in_place else self.partial, bare=True)
@@ -231,9 +231,11 @@ class Work:
         return done
 
     @property
-    def _is_trained(self) -> bool:
+    def is_trained(self) -> bool:
+        """Whether weights on disk may be later ones than those that were pruned: the whole model was trained."""
         folder = self.final if self._in_place else self.partial
-        return (folder / MANIFEST).is_file() and RECOVERED in read_object(folder / MANIFEST)
+        recovered = (folder / MANIFEST).is_file() and RECOVERED in read_object(folder / MANIFEST)
+        return recovered or (self.training / TRAINED).is_file()
 
     def _write_journal(self, done: list[Done]) -> None:
         partial = self.folder / f"{_JOURNAL}.partial"

@@ -49,7 +49,7 @@ from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
-from ace_cli.run.cut import check_loads, manifest_of, settle, smaller
+from ace_cli.run.cut import check_loads, manifest_of, settle, smaller, with_new_hashes
 from ace_cli.run.forecast import PRUNING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
@@ -154,9 +154,9 @@ def _prune(run: RunContext, work: Work) -> None:
             zeros = written.zeros()
     recovered = recorded(work)
     _describe(run, work, pruned, patterns, zeros, recovered)
-    if run.config.recover.acts and not run.config.recover.in_stream and run.texts.windows_NL is not None:
+    if (windows_NL := _whole_windows(run)) is not None:
         with clock("recover"):
-            recovered = recover_checkpoint(run, work, run.texts.windows_NL)
+            recovered = recover_checkpoint(run, work, windows_NL)
         with clock("verify"):
             zeros = count_zeros(Checkpoint(work.partial), pruned)
         _describe(run, work, pruned, patterns, zeros, recovered)
@@ -187,7 +187,6 @@ def _cut(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     gradients = _gradients(run, cutting.model)
     settle(run, cutting, batches, gradients)
-    source = model.checkpoint
     with clock("write"):
         writer = _writer(model, work, run.terminal, cutting.entries())
     done = len(work.finished)
@@ -200,16 +199,40 @@ def _cut(run: RunContext, work: Work) -> None:
             dense = recipe.propagate is Propagate.dense
             cutting.replay(batches, work.finished, Checkpoint(work.partial, bare=True), dense)
     _stream(run, work, done, batches, recipe, writer, compared, recovering)
-    with clock("write"):
-        entries = manifest_of(cutting, work.finished, writer.entries)
-        sparsity = 1 - sum(entry.numel for entry in writer.entries.values()) / run.plan.parameters
+    _describe_cut(run, work, writer.entries, recorded(work))
+    if (windows_NL := _whole_windows(run)) is not None:
+        with clock("recover"):
+            recovered = recover_checkpoint(run, work, windows_NL)
+        _describe_cut(run, work, writer.entries, recovered)
+        forget_training(work)
+
+
+def _describe_cut(
+    run: RunContext, work: Work, entries: Mapping[str, TensorEntry], recovered: RecoveryFacts | None
+) -> None:
+    """Write everything but the weights, and check that the folder holds and computes what it says."""
+    source, cutting = run.model.checkpoint, run.cutting
+    assert cutting is not None
+    with run.inner("write"):
+        manifest = manifest_of(cutting, work.finished, entries)
+        if work.is_trained:
+            manifest = with_new_hashes(manifest, Checkpoint(work.partial, bare=True))
+        sparsity = 1 - sum(entry.numel for entry in entries.values()) / run.plan.parameters
         summary = summary_of(run.config, run.command, run.texts.windows_NL, sparsity)
+        if recovered is not None:
+            summary[RECOVERED] = dataclasses.asdict(recovered)
         base = run.config.model
         card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
-        write_metadata(source, work.partial, summary, [], card, work.digest, smaller(cutting, writer.entries, entries))
-    with clock("verify"):
+        write_metadata(source, work.partial, summary, [], card, work.digest, smaller(cutting, entries, manifest))
+    with run.inner("verify"):
         verify(work.partial)
-        check_loads(model, work.partial, run.plan.host_bytes)
+        check_loads(run.model, work.partial, run.plan.host_bytes)
+
+
+def _whole_windows(run: RunContext) -> Tensor | None:
+    """What the whole model is trained on once all blocks are pruned; None if it is not."""
+    recovery = run.config.recover
+    return run.texts.windows_NL if recovery.acts and recovery.whole else None
 
 
 def _factor(run: RunContext, work: Work) -> None:

@@ -1,0 +1,74 @@
+"""Blocks first, then the whole: a cheap start that over-fits little, and predictions where it ends.
+
+Each block is trained as ``recover=blocks`` does, right after it is pruned; the finished model as ``recover=distill``
+does. That one follows the other is our choice; their sources are named there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ace_cli.core.registry import register
+from ace_cli.recovery.base import Recovery, RecoveryFacts
+from ace_cli.recovery.blocks import Blocks
+from ace_cli.recovery.distill import Distill
+from ace_cli.recovery.training import training_faults
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from ace_cli.core.stage import Progress
+    from ace_cli.model.files import Checkpoint
+    from ace_cli.model.streamed import Batch, StreamedModel
+
+
+@register("recover", "both")
+@dataclass
+class Both(Recovery):
+    """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill`` for ``epochs`` at ``lr``."""
+
+    epochs: int = 2
+    lr: float = 3e-4
+    block_epochs: int = 4
+    block_lr: float = 1e-3
+    batch: int = 512
+    held_out: float = 0.1
+    seed: int = 0
+
+    whole = True
+
+    @property
+    def _blocks(self) -> Blocks:
+        return Blocks(self.block_epochs, self.block_lr, self.batch, held_out=self.held_out, seed=self.seed)
+
+    @property
+    def _distill(self) -> Distill:
+        return Distill(self.epochs, self.lr, self.batch, self.held_out, self.seed)
+
+    def faults(self) -> list[str]:
+        faults = self._distill.faults()
+        of_blocks = training_faults(self.block_epochs, self.block_lr, 1, 0.5, 0)
+        return faults + [each.replace("recover.", "recover.block_", 1) for each in of_blocks]
+
+    def forwards(self) -> float:
+        return self._blocks.forwards() + self._distill.forwards()
+
+    def bytes_per_weight(self) -> int:
+        return self._blocks.bytes_per_weight()
+
+    def whole_bytes(self, parameters: int, trained: int) -> int:
+        return self._distill.whole_bytes(parameters, trained)
+
+    def recover(
+        self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor], keep: Mapping[str, Tensor]
+    ) -> RecoveryFacts:
+        return self._blocks.recover(model, index, batches, targets, keep)
+
+    def recover_model(
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress
+    ) -> RecoveryFacts:
+        return self._distill.recover_model(dense, pruned, windows_NL, target, progress)
