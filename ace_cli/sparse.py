@@ -19,7 +19,8 @@ from torch.nn.functional import linear
 from ace_cli.kernels.bitmask import Bitmask, pack, packed_bytes, product, unpack, why_slow
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES
-from ace_cli.model.packed import PackedCheckpoint, open_folder
+from ace_cli.model.opening import open_folder
+from ace_cli.model.packed import PackedCheckpoint
 from ace_cli.model.streamed import StreamedModel
 
 #: More tokens at once go through the unpacked matrix: where both ways were measured to take equally long.

@@ -10,6 +10,7 @@ import functools
 import inspect
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import ace_cli
 from ace_cli.core import torch_api
-from ace_cli.model import transformers_api
+from ace_cli.model import compressed_tensors_api, transformers_api
 from ace_cli.run import hydra_api
 
 PACKAGE = Path(ace_cli.__file__).parent
@@ -289,3 +290,19 @@ def _() -> bool:
 def _() -> bool:
     cause = composing("calib.n_samples=many")[1]
     return hydra_api.full_key(cause) == "calib.n_samples" and "full_key" not in hydra_api.words(ValueError(cause))
+
+
+@contract("compressed-tensors: codes are packed and unpacked as pack-quantized has them, and its config names the grid")
+def _() -> bool:
+    if find_spec("compressed_tensors") is None:
+        return True
+    codes = torch.arange(-4, 4, dtype=torch.int8).repeat(3, 5)
+    packed = compressed_tensors_api.packed(codes, 3)
+    settings = compressed_tensors_api.settings(3, 8, ["lm_head"])
+    weights = settings["config_groups"]["group_0"]["weights"]
+    return (
+        packed.shape == (3, 4)
+        and torch.equal(compressed_tensors_api.unpacked(packed, 3, (3, 40)), codes)
+        and (settings["quant_method"], settings["format"]) == ("compressed-tensors", "pack-quantized")
+        and (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (3, 8, True)
+    )

@@ -77,11 +77,12 @@ def _measure(arguments: argparse.Namespace, bench: Bench) -> None:
 def _place(name: str) -> Path:
     """The folder or GGUF file that is meant; what is packed stays so."""
     from ace_cli.model.packed import is_packed
+    from ace_cli.model.quantised import is_quantised
     from ace_cli.model.source import open_model
     from ace_cli.run.config import named_model
 
     path = Path(name).expanduser()
-    if is_packed(path) or (path.suffix == ".gguf" and path.is_file()):
+    if is_packed(path) or is_quantised(path) or (path.suffix == ".gguf" and path.is_file()):
         return path
     return open_model(named_model(name)).folder
 

@@ -18,6 +18,7 @@ PACKAGES = {
     "metric": "ace_cli.methods.metrics",
     "allocation": "ace_cli.methods.allocation",
     "repair": "ace_cli.methods.repair",
+    "quantize": "ace_cli.methods.quantize",
     "recover": "ace_cli.recovery",
     "unit": "ace_cli.pruning.units",
     "calib": "ace_cli.data.calibration",

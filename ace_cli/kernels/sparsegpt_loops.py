@@ -28,10 +28,10 @@ def prune_block(block_RB: Array, pruned_RB: Array, root_BB: Array, n: int, m: in
             if group > 0 and j % group == 0:
                 for k in range(j, j + group):
                     score_B[k] = (weight_B[k] / root_BB[k, k]) ** 2
-                _choose(score_B[j : j + group], n, pruned_B[j : j + group])
+                choose(score_B[j : j + group], n, pruned_B[j : j + group])
             if pruned_B[j]:
                 error_B[j] = weight_B[j] / root_BB[j, j]
-                _correct(weight_B[j:], error_B[j], root_BB[j, j:])
+                correct(weight_B[j:], error_B[j], root_BB[j, j:])
             else:
                 error_B[j] = numpy.float32(0)
         for j in range(columns):
@@ -40,7 +40,8 @@ def prune_block(block_RB: Array, pruned_RB: Array, root_BB: Array, n: int, m: in
 
 
 @compiled
-def _choose(score_M: Array, n: int, pruned_M: Array) -> None:
+def choose(score_M: Array, n: int, pruned_M: Array) -> None:
+    """All but the n largest are pruned, of equal ones the later kept."""
     for i in range(numpy.uint64(score_M.size)):
         better = numpy.int32(0)
         for k in range(i):
@@ -51,6 +52,7 @@ def _choose(score_M: Array, n: int, pruned_M: Array) -> None:
 
 
 @compiled
-def _correct(weight_B: Array, error: Any, root_B: Array) -> None:
+def correct(weight_B: Array, error: Any, root_B: Array) -> None:
+    """w_k -= e U_k."""
     for k in range(numpy.uint64(weight_B.size)):
         weight_B[k] -= error * root_B[k]

@@ -41,11 +41,6 @@ def is_packed(folder: Path) -> bool:
     return (folder / PACKED).is_file()
 
 
-def open_folder(folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, packed or plain."""
-    return PackedCheckpoint(folder) if is_packed(folder) else Checkpoint(folder)
-
-
 def zstandard() -> ModuleType:
     """The library of that name. Raises AceError where it is not installed."""
     try:

@@ -21,11 +21,12 @@ from ace_cli.core.json_reader import read_object
 from ace_cli.core.typed_json import typed
 from ace_cli.kernels.selection import loops_for
 from ace_cli.kernels.threads import LARGEST_PIECE
+from ace_cli.methods.grids import Grid
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan, write_index
 from ace_cli.model.folder import INDEX, copy_other_files, other_files
 from ace_cli.model.header import TensorEntry
-from ace_cli.model.packed import open_folder
+from ace_cli.model.opening import open_folder
 from ace_cli.model.slots import Slot, View
 
 if TYPE_CHECKING:
@@ -132,12 +133,16 @@ class CutEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What pruning.json tells. ``files`` are all that were written with it; None where an older version wrote it."""
+    """What pruning.json tells. ``files`` are all that were written with it; None where an older version wrote it.
+
+    ``grid``: what every pruned weight was rounded to, None where nothing was.
+    """
 
     identity: str
     slots: dict[str, Entry]
     files: list[str] | None
     cuts: list[CutEntry]
+    grid: Grid | None = None
 
     def weights(self) -> dict[str, Pruned]:
         """Name -> where the weight lies and what it must look like."""
@@ -160,7 +165,8 @@ def read_manifest(folder: Path) -> Manifest:
         if not (slots or cuts) or len(by_name) < len(slots):
             raise ValueError("it lists a weight twice" if slots else "it lists no pruned weight")
         files = typed(list[str], found["files"], "files") if "files" in found else None
-        return Manifest(typed(str, found.get("identity"), "identity"), by_name, files, cuts)
+        grid = typed(Grid, found["grid"], "grid") if "grid" in found else None
+        return Manifest(typed(str, found.get("identity"), "identity"), by_name, files, cuts, grid)
     except ValueError as fault:
         raise AceError(f"{file} is no list of pruned weights: {fault}.", hint) from None
 
@@ -277,8 +283,22 @@ def verify(folder: Path) -> int:
     for name, zeros in count_zeros(checkpoint, pruned).items():
         if zeros != manifest.slots[name].zeros:
             raise Violation(f"{name}: {zeros:,} zeros, {manifest.slots[name].zeros:,} were written")
+    if manifest.grid is not None:
+        check_grid(checkpoint, pruned, manifest.grid)
     check_cuts(checkpoint, manifest.cuts)
     return len(pruned) + len(manifest.cuts)
+
+
+def check_grid(checkpoint: Checkpoint, pruned: Mapping[str, Pruned], grid: Grid) -> None:
+    """Re-read every rounded weight. Raises Violation at the first that is not codes times a scale for each group."""
+    for name, weight in pruned.items():
+        values_OI = weight.in_file(checkpoint.read(weight.key))
+        if values_OI.shape[1] % grid.width(values_OI.shape[1]):
+            raise Violation(f"{name}: {values_OI.shape[1]} inputs are no groups of {grid.group}")
+        try:
+            grid.scales_of(values_OI)
+        except ValueError as fault:
+            raise Violation(f"{name}: {fault}") from None
 
 
 def check_cuts(checkpoint: Checkpoint, cuts: Iterable[CutEntry]) -> None:

@@ -18,6 +18,7 @@ from ace_cli.model.folder import INDEX, check_folder, is_document, other_files, 
 from ace_cli.model.gguf_import import import_gguf
 from ace_cli.model.imports import imported
 from ace_cli.model.packed import is_packed, unpack_folder
+from ace_cli.model.quantised import dequantise_folder, is_quantised
 
 
 class ImportDtype(Enum):
@@ -101,9 +102,10 @@ def _found(config: ModelConfig) -> Found:
     if not path.is_dir():
         path = _download(config)
     check_folder(path)
-    if is_packed(path):
+    if is_packed(path) or is_quantised(path):
         files = {file.name: file for file in path.iterdir() if file.is_file()}
-        return Found(path, files, "packed", lambda to: unpack_folder(path, to))
+        kind, restore = ("packed", unpack_folder) if is_packed(path) else ("quantised", dequantise_folder)
+        return Found(path, files, kind, lambda to: restore(path, to))
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
         names = [*(file.name for file in bins), *(name for name in other_files(path) if not is_document(name))]
         return Found(path, {name: path / name for name in names}, "bin", lambda to: import_bin(path, bins, to))

@@ -33,13 +33,13 @@ _BEST = {
 #: Columns of zero-shot tasks -> the model whose mean accuracy they show.
 _TASKS = {"tasks": "pruned", "dense tasks": "dense"}
 #: Choices with options of their own: "metric", "metric.alpha".
-_GROUPS = ("unit", "metric", "repair", "allocation", "recover")
+_GROUPS = ("unit", "metric", "repair", "quantize", "allocation", "recover")
 #: Choices about the calibration windows -> their names in report.json. A run without calibration has none of them.
 _WINDOWS = {"calib": "source", "calib.n_samples": "n_samples", "calib.seq_len": "seq_len", "calib.seed": "seed"}
 #: Choices by the names of their overrides, in the order of the columns; what else was typed comes last.
 _ORDER = (
-    "job", "experiment", "model", "unit", "metric", "repair", "allocation", "recover", "sparsity", "scope", "propagate",
-    "permute", "dtype", "calib",
+    "job", "experiment", "model", "unit", "metric", "repair", "quantize", "allocation", "recover", "sparsity", "scope",
+    "propagate", "permute", "dtype", "calib",
 )  # fmt: skip
 #: Overrides that say how a run is measured, shown or kept, not what is done to the model.
 _ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples", "gate", "tracker")

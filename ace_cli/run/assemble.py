@@ -153,7 +153,7 @@ def _model(config: RunConfig, model: StreamedModel, plan: Plan) -> dict[str, Any
 
 def _method(config: RunConfig, plan: Plan) -> dict[str, Any]:
     choices: dict[str, Any] = {}
-    for group in ("metric", "repair", "allocation", "recover"):
+    for group in ("metric", "repair", "quantize", "allocation", "recover"):
         choice = getattr(config, group)
         choices |= {group: name_of(group, choice), f"{group}_options": _options(choice)}
     return {
@@ -306,7 +306,10 @@ def with_options(group: str, choice: Any) -> str:
 def method_line(config: RunConfig) -> str:
     """Metric, pattern, repair, allocation and orders in one line."""
     scope = f" of each {config.pattern.scope.value}" if isinstance(config.pattern, Ratio) else " (kept : of)"
-    others = [f"{group} {with_options(group, getattr(config, group))}" for group in ("repair", "allocation", "recover")]
+    others = [
+        f"{group} {with_options(group, getattr(config, group))}"
+        for group in ("repair", "quantize", "allocation", "recover")
+    ]
     asked = f"{config.pattern}{scope}"
     if config.unit.cuts:
         asked = f"{config.requested} of unit {with_options('unit', config.unit)}"
@@ -328,11 +331,14 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
             f"{name_of('calib', config.calib)}, {windows_NL.shape[0]} x {windows_NL.shape[1]} tokens, seed "
             f"{config.calib.seed}, sha256 {fingerprint(windows_NL)[:16]}"
         )
+    grid = {"grid": {"bits": config.quantize.bits, "group": config.quantize.group}} if config.quantize.acts else {}
     return {
+        **grid,
         "tool": f"ace-prune {__version__}",
         "command": without_places(command),
         "method": name_of("metric", config.metric),
         "repair": name_of("repair", config.repair),
+        "quantize": name_of("quantize", config.quantize),
         "recover": name_of("recover", config.recover),
         "allocation": name_of("allocation", config.allocation),
         "permute": config.permute.value,

@@ -82,13 +82,13 @@ def _together(config: RunConfig) -> bool:
 def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) -> tuple[float, bool]:
     """Operations of refining and repairing, of the worker with most rows; and whether rows are shared."""
     rows, columns = slot.shape
-    apart = _together(config) and config.metric.refines_rows and config.repair.repairs_rows(config.pattern)
+    apart = _together(config) and config.metric.refines_rows and config.repairing.repairs_rows(config.pattern)
     if apart:
         of_workers = Workers(0, workers).pieces(rows, model.device.type)
         most = max(sum(piece.stop - piece.start for piece in pieces) for pieces in of_workers)
     else:
         most = rows
-    flops = config.metric.flops(most, columns) + config.repair.flops(most, columns)
+    flops = config.metric.flops(most, columns) + config.repairing.flops(most, columns)
     return flops, apart and flops > 0
 
 

@@ -44,7 +44,7 @@ def on_device(device: torch.device) -> int:
 
 def pruned_by_rows(config: RunConfig, model: StreamedModel) -> bool:
     """Whether every slot is scored and pruned row by row, with nothing of a weight's size beside it."""
-    alone = by_rows(config.metric, config.pattern, config.repair) and config.permute is Permute.none
+    alone = by_rows(config.metric, config.pattern, config.repairing) and config.permute is Permute.none
     return alone and model.device.type == "cpu"
 
 

@@ -28,9 +28,11 @@ from ace_cli.export.factors import Factors
 from ace_cli.export.gguf import Gguf
 from ace_cli.export.gguf import fault as gguf_fault
 from ace_cli.export.packed import Pack
+from ace_cli.export.quantised import Quantised
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.methods.quantize.base import Quantize
 from ace_cli.methods.repair.base import Repair
 from ace_cli.methods.statistics import Statistic
 from ace_cli.model.source import ModelConfig
@@ -52,6 +54,7 @@ class Schema:
     metric: Any = MISSING
     allocation: Any = MISSING
     repair: Any = MISSING
+    quantize: Any = MISSING
     recover: Any = MISSING
     unit: Any = MISSING
     calib: Any = MISSING
@@ -91,6 +94,7 @@ class RunConfig:
     metric: Metric
     allocation: Allocation
     repair: Repair
+    quantize: Quantize
     recover: Recovery
     calib: Calibration
     eval: Evaluation | NoEvaluation
@@ -129,13 +133,18 @@ class RunConfig:
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """What the metric and the repair read, each once."""
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs())))
 
     @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
-        parts = (self.metric, self.repair, self.allocation)
+        parts = (self.metric, self.repairing, self.allocation)
         return any(part.needs() for part in parts) or self.metric.of_states or self.recover.acts
+
+    @property
+    def repairing(self) -> Repair:
+        """The repair, with the rounding that ends it."""
+        return self.quantize.around(self.repair)
 
 
 #: More than anybody has.
@@ -220,6 +229,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         metric=parts.metric,
         allocation=parts.allocation,
         repair=parts.repair if parts.unit.cuts else parts.metric.with_repair(parts.repair),
+        quantize=parts.quantize,
         recover=parts.recover,
         calib=parts.calib,
         eval=parts.eval,
@@ -296,16 +306,33 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
     if parts.recover.acts and parts.propagate is Propagate.dense:
         faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
+    faults += _misfits_of_quantize(parts)
     if parts.pack and 16 * pattern.pruned(1, 9216) <= 9216:
         faults.append(f"pack: at sparsity={pattern} a bit mask takes more than the zeros did")
+    return faults
+
+
+def _misfits_of_quantize(parts: Any) -> list[str]:
+    """What does not go with rounding, yet."""
+    if not parts.quantize.acts:
+        return []
+    name, faults = registry.name_of("quantize", parts.quantize), []
+    if (unit := registry.name_of("unit", parts.unit)) != "weight":
+        faults.append(
+            f"quantize={name} does not go with unit={unit}: cut first, then quantise the smaller checkpoint "
+            "(model.path=FOLDER sparsity=0)"
+        )
+    if parts.recover.acts:
+        faults.append(f"recover would move weights off the grid of quantize={name}: recover first, then quantise")
     return faults
 
 
 def _stages(parts: Any) -> tuple[Stage, ...]:
     """What is made of the finished checkpoint, in this order."""
     factored = [Factors()] if parts.unit.ranks and parts.unit.factors else []
+    codes = [Quantised(parts.quantize.bits, parts.quantize.group)] if parts.quantize.acts else []
     packed = [Pack(parts.pack == "zstd")] if parts.pack else []
-    return (*factored, *packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
+    return (*factored, *codes, *packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
 
 
 def _gguf_kind(export: str) -> str:

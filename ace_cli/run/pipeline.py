@@ -54,6 +54,7 @@ from ace_cli.run.journal import Followed, Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
+from ace_cli.run.quantised import check_grid, rounded
 from ace_cli.run.slice import slicer_files, slicer_of
 from ace_cli.run.speed import check_bench, measure_speed
 from ace_cli.run.stages import run_stage
@@ -176,16 +177,18 @@ def _plan(
 ) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     check_left(model, config)
-    tokens = config.calib.tokens if config.needs_data else 0
+    if config.quantize.acts:
+        check_grid(config.quantize, model)
+    tokens, repair = config.calib.tokens if config.needs_data else 0, config.repairing
     alone = pruned_by_rows(config, model) and cutting is None
 
     by_slots, planned = cutting is None or cutting.by_slots, model if cutting is None else cutting.planned
 
     def flops(rows: int, columns: int) -> int:
-        return by_slots * (config.metric.flops(rows, columns) + config.repair.flops(rows, columns))
+        return by_slots * (config.metric.flops(rows, columns) + repair.flops(rows, columns))
 
     def nbytes(rows: int, columns: int) -> int:
-        return by_slots * max(config.metric.nbytes(rows, columns), config.repair.nbytes(rows, columns))
+        return by_slots * max(config.metric.nbytes(rows, columns), repair.nbytes(rows, columns))
 
     demand = Demand(
         tokens, config.calib.length, config.statistics if by_slots else (), config.propagate,
@@ -201,6 +204,8 @@ def _plan(
         plan = plan.smaller(cutting.entries(), describe(cutting, config), cutting.speeds)
     if slicer is not None:
         plan = plan.smaller(slicer.entries(), f"{slicer.width} of {slicer.hidden} directions stay", True)
+    if config.quantize.acts:
+        plan = dataclasses.replace(plan, rounds=rounded(config.quantize, model))
     plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)

@@ -103,6 +103,8 @@ class Plan:
     parameters_left: int = 0
     bytes_left: int = 0
     speeds: bool = True
+    #: Of a model that is rounded: bits and bytes, in words.
+    rounds: str = ""
 
     def smaller(self, entries: Mapping[str, TensorEntry], cut: str, speeds: bool) -> Plan:
         """The plan of a model whose files will hold ``entries``; ``speeds``: a token is computed with fewer weights."""

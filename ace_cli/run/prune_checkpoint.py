@@ -60,7 +60,8 @@ from ace_cli.run.slice import check_sliced, sliced, write_sliced
 def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
     """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
     choices = {
-        group: with_options(group, getattr(config, group)) for group in ("metric", "allocation", "repair", "recover")
+        group: with_options(group, getattr(config, group))
+        for group in ("metric", "allocation", "repair", "quantize", "recover")
     }
     found = versions()
     return {
@@ -132,7 +133,7 @@ def _prune(run: RunContext, work: Work) -> None:
     done = workers.from_first(lambda: len(work.finished))
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
-    recipe = dataclasses.replace(_recipe(run.config, patterns), gradients=_gradients(run, model))
+    recipe = dataclasses.replace(_recipe(run, patterns), gradients=_gradients(run, model))
     recovering = _recovering(run, model, done)
     if not recipe.wanted and recovering is None:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
@@ -190,7 +191,7 @@ def _cut(run: RunContext, work: Work) -> None:
     with clock("write"):
         writer = _writer(model, work, run.terminal, cutting.entries())
     done = len(work.finished)
-    recipe = dataclasses.replace(_recipe(run.config, {}), cutting=cutting, gradients=gradients)
+    recipe = dataclasses.replace(_recipe(run, {}), cutting=cutting, gradients=gradients)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
     if not recipe.wanted and not run.config.metric.of_states and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
@@ -244,7 +245,7 @@ def _factor(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     ranks = {name: ranks_of(shapes[name], pattern) for name, pattern in _allocate(run, batches).items()}
-    recipe = dataclasses.replace(_recipe(run.config, {}), ranks=ranks)
+    recipe = dataclasses.replace(_recipe(run, {}), ranks=ranks)
     if batches and 0 < done < len(model.blocks):
         weights = source if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
@@ -348,9 +349,12 @@ def _gradients(run: RunContext, model: StreamedModel) -> dict[str, Seen]:
         return model_gradients(model, windows_NL, wanted, step)
 
 
-def _recipe(config: RunConfig, patterns: dict[str, Pattern]) -> Recipe:
+def _recipe(run: RunContext, patterns: dict[str, Pattern]) -> Recipe:
+    config, entries = run.config, run.model.checkpoint.tensors
+    half = any(entries[slot.key].dtype == "F16" for block in run.model.blocks for slot in block.slots)
+    repair = config.quantize.around(config.repair, half)
     return Recipe(
-        config.metric, patterns, config.repair, config.propagate, config.permute is not Permute.none,
+        config.metric, patterns, repair, config.propagate, config.permute is not Permute.none,
         config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
     )  # fmt: skip
 

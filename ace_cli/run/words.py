@@ -55,6 +55,7 @@ def details(config: RunConfig, plan: Plan, limit: Limit, takes: str) -> dict[str
         "calibration": calibration_line(config) if config.needs_data else "none needed",
         "prunes": f"{plan.pruned_weights / 1e6:,.1f} of {plan.slot_weights / 1e6:,.1f} M weights in "
         f"{len(plan.shapes)} matrices ({plan.coverage:.1%} of the blocks' weights)",
+        **({"rounds": plan.rounds} if plan.rounds else {}),
         "computes": f"on {plan.device} in {plan.dtype}",
         "needs": f"{gigabytes(plan.host_bytes)} memory{device}, {gigabytes(plan.disk_bytes)} disk",
         "takes": f"{takes} to prune and write; the limit here is {limit.seconds:,.1f} s",

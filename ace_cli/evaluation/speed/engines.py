@@ -22,8 +22,10 @@ from ace_cli.kernels.bitmask import why_slow
 from ace_cli.model.auto import auto_class
 from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.packed import is_packed, open_folder
+from ace_cli.model.opening import open_folder
+from ace_cli.model.packed import is_packed
 from ace_cli.model.pruned import MANIFEST
+from ace_cli.model.quantised import is_quantised
 
 #: Multiples of (rows, columns) that a 2:4 product of a GPU takes, of its two libraries the larger.
 _TILE = (32, 64)
@@ -144,6 +146,8 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
     packed = Subject(name, f"packed, {kind}", size, lambda: _Transformers(sparse.load_with_facts(path, dtype).model))
     if is_packed(path):
         return [packed]
+    if is_quantised(path):
+        return [Subject(name, f"quantised, {kind}", size, lambda: _Transformers(_plain(path, device, dtype)))]
     found = [Subject(name, f"transformers, {kind}", size, lambda: _Transformers(_plain(path, device, dtype)))]
     pruned = (path / MANIFEST).is_file()
     if pruned and device.type == "cpu" and not why_slow(dtype):

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from math import lcm
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.kernels.loops import load
 from ace_cli.kernels.selection import keep_largest
 from ace_cli.kernels.threads import HEAVY, each_piece
+from ace_cli.methods.grids import SHARES
 from ace_cli.methods.patterns import NofM, Pattern
 from ace_cli.methods.repair.base import Repair, Repaired
 from ace_cli.methods.repair.least_squares import (
@@ -31,10 +33,12 @@ from ace_cli.methods.repair.least_squares import (
 from ace_cli.methods.statistics import Gram
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     from torch import Tensor
 
+    from ace_cli.methods.grids import Grid
     from ace_cli.methods.statistics import Seen, Statistic
 
 
@@ -109,33 +113,51 @@ class SparseGPT(Repair):
         unit = 4 if self.damping_of is Damping.unit or self.refit_steps else 0
         return (ROOT_BYTES + unit) * columns**2 + COPIES * rows * columns
 
-    def repair(self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern) -> Repaired:
+    def repair(
+        self, weight_OI: Tensor, keep_OI: Tensor, seen: Seen, pattern: Pattern, grid: Grid | None = None
+    ) -> Repaired:
         """Refit the kept weights, or choose and refit; with ``adaptive`` only the loss before looks at ``keep_OI``.
 
-        Raises ArithmeticError when the Gram matrix has no Cholesky factor even with 1000 times the damping.
+        ``grid``: q_j is the nearest point of it where weights stay, so that the error of rounding is passed on, too;
+        not with ``refit_steps``. Raises ArithmeticError when the Gram matrix has no Cholesky factor even with 1000
+        times the damping.
         """
         shared = factors_of(seen[Gram()])
+        new_OI, kept_OI = self.swept(weight_OI, keep_OI, shared, pattern, grid)
+        if self.refit_steps:
+            new_OI = self._refit(weight_OI.float(), new_OI, kept_OI, shared, self._damping(shared))
+        return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, shared.all_notes())
+
+    def swept(
+        self, weight_OI: Tensor, keep_OI: Tensor, shared: Factors, pattern: Pattern, grid: Grid | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``repair`` but for the refit: the new weights, float32 (O, I), and which of them stay."""
         unit = self.damping_of is Damping.unit
         scale_I = shared.scale_I if unit else shared.scale_I.new_ones(())
-        damping = shared.noise() if self.damping is None else self.damping
-        root_II = shared.inverse_root(damping, unit)
+        root_II = shared.inverse_root(self._damping(shared), unit)
+        if grid is not None:  # points of the grid are weights as they are stored: (U S^-1) is the root in their units
+            root_II, scale_I = root_II / scale_I, scale_I.new_ones(())
         work_OI = weight_OI.float() * scale_I
         dead_I = shared.dead_I & ~shared.dead_I.all()  # where all are, size alone is left to choose by
         if self.adaptive:
             work_OI = work_OI.masked_fill(dead_I, 0.0)
         kept_OI = keep_OI.clone()
-        width = self._block_width(pattern)
+        columns = self._columns if grid is None else _Rounding(self, grid, work_OI, keep_OI, root_II)
+        width = self._block_width(pattern, grid)
         for start in range(0, work_OI.shape[1], width):
             here = slice(start, min(start + width, work_OI.shape[1]))
             if self.adaptive and not pattern.group_width:
                 kept_OI[:, here] = _choose(work_OI[:, here] / root_II.diagonal()[here], keep_OI, here, pattern)
-            self._prune_block(work_OI, kept_OI, root_II, here, pattern)
+            _prune_block(work_OI, kept_OI, root_II, here, pattern, columns)
         new_OI = work_OI / scale_I
-        if self.adaptive:  # more inputs may be dead than weights are to go: what is kept of theirs stays as it was
+        if (
+            self.adaptive and grid is None
+        ):  # more inputs may be dead than weights are to go: what is kept stays as it was
             new_OI = weight_OI.float().where(dead_I & kept_OI, new_OI)
-        if self.refit_steps:
-            new_OI = self._refit(weight_OI.float(), new_OI, kept_OI, shared, damping)
-        return finish(weight_OI, new_OI, kept_OI, keep_OI, shared.gram_II, shared.all_notes())
+        return new_OI, kept_OI
+
+    def _damping(self, shared: Factors) -> float:
+        return shared.noise() if self.damping is None else self.damping
 
     def _refit(self, weight_OI: Tensor, new_OI: Tensor, keep_OI: Tensor, shared: Factors, damping: float) -> Tensor:
         """From SparseGPT's weights down to the least-squares ones for its mask, on the same damped Gram matrix."""
@@ -147,25 +169,21 @@ class SparseGPT(Repair):
         unit_OI, start_OI = weight_OI * shared.scale_I, new_OI * shared.scale_I
         return refit(unit_OI, keep_OI, damped_II, self.refit_steps, self.tolerance, start_OI) / shared.scale_I
 
-    def _block_width(self, pattern: Pattern) -> int:
-        """The block size, rounded up to whole groups."""
-        group = max(1, pattern.group_width)
+    def _block_width(self, pattern: Pattern, grid: Grid | None) -> int:
+        """The block size, rounded up to whole groups of either kind."""
+        group = lcm(max(1, pattern.group_width), (grid.group if grid is not None else None) or 1)
         return -(-self.block_columns // group) * group
 
-    def _prune_block(self, work_OI: Tensor, keep_OI: Tensor, root_II: Tensor, here: slice, pattern: Pattern) -> None:
-        """Prune the columns of one block in place, then correct all columns to its right with one product."""
-        loops = load("sparsegpt_loops") if work_OI.device.type == "cpu" else None
-        columns = self._columns if loops is None else partial(self._columns_compiled, loops)
-        block_OB, pruned_OB = work_OI[:, here].contiguous(), (~keep_OI[:, here]).contiguous()
-        error_OB = columns(block_OB, pruned_OB, root_II[here, here].contiguous(), pattern)
-        keep_OI[:, here] = ~pruned_OB
-        work_OI[:, here] = block_OB
-        work_OI[:, here.stop :].addmm_(error_OB, root_II[here, here.stop :], alpha=-1)
-
     def _columns(self, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern) -> Tensor:
-        """The errors e, (O, B), of a block that is corrected, and masked, in place.
+        """The errors e, (O, B), of a block that is corrected, and masked, in place."""
+        loops = load("sparsegpt_loops") if block_OB.device.type == "cpu" else None
+        columns = self._columns_by_torch if loops is None else partial(self._columns_compiled, loops)
+        return columns(block_OB, pruned_OB, root_BB, pattern)
 
-        It is turned, (B, O), so that a column is a contiguous row and a correction one rank-one update.
+    def _columns_by_torch(self, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern) -> Tensor:
+        """``_columns`` by torch's operations.
+
+        The block is turned, (B, O), so that a column is a contiguous row and a correction one rank-one update.
         """
         import torch
 
@@ -186,10 +204,10 @@ class SparseGPT(Repair):
     def _columns_compiled(
         self, loops: ModuleType, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern
     ) -> Tensor:
-        """``_columns``, but for the rounding of its sums."""
+        """The same in compiled loops, but for the rounding of its sums."""
         import torch
 
-        n, m = (pattern.n, pattern.m) if self.adaptive and isinstance(pattern, NofM) else (0, 0)
+        n, m = self.chosen(pattern)
         error_OB = torch.empty_like(block_OB)
 
         def work(some: slice) -> None:
@@ -198,6 +216,90 @@ class SparseGPT(Repair):
 
         each_piece(len(block_OB), HEAVY * block_OB.shape[1], work)
         return error_OB
+
+    def chosen(self, pattern: Pattern) -> tuple[int, int]:
+        """How many of how many columns are kept that a block chooses on its way; (0, 0) where their mask is known."""
+        return (pattern.n, pattern.m) if self.adaptive and isinstance(pattern, NofM) else (0, 0)
+
+
+@dataclass
+class _Rounding:
+    """``_columns`` of a sweep that also rounds to ``grid``: weights (O, I), their first mask, the root of H^-1."""
+
+    sweep: SparseGPT
+    grid: Grid
+    weight_OI: Tensor
+    keep_OI: Tensor
+    root_II: Tensor
+
+    def __post_init__(self) -> None:
+        self.scale_O = self.weight_OI.new_ones(len(self.weight_OI))
+        if self.grid.group is None:
+            cost_I = self.root_II.diagonal().square().reciprocal()
+            self.scale_O = self.grid.scales(self.weight_OI.masked_fill(~self.keep_OI, 0.0), cost_I)[:, 0]
+
+    def __call__(self, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern) -> Tensor:
+        loops = load("quantise_loops") if block_OB.device.type == "cpu" else None
+        columns = self._by_torch if loops is None else partial(self._compiled, loops)
+        return columns(block_OB, pruned_OB, root_BB, pattern)
+
+    def _by_torch(self, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern) -> Tensor:
+        import torch
+
+        _, m = self.sweep.chosen(pattern)
+        pivot_B, width = root_BB.diagonal(), self.grid.group
+        error_OB, point_OB, scale_O1 = torch.zeros_like(block_OB), torch.zeros_like(block_OB), self.scale_O[:, None]
+        for j in range(len(root_BB)):
+            if m and j % m == 0:
+                ahead = slice(j, j + m)
+                pruned_OB[:, ahead] = ~pattern.keep((block_OB[:, ahead] / pivot_B[ahead]).square().contiguous())
+            if width and j % width == 0:
+                here = slice(j, j + width)
+                left_OK = block_OB[:, here].masked_fill(pruned_OB[:, here], 0.0)
+                scale_O1 = self.grid.scales(left_OK, pivot_B[here].square().reciprocal())
+            weight_O1 = block_OB[:, j : j + 1]
+            codes_O1 = (weight_O1 / scale_O1).round_().clamp_(self.grid.lowest, self.grid.highest)
+            point_OB[:, j] = (codes_O1 * scale_O1 + 0.0)[:, 0].masked_fill(pruned_OB[:, j], 0.0)
+            error_OB[:, j] = (block_OB[:, j] - point_OB[:, j]) / pivot_B[j]
+            block_OB[:, j:].addr_(error_OB[:, j], root_BB[j, j:], alpha=-1)
+        block_OB.copy_(point_OB)
+        return error_OB
+
+    def _compiled(
+        self, loops: ModuleType, block_OB: Tensor, pruned_OB: Tensor, root_BB: Tensor, pattern: Pattern
+    ) -> Tensor:
+        import numpy
+        import torch
+
+        n, m = self.sweep.chosen(pattern)
+        error_OB, grid, single = torch.empty_like(block_OB), self.grid, numpy.float32
+        shares = numpy.array([share / grid.highest for share in SHARES], single)
+
+        def work(some: slice) -> None:
+            block_RB, pruned_RB, error_RB = (each_OB[some].numpy() for each_OB in (block_OB, pruned_OB, error_OB))
+            loops.round_block(
+                block_RB, pruned_RB, root_BB.numpy(), n, m, shares, grid.group or 0, single(grid.lowest),
+                single(grid.highest), single(grid.smallest), self.scale_O[some].numpy(), error_RB,
+            )  # fmt: skip
+
+        each_piece(len(block_OB), HEAVY * block_OB.shape[1], work)
+        return error_OB
+
+
+def _prune_block(
+    work_OI: Tensor,
+    keep_OI: Tensor,
+    root_II: Tensor,
+    here: slice,
+    pattern: Pattern,
+    columns: Callable[[Tensor, Tensor, Tensor, Pattern], Tensor],
+) -> None:
+    """Prune the columns of one block in place, then correct all columns to its right with one product."""
+    block_OB, pruned_OB = work_OI[:, here].contiguous(), (~keep_OI[:, here]).contiguous()
+    error_OB = columns(block_OB, pruned_OB, root_II[here, here].contiguous(), pattern)
+    keep_OI[:, here] = ~pruned_OB
+    work_OI[:, here] = block_OB
+    work_OI[:, here.stop :].addmm_(error_OB, root_II[here, here.stop :], alpha=-1)
 
 
 def _choose(score_OB: Tensor, keep_OI: Tensor, here: slice, pattern: Pattern) -> Tensor:

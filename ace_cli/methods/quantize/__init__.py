@@ -1,0 +1,1 @@
+"""Roundings, ``quantize=NAME``: one file each."""
