@@ -53,6 +53,7 @@ class Quantised(Stage):
         names = sorted(read_manifest(source).slots)
         entries = stored_entries(checkpoint.tensors, names, self._grid)
         writer = CheckpointWriter(checkpoint, target, entries)
+        writer.moved = dict.fromkeys(names, "")  # their parts are written instead
         with progress("quantising", len(names)) as step:
             for name in names:
                 for part, tensor in zip(parts(name), self._parts(checkpoint, name), strict=True):
