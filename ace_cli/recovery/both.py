@@ -1,4 +1,4 @@
-"""Blocks first, then the whole: a cheap start that over-fits little, and predictions where it ends.
+"""Blocks first, then the whole: a start of one block at a time, and predictions where it ends.
 
 Each block is trained as ``recover=blocks`` does, right after it is pruned; the finished model as ``recover=distill``
 does. That one follows the other is our choice; their sources are named there.
