@@ -265,3 +265,11 @@ def test_the_plan_names_what_is_much_cheaper(
     assert re.search(r": [\d.]+(?: to [\d.]+)? s$", line)
     assert float(line.split()[-2]) < 10  # beside thousands of seconds for the exchanges
     assert "cheaper" not in second
+
+
+def test_a_block_that_is_loaded_beside_another_is_planned(llama: Path) -> None:
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    patterns = {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}
+    one, two = (make_plan(model, patterns, Demand(64, 16, beside=beside)).host_bytes for beside in (0, 1))
+    entries = [model.checkpoint.tensors[key] for key in model.blocks[0].files]
+    assert two - one >= sum(entry.nbytes for entry in entries)

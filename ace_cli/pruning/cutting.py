@@ -71,6 +71,10 @@ class Cutting:
     order: ClassVar[type[Order] | None] = None
     #: Whether slots are repaired one by one: what that costs is planned from their shapes.
     by_slots = True
+    #: Whether ``repair`` refits weights, and so holds what it holds.
+    repairs = True
+    #: How many further blocks are loaded while one is worked on.
+    beside = 0
     #: Whether every token is computed with fewer weights.
     speeds = True
     #: How often the dense model is run before anything is cut, for the unit itself.

@@ -45,6 +45,7 @@ class DepthCutting(Cutting):
     """Blocks of ``model`` that go. ``kept``: those that stay; until ``keep`` says otherwise all but the middle ones."""
 
     by_slots = False
+    beside = 1  # of the gap, where states go through it
     kept: list[int] = field(init=False)
     numbered: Numbered = field(init=False)
 
@@ -269,11 +270,7 @@ class Follow(Order):
         pruner.note(f"refitted to the states {len(gap)} further", gram.tokens, repaired, time.perf_counter() - start)
 
     def _moments(self, slot: Slot, behind: list[Batch], scale: float) -> tuple[Gram, Tensor, float]:
-        """Of the inputs x and the missing outputs d: sum x x^T, sum d x^T (O, I), sum ||d||^2.
-
-        Both divided by the size of the state that should come out: what follows normalises it, and a few huge tokens
-        would have all the say.
-        """
+        """Of the inputs x and the missing outputs d: sum x x^T, sum d x^T (O, I), sum ||d||^2."""
         gram, energy = Gram(), 0.0
         cross_OI = torch.zeros(slot.shape, dtype=torch.float64, device=self.model.device)
         for batch, target in zip(self.batches, behind, strict=True):
@@ -283,9 +280,7 @@ class Follow(Order):
             assert out_BLH is not None
             x_TI = torch.cat([x.flatten(0, -2).float() for x in inputs])
             goal_TO = target.hidden_BLH.float().flatten(0, -2)
-            size_T1 = goal_TO.norm(dim=1, keepdim=True).clamp(min=1e-30)
-            x_TI /= size_T1
-            d_TO = (goal_TO - out_BLH.float().flatten(0, -2)) / (scale * size_T1)
+            d_TO = (goal_TO - out_BLH.float().flatten(0, -2)) / scale
             gram.update(x_TI, x_TI, slot.weight_OI)
             cross_OI += (d_TO.T @ x_TI).double()
             energy += float(d_TO.square().sum(dtype=torch.float64))

@@ -37,6 +37,8 @@ class ExpertCutting(Cutting):
     """Experts of ``model``. ``chosen``: router's name -> which stay, bool (E,); the first, until they are scored."""
 
     by_slots = False
+    repairs = False
+    beside = 1  # the narrow block, through which states move on
     speeds = False
     chosen: dict[str, Tensor] = field(init=False, default_factory=dict)
     narrow: StreamedModel | None = field(init=False, default=None)

@@ -188,7 +188,8 @@ def _plan(
         return by_slots * (config.metric.flops(rows, columns) + repair.flops(rows, columns))
 
     def nbytes(rows: int, columns: int) -> int:
-        return by_slots * max(config.metric.nbytes(rows, columns), repair.nbytes(rows, columns))
+        held = repair.nbytes(rows, columns) if cutting is None or cutting.repairs else 0
+        return max(by_slots * config.metric.nbytes(rows, columns), held)
 
     demand = Demand(
         tokens, config.calib.length, config.statistics if by_slots else (), config.propagate,
@@ -196,6 +197,7 @@ def _plan(
         config.recover.forwards(), config.recover.bytes_per_weight(),
         nbytes,
         config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
+        0 if cutting is None else cutting.beside,
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}

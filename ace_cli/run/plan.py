@@ -40,7 +40,8 @@ class Demand:
     large as a weight. ``flops(rows, columns)``: operations that refining and repairing a weight of this shape take.
     ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all tokens and in bytes for each
     weight of a block. ``nbytes(rows, columns)``: what refining and repairing such a weight hold beside the statistics.
-    ``evaluated``: tokens of one evaluation window, whose logits are in memory at once.
+    ``evaluated``: tokens of one evaluation window, whose logits are in memory at once. ``beside``: how many further
+    blocks are loaded while one is worked on.
     """
 
     tokens: int = 1
@@ -54,6 +55,7 @@ class Demand:
     training_bytes: int = 0
     nbytes: Callable[[int, int], int] = lambda rows, columns: 0
     evaluated: int = 0
+    beside: int = 0
 
     def forwards(self, batch_tokens: int) -> float:
         """How often all tokens go through every block.
@@ -286,8 +288,8 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     """
     entries, width = model.checkpoint.tensors, model.dtype.itemsize
     blocks = [[entries[key] for key in block.files] for block in model.blocks]
-    loaded = max(sum(entry.numel for entry in block) for block in blocks) * width
-    stored = max(sum(entry.nbytes for entry in block) for block in blocks)
+    loaded = (1 + demand.beside) * max(sum(entry.numel for entry in block) for block in blocks) * width
+    stored = (1 + demand.beside) * max(sum(entry.nbytes for entry in block) for block in blocks)
     converted = stored if any(entry.nbytes != entry.numel * width for entry in blocks[0]) else 0
     kept = max(sum(entry.nbytes for entry in block if entry.nbytes < MAPPED) for block in blocks)
     shapes = [slot.shape for block in model.blocks for slot in block.slots]
