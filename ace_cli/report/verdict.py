@@ -29,6 +29,8 @@ VERDICTS = (
     (3.0, Verdict("much worse than the dense model", "bad")),
     (math.inf, Verdict("badly damaged", "bad")),
 )
+#: Units after whose cutting ``recover`` trains what is left.
+_TRAINED = ("channel", "head")
 _UNKNOWN = Verdict("not measured", "")
 
 
@@ -53,13 +55,14 @@ def advice(report: Mapping[str, Any]) -> str:
     if verdict_of(report["perplexity"]["ratio"]).level not in ("fair", "bad"):
         return ""
     method, calibration = report["method"], report["calibration"] or {}
-    if method.get("unit", "weight") != "weight":
-        if method["recover"] == "none":
+    unit, rounded = method.get("unit", "weight"), method.get("quantize") not in (None, "none")
+    if unit != "weight":
+        if method["recover"] == "none" and unit in _TRAINED:
             return "recover=blocks calib.seq_len=128 trains what was kept, block by block"
         return "fewer units: a lower sparsity, or a higher keep"
     if method["repair"] == "none":
         return "experiment=best refits the weights that stay, from the same text"
-    if method["recover"] == "none":
+    if method["recover"] == "none" and not rounded:
         return "recover=blocks calib.seq_len=128 trains the weights that stay, block by block"
     if calibration.get("tokens", 0) < 32_768:
         return "experiment=best_long reads more text"
