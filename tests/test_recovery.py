@@ -267,7 +267,7 @@ def test_the_divergence_and_its_gradient_are_those_of_the_formula() -> None:
 
 
 def test_blocks_first_then_the_whole(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
-    options = (*TAUGHT, "recover=both", "recover.block_lr=3e-3", "recover.batch=32")
+    options = (*TAUGHT, "recover=both", "recover.block_lr=3e-3", "recover.lr=1e-3", "sparsity=2:4")
     report = prune_here(llama, tmp_path / "both", *(each for each in options if each != "recover=distill"))
     assert report.recovery is not None
     assert report.recovery["after"] < report.recovery["before"]

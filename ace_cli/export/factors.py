@@ -47,6 +47,7 @@ class Factors(Stage):
         ranks = {cut["name"]: len(cut["kept"]) for cut in read_object(source / "pruning.json")["cuts"]}
         entries = _entries(checkpoint, ranks)
         writer = CheckpointWriter(checkpoint, target, entries)
+        writer.moved |= dict.fromkeys(checkpoint.tensors.keys() - entries.keys(), "")  # their factors come instead
         with progress("factoring", len(ranks)) as step:
             for key, rank in ranks.items():
                 for name, tensor in zip(_names(key), truncated(checkpoint.read(key), rank), strict=True):
