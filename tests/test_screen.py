@@ -22,6 +22,7 @@ from ace_cli.report.bars import live
 from ace_cli.report.fitting import fitting
 from ace_cli.report.pace import Pace, duration, durations, expecting
 from ace_cli.report.sweep import JobRecord, Launched, launched
+from ace_cli.report.terminal import Terminal
 from ace_cli.report.verdict import advice, sentence, verdict_of
 from ace_cli.run.config import Schema, config_folder
 from ace_cli.run.words import chosen
@@ -239,3 +240,16 @@ def test_a_run_says_a_line_before_and_the_verdict_after(here: Command, llama: Pa
     assert "$ ace-prune" in (tmp_path / "out" / "run.log").read_text()
     assert any(line == f"Report   {tmp_path / 'out' / 'report.html'}" for line in lines)
     assert lines[-1] == f'Load     AutoModelForCausalLM.from_pretrained("{tmp_path / "out" / "checkpoint"}")'
+
+
+def test_in_a_notebook_a_log_is_a_log_and_quiet_is_quiet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where rich finds a notebook it would show everything there, whatever the file that was asked for."""
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    for quiet in (True, False):
+        terminal = Terminal(quiet=quiet)
+        with terminal.logging_to(tmp_path / f"{quiet}.log"):
+            terminal.say("a line")
+        assert (tmp_path / f"{quiet}.log").read_text() == "a line\n"
+        assert capsys.readouterr().out == ("" if quiet else "a line\n")

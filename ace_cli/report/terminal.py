@@ -71,7 +71,7 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool = False, brief: bool = False) -> None:
-        self._screen = _Screen(highlight=False, quiet=quiet)
+        self._screen = _Screen(highlight=False, quiet=quiet, force_jupyter=False)  # as text, into a cell as well
         self.brief = brief
         if not self._screen.is_terminal:  # a file has no edge
             self._screen.width, self._screen.soft_wrap = WIDE, True
@@ -82,7 +82,7 @@ class Terminal:
     def logging_to(self, file: Path) -> Iterator[None]:
         """Also write everything to ``file``."""
         with open(file, "a", encoding="utf-8") as stream:
-            self._log = Console(file=stream, width=WIDE, highlight=False)
+            self._log = Console(file=stream, width=WIDE, highlight=False, force_jupyter=False)
             try:
                 yield
             finally:
