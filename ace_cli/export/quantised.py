@@ -72,7 +72,7 @@ class Quantised(Stage):
         share = facts["quantised_bytes"] / max(1, facts["dense_bytes"])
         return (
             f"{facts['quantised_bytes'] / 1e9:.3f} GB, {share:.3f} of the dense files; {facts['matrices']} matrices at "
-            f"{facts['bits_per_weight']:.2f} bits a weight; loads with transformers and vLLM"
+            f"{facts['bits_per_weight']:.2f} bits a weight; loads with transformers"
         )
 
     def verify(self, source: Path, target: Path) -> None:
@@ -157,6 +157,6 @@ def _left(checkpoint: Checkpoint, names: list[str]) -> list[str]:
 _CARD = """# A quantised checkpoint
 
 Weights of {bits} bits in compressed-tensors' `pack-quantized`: `AutoModelForCausalLM.from_pretrained(FOLDER)` loads it
-where `compressed-tensors` is installed, and so does vLLM for the bits that its kernels have (4 and 8).
+where `compressed-tensors` is installed. vLLM reads this format, too; that is untried here.
 ace-eval, ace-bench and ace-verify read it, too; README.plain.md tells how it was made.
 """

@@ -1,6 +1,6 @@
 """Checkpoints of compressed-tensors' ``pack-quantized`` that this tool wrote, read as if they were plain ones.
 
-A Hugging Face folder that transformers and vLLM load. A quantised weight X.weight (O, I) is there as X.weight_packed,
+A Hugging Face folder that transformers loads. A quantised weight X.weight (O, I) is there as X.weight_packed,
 codes in int32 (O, ceil(I bits / 32)); X.weight_scale (O, G), one scale for each group of inputs; X.weight_shape.
 quantised.json tells the dtype and shape that every tensor had, and the grid.
 """
