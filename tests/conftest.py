@@ -1,4 +1,4 @@
-"""What tests share. They are to be fast: the whole set runs in two minutes on two cores, so that it is run often.
+"""What tests share. They are to be fast, so that they are run often: the whole set takes five minutes on two cores.
 
 - A test calls functions; a whole run in this process is ``prune_here`` (0.1 s), the command line is ``here``; a process
   of its own (``command``, 1 s) is for what only a process shows: exit codes, what is written where, signals, memory.
