@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import flip_a_bit
 from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor
 
@@ -171,12 +172,9 @@ def test_killed_and_continued_gives_the_same_bytes(
         assert whole == killed or name == "config.json"
     manifests = [json.loads((tmp_path / each / "checkpoint/pruning.json").read_text()) for each in ("whole", "killed")]
     assert manifests[0]["cuts"] == manifests[1]["cuts"]
-    file = tmp_path / "killed" / "checkpoint" / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    raw[Checkpoint(file.parent).tensors["model.layers.1.mlp.up_proj.weight"].start] ^= 1
-    file.write_bytes(raw)
+    flip_a_bit(tmp_path / "killed" / "checkpoint", "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(Violation, match=r"layers.1.mlp.up_proj.weight: not the bytes"):
-        verify(file.parent)
+        verify(tmp_path / "killed" / "checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import stopped_before
 from tiny_models import load, make, token_windows
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ace_cli.methods.metrics.saap import SAAP, Fuse, Select
 from ace_cli.methods.metrics.sobp import SoBP
 from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import Units
-from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import verify
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.gradients import gradients_of, model_bytes, model_gradients
@@ -263,19 +264,11 @@ def test_runs_with_gradients(options: tuple[str, ...], llama: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("source", Source)
 def test_killed_and_continued_gives_the_same_bytes(
-    source: Source, llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+    source: Source, llama: Path, tmp_path: Path, prune_here: Any
 ) -> None:
     options = ("metric=pruner_zero", f"metric.source={source.value}", "calib.seq_len=8")
     prune_here(llama, tmp_path / "whole", *options)
-    write = CheckpointWriter.write
-
-    def failing(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
-        if ".1.mlp.up_proj" in name:
-            raise KeyboardInterrupt
-        write(self, name, tensor)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "write", failing)
+    with stopped_before(".1.mlp.up_proj"):
         prune_here(llama, tmp_path / "killed", *options)
     prune_here(llama, tmp_path / "killed", *options)
     one, other = (tmp_path / each / "checkpoint" / "model.safetensors" for each in ("whole", "killed"))

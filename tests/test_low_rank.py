@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import flip_a_bit, stopped_before
 from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,7 +22,7 @@ from ace_cli.methods.metrics.svd_llm import SVDLLM
 from ace_cli.methods.patterns import Ratio
 from ace_cli.methods.repair.lstsq import LeastSquares
 from ace_cli.methods.statistics import Gram, Seen, Size
-from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.sensitivity import sensitivities
@@ -192,26 +193,14 @@ def test_sensitivities_are_those_of_products_tried_alone(llama: Path) -> None:
     assert found[0][name] == sorted(found[0][name])
 
 
-def test_killed_and_continued_gives_the_same_bytes(
-    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_and_continued_gives_the_same_bytes(llama: Path, tmp_path: Path, prune_here: Any) -> None:
     prune_here(llama, tmp_path / "whole", *RUN)
-    write = CheckpointWriter.write
-
-    def failing(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
-        if ".1.mlp.up_proj" in name:
-            raise KeyboardInterrupt
-        write(self, name, tensor)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "write", failing)
+    with stopped_before(".1.mlp.up_proj"):
         prune_here(llama, tmp_path / "killed", *RUN)
     prune_here(llama, tmp_path / "killed", *RUN)
     one, other = (tmp_path / each / "checkpoint" / "model.safetensors" for each in ("whole", "killed"))
     assert one.read_bytes() == other.read_bytes()
-    raw = bytearray(other.read_bytes())
-    raw[Checkpoint(other.parent).tensors["model.layers.1.mlp.up_proj.weight"].start] ^= 1
-    other.write_bytes(raw)
+    flip_a_bit(other.parent, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(Violation, match="not the bytes"):
         verify(other.parent)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from faults import flip_a_bit, stopped_before
 from tiny_models import DENSE, load, make, token_windows, weights
 from torch import Tensor
 
@@ -460,19 +461,11 @@ def test_a_stopped_teaching_of_a_smaller_one_goes_on(
 
 @pytest.mark.parametrize("options", [RUN, UNEVEN, TRAINED], ids=["even", "uneven", "trained"])
 def test_killed_and_continued_gives_the_same_bytes(
-    options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+    options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any
 ) -> None:
     prune_here(llama, tmp_path / "whole", *options)
     prune_here(llama, tmp_path / "again", *options)
-    write = CheckpointWriter.write
-
-    def failing(self: CheckpointWriter, name: str, tensor: Tensor) -> None:
-        if ".1.mlp.up_proj" in name:
-            raise KeyboardInterrupt
-        write(self, name, tensor)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "write", failing)
+    with stopped_before(".1.mlp.up_proj"):
         prune_here(llama, tmp_path / "killed", *options)
     report = prune_here(llama, tmp_path / "killed", *options)
     assert any("continued" in warning for warning in report.warnings)
@@ -483,13 +476,9 @@ def test_killed_and_continued_gives_the_same_bytes(
 
 def test_damage_is_found(llama: Path, tmp_path: Path, prune_here: Any) -> None:
     prune_here(llama, tmp_path / "run", *RUN)
-    file = tmp_path / "run" / "checkpoint" / "model.safetensors"
-    raw = bytearray(file.read_bytes())
-    place = Checkpoint(file.parent).tensors["model.layers.1.mlp.up_proj.weight"].start
-    raw[place] ^= 1
-    file.write_bytes(raw)
+    flip_a_bit(tmp_path / "run" / "checkpoint", "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(Violation, match=r"layers.1.mlp.up_proj.weight: not the bytes"):
-        verify(file.parent)
+        verify(tmp_path / "run" / "checkpoint")
 
 
 @pytest.mark.parametrize(

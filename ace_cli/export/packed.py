@@ -18,9 +18,9 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.stage import Progress, Stage
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint, shard_plan
-from ace_cli.model.folder import copy_other_files
 from ace_cli.model.header import DTYPES, TensorEntry
-from ace_cli.model.packed import PACKED, PLAIN_CARD, PackedCheckpoint, compressed, is_packed, told, zstandard
+from ace_cli.model.packed import PACKED, PackedCheckpoint, compressed, is_packed, told, zstandard
+from ace_cli.model.plain_again import check_reads_back, copy_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,13 +63,7 @@ class Pack(Stage):
         )
 
     def verify(self, source: Path, target: Path) -> None:
-        import torch
-
-        checkpoint, written = Checkpoint(source), PackedCheckpoint(target)
-        for name in checkpoint.tensors:
-            again, once = (each.read(name).contiguous().view(-1).view(torch.uint8) for each in (written, checkpoint))
-            if not torch.equal(again, once):
-                raise AceError(f"{name} did not read back from {target} as it was written.", "Is the disk sound?")
+        check_reads_back(Checkpoint(source), PackedCheckpoint(target))
 
 
 def pack_folder(source: Path, target: Path, zstd: bool = False) -> dict[str, Any]:
@@ -172,9 +166,7 @@ def _dtype_name(tensor: Tensor) -> str:
 
 
 def _write_rest(checkpoint: Checkpoint, target: Path) -> None:
-    copy_other_files(checkpoint.folder, target)
-    if (card := target / "README.md").is_file():
-        card.replace(target / PLAIN_CARD)
+    copy_beside(checkpoint.folder, target)
     held = set(Checkpoint(target).tensors)
     packed = {name for name in checkpoint.tensors if f"{name}.bitmask" in held}
     (target / PACKED).write_text(json.dumps(told(checkpoint.tensors, packed), indent=1) + "\n", encoding="utf-8")

@@ -17,9 +17,8 @@ from ace_cli.core.stage import Progress, Stage
 from ace_cli.methods.grids import Grid
 from ace_cli.model import compressed_tensors_api
 from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
-from ace_cli.model.folder import copy_other_files
 from ace_cli.model.header import DTYPES, TensorEntry
-from ace_cli.model.packed import PLAIN_CARD
+from ace_cli.model.plain_again import check_reads_back, copy_beside
 from ace_cli.model.quantised import FORMAT, QUANTISED, SETTINGS, QuantisedCheckpoint, parts
 
 if TYPE_CHECKING:
@@ -76,13 +75,7 @@ class Quantised(Stage):
         )
 
     def verify(self, source: Path, target: Path) -> None:
-        import torch
-
-        checkpoint, written = Checkpoint(source), QuantisedCheckpoint(target)
-        for name in checkpoint.tensors:
-            again, once = (each.read(name).contiguous().view(-1).view(torch.uint8) for each in (written, checkpoint))
-            if not torch.equal(again, once):
-                raise AceError(f"{name} did not read back from {target} as it was written.", "Is the disk sound?")
+        check_reads_back(Checkpoint(source), QuantisedCheckpoint(target))
 
     def _parts(self, checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor, Tensor]:
         import torch
@@ -99,9 +92,7 @@ class Quantised(Stage):
         )  # fmt: skip
 
     def _write_rest(self, checkpoint: Checkpoint, names: list[str], target: Path) -> None:
-        copy_other_files(checkpoint.folder, target)
-        if (card := target / "README.md").is_file():
-            card.replace(target / PLAIN_CARD)
+        copy_beside(checkpoint.folder, target)
         told = {
             name: {"dtype": entry.dtype, "shape": list(entry.shape), "quantised": name in names}
             for name, entry in checkpoint.tensors.items()

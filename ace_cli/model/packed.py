@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
-from ace_cli.core.stage import RECORD
-from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
-from ace_cli.model.folder import copy_other_files
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES, TensorEntry
+from ace_cli.model.plain_again import write_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 PACKED = "packed.json"
 FORMAT = "ace-bitmask-1"
-#: The source's model card, which tells how to load a plain checkpoint.
-PLAIN_CARD = "README.plain.md"
 
 
 def is_packed(folder: Path) -> bool:
@@ -143,18 +140,7 @@ def decompressed(frame: Tensor, dtype: str) -> Tensor:
 
 def unpack_folder(source: Path, target: Path) -> None:
     """The plain checkpoint again, into a new folder. Memory is one tensor."""
-    packed = PackedCheckpoint(source)
-    target.mkdir(parents=True, exist_ok=True)
-    writer = CheckpointWriter(packed, target)
-    for name in packed.tensors:
-        writer.write(name, packed.read(name))
-    writer.finish()
-    write_index(packed.tensors, target)
-    copy_other_files(source, target)
-    for name in (PACKED, "README.md", RECORD):
-        (target / name).unlink(missing_ok=True)
-    if (target / PLAIN_CARD).is_file():
-        (target / PLAIN_CARD).replace(target / "README.md")
+    write_plain(PackedCheckpoint(source), target, (PACKED,))
 
 
 def told(entries: dict[str, TensorEntry], packed: set[str]) -> dict[str, Any]:

@@ -18,13 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
-from ace_cli.core.stage import RECORD
 from ace_cli.methods.grids import Grid
 from ace_cli.model.compressed_tensors_api import unpacked
-from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
-from ace_cli.model.folder import copy_other_files
+from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES, TensorEntry
-from ace_cli.model.packed import PLAIN_CARD
+from ace_cli.model.plain_again import write_plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,15 +111,5 @@ class QuantisedCheckpoint(Checkpoint):
 def dequantise_folder(source: Path, target: Path) -> None:
     """The plain checkpoint again, into a new folder. Memory is one tensor."""
     quantised = QuantisedCheckpoint(source)
-    target.mkdir(parents=True, exist_ok=True)
-    writer = CheckpointWriter(quantised, target)
-    for name in quantised.tensors:
-        writer.write(name, quantised.read(name))
-    writer.finish()
-    write_index(quantised.tensors, target)
-    copy_other_files(source, target)
+    write_plain(quantised, target, (QUANTISED,))
     (target / "config.json").write_text(json.dumps(quantised.config(), indent=2) + "\n", encoding="utf-8")
-    for name in (QUANTISED, "README.md", RECORD):
-        (target / name).unlink(missing_ok=True)
-    if (target / PLAIN_CARD).is_file():
-        (target / PLAIN_CARD).replace(target / "README.md")

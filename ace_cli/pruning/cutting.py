@@ -62,6 +62,10 @@ class Cutting:
         self.couplings = tuple(
             tuple(coupling(block, link, rows) for link, rows in found[kind_of(block)]) for block in self.model.blocks
         )
+        self._take_all(kind)
+
+    def _take_all(self, kind: str) -> None:
+        """All units of ``couplings`` stay, for now. AceError if there are none."""
         self.stay = {each.name: each.width for block in self.couplings for each in block}
         self._index = {block.name: index for index, block in enumerate(self.model.blocks)}
         if not any(self.couplings):

@@ -51,10 +51,7 @@ class ExpertCutting(Cutting):
         self._routed = getattr(config, "num_experts_per_tok", None) or 1
         found = [_coupling(block, self._groups) for block in model.blocks]
         self.couplings = tuple(() if each is None else (each,) for each in found)
-        self.stay = {each.name: each.width for block in self.couplings for each in block}
-        self._index = {block.name: index for index, block in enumerate(model.blocks)}
-        if not any(self.couplings):
-            raise AceError(f"unit={self.name}: no {self.name}s were found in {kind}.", "Choose another unit.")
+        self._take_all(kind)
 
     @property
     def order(self) -> type[Order]:  # type: ignore[override]

@@ -52,8 +52,8 @@ class RunContext:
     cutting: Cutting | None
     start: datetime.datetime
     workers: Workers = ONE
-    inner: Clock = field(default_factory=Clock)
     slicer: Slicer | None = None
+    inner: Clock = field(default_factory=Clock)
 
     @property
     def folder(self) -> Path:

@@ -116,8 +116,9 @@ def _run(
     workers.agree("before pruning", identity)
     folder = Path(workers.from_first(lambda: str(_output_folder(config, identity))))
     config = dataclasses.replace(config, output_dir=folder)
-    run = RunContext(config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start, workers)
-    run.slicer = slicer
+    run = RunContext(
+        config, command, terminal, dense_cache, phases, model, plan, limit, texts, cutting, start, workers, slicer
+    )
     if not workers.first:
         _follow(run, Followed(run.folder, identity, model))
         return None

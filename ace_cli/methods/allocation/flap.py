@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
-from ace_cli.methods.allocation.base import Allocation
+from ace_cli.methods.allocation.ranked import Ranked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
 
 @register("allocation", "flap")
 @dataclass
-class Flap(Allocation):
+class Flap(Ranked):
     """Units of all blocks are ranked together, each block's scores brought to mean 0 and standard deviation 1 (AL-AM).
 
     A block loses the share of its units that lie among the p of all that are lowest. Scores are the metric's, of the
@@ -23,17 +22,6 @@ class Flap(Allocation):
     kind is cut at a time.
     """
 
-    units_only = True
-
     def measure_units(self, score_U: Tensor) -> Any:
         score_U = score_U.double()
         return ((score_U - score_U.mean()) / score_U.std().clamp(min=1e-300)).tolist()
-
-    def span(self, p: float) -> float:
-        return 1.0
-
-    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[Any]) -> list[float]:
-        """``measures``: the standardised scores of each block's units."""
-        ranked = sorted(score for scores in measures for score in scores)
-        limit = ranked[min(len(ranked) - 1, round(p * len(ranked)))]
-        return [sum(score < limit for score in scores) / len(scores) for scores in measures]

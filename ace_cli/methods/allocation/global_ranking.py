@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
-from ace_cli.methods.allocation.base import Allocation, bounded
+from ace_cli.methods.allocation.base import bounded
+from ace_cli.methods.allocation.ranked import Ranked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 @register("allocation", "global")
 @dataclass
-class GlobalRanking(Allocation):
+class GlobalRanking(Ranked):
     """A block loses the share of its units that lie among the p of all that score lowest, but ``most`` of them at most.
 
     All units are of one kind and cost the same, so this is the greedy answer to the knapsack of the best importance for
@@ -23,7 +24,6 @@ class GlobalRanking(Allocation):
     ``allocation=flap`` standardises them first.
     """
 
-    units_only = True
     most: float = 0.9
 
     def faults(self) -> list[str]:
@@ -31,15 +31,6 @@ class GlobalRanking(Allocation):
 
     def measure_units(self, score_U: Tensor) -> Any:
         return score_U.double().tolist()
-
-    def span(self, p: float) -> float:
-        return 1.0
-
-    def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[Any]) -> list[float]:
-        """``measures``: the scores of each block's units."""
-        ranked = sorted(score for scores in measures for score in scores)
-        limit = ranked[min(len(ranked) - 1, round(p * len(ranked)))]
-        return [sum(score < limit for score in scores) / len(scores) for scores in measures]
 
     def shares(self, p: float, sizes: Sequence[int], measures: Sequence[Any], high: float) -> list[float]:
         return bounded(self.sparsities(p, sizes, measures), sizes, p, 0.0, max(p, min(high, self.most)))
