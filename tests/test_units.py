@@ -45,7 +45,7 @@ from ace_cli.pruning.units.channel import Channel
 from ace_cli.pruning.units.head import Head, Heads
 from ace_cli.report.collect import find
 from ace_cli.report.html import render as page
-from ace_cli.run.cut import manifest_of, smaller
+from ace_cli.run.cut import smaller
 
 CPU = torch.device("cpu")
 WINDOWS = token_windows(4, 20)
@@ -69,7 +69,7 @@ def cut_into(
     recipe = Recipe(metric or CFSP(), {}, repair or NoRepair(), Propagate.sublayer, cutting=cutting)
     blocks = list(prune(cutting.watched, list(model.batches(WINDOWS)), recipe, writer, Clock()))
     writer.finish()
-    manifest = manifest_of(cutting, blocks, writer.entries)
+    manifest = cutting.manifest(blocks, writer.entries)
     write_metadata(model.checkpoint, out, {}, [], "card", cut=smaller(cutting, writer.entries, manifest))
     return cutting, cutting.kept_units(blocks), blocks
 

@@ -246,6 +246,25 @@ class Cutting:
                 )
         return {each.name: each for each in self.couplings[index]}
 
+    def manifest(self, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]) -> list[dict[str, Any]]:
+        """What pruning.json tells of every cut: the units kept, and the tensors as they were written."""
+        each_of = {each.name: each for block in self.couplings for each in block}
+        return [
+            {
+                "name": slot.name, "units": each_of[slot.name].regions * each_of[slot.name].width,
+                "pattern": slot.pattern, "fewer": self._fewer(each_of[slot.name], entries), "kept": slot.kept,
+                "tensors": {
+                    key: {"shape": list(entries[key].shape), "xxh3": found} for key, found in slot.digests.items()
+                },
+            }
+            for block in blocks
+            for slot in block.slots
+        ]  # fmt: skip
+
+    def _fewer(self, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:
+        """How many weights less there are of the one that reads the units."""
+        return self.model.checkpoint.tensors[each.name].numel - entries[each.name].numel
+
 
 def kind_of(block: Block) -> Any:
     """Blocks of one kind have the same code and shapes."""

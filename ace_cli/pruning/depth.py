@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -137,6 +137,20 @@ class DepthCutting(Cutting):
             for index in (index for index in self.kept if index < len(blocks)):
                 with model.loaded(model.blocks[index]):
                     model.advance(index, batches)
+
+    def manifest(self, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]) -> list[dict[str, Any]]:
+        source = self.model.checkpoint
+        found = {self.numbered.moved(key, self.kept): digest for key, digest in dict(source.digests).items()}
+        found |= {key: digest for block in blocks for slot in block.slots for key, digest in slot.digests.items()}
+        fewer = sum(entry.numel for entry in source.tensors.values()) - sum(entry.numel for entry in entries.values())
+        tensors = {key: entry for key, entry in entries.items() if self.numbered.number(key) is not None}
+        return [
+            {
+                "name": next(iter(self.stay)), "units": len(self.model.blocks), "pattern": self.words(),
+                "fewer": fewer, "kept": self.kept,
+                "tensors": {key: {"shape": list(entry.shape), "xxh3": found[key]} for key, entry in tensors.items()},
+            }
+        ]  # fmt: skip
 
 
 def _last_reached(model: StreamedModel, index: int) -> int:

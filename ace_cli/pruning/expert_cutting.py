@@ -22,6 +22,7 @@ from ace_cli.model.alike import differs
 from ace_cli.model.cuts import Axis, Coupling, Cut, Numbered, Sliced
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import Checkpoint, hash_of_tensor
+from ace_cli.model.header import TensorEntry
 from ace_cli.model.slots import Slot, routers
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.pruning.cutting import Cutting, kind_of
@@ -134,6 +135,13 @@ class ExpertCutting(Cutting):
         """The block's tensors whose names change, or that are gone."""
         cut = self.cut()
         return {key: new for key in block.files if (new := cut.moved(key, self.chosen)) != key}
+
+    def _fewer(self, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:
+        """Of the router and of everything that the experts have for themselves."""
+        source = self.model.checkpoint.tensors
+        keys = {axis.key for axis in each.axes}
+        keys |= {key for key in source if each.numbered is not None and each.numbered.number(key) is not None}
+        return sum(source[key].numel - (entries[key].numel if key in entries else 0) for key in keys)
 
 
 def _router(block: Block, key: str) -> Slot:

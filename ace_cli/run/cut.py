@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
-from ace_cli.model.cuts import Coupling, Cut
+from ace_cli.model.cuts import Cut
 from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import changed
@@ -28,7 +28,6 @@ from ace_cli.model.pruned import Smaller
 from ace_cli.model.streamed import Block, StreamedModel
 from ace_cli.pruning.cutting import Cutting
 from ace_cli.pruning.depth import DepthCutting, least_important
-from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.survey import UnitScores, survey
 from ace_cli.pruning.unit_pruner import unit_scores
 from ace_cli.pruning.units.block import Depth
@@ -117,26 +116,6 @@ def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Map
     return found | {each.name: count for (_, each), count in zip(pairs, counts, strict=True)}
 
 
-def manifest_of(
-    cutting: Cutting, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]
-) -> list[dict[str, Any]]:
-    """What pruning.json tells of every cut: the units kept, and the tensors as they were written."""
-    if isinstance(cutting, DepthCutting):
-        return [_cut_of_depth(cutting, blocks, entries)]
-    each_of = {each.name: each for block in cutting.couplings for each in block}
-    return [
-        {
-            "name": slot.name, "units": each_of[slot.name].regions * each_of[slot.name].width, "pattern": slot.pattern,
-            "fewer": _fewer(cutting, each_of[slot.name], entries), "kept": slot.kept,
-            "tensors": {
-                key: {"shape": list(entries[key].shape), "xxh3": found} for key, found in slot.digests.items()
-            },
-        }
-        for block in blocks
-        for slot in block.slots
-    ]  # fmt: skip
-
-
 def with_new_hashes(manifest: list[dict[str, Any]], trained: Checkpoint) -> list[dict[str, Any]]:
     """What pruning.json tells of every cut, of files whose weights were trained since."""
     return [
@@ -148,31 +127,6 @@ def with_new_hashes(manifest: list[dict[str, Any]], trained: Checkpoint) -> list
         }
         for cut in manifest
     ]
-
-
-def _fewer(cutting: Cutting, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:
-    """How many weights less there are: of the weight that reads the units, or of all where units have their own."""
-    source = cutting.model.checkpoint.tensors
-    if cutting.by_slots:
-        return source[each.name].numel - entries[each.name].numel
-    keys = {axis.key for axis in each.axes}
-    keys |= {key for key in source if each.numbered is not None and each.numbered.number(key) is not None}
-    return sum(source[key].numel - (entries[key].numel if key in entries else 0) for key in keys)
-
-
-def _cut_of_depth(
-    cutting: DepthCutting, blocks: Iterable[BlockFacts], entries: Mapping[str, TensorEntry]
-) -> dict[str, Any]:
-    source = cutting.model.checkpoint
-    found = {cutting.numbered.moved(key, cutting.kept): digest for key, digest in dict(source.digests).items()}
-    found |= {key: digest for block in blocks for slot in block.slots for key, digest in slot.digests.items()}
-    fewer = sum(entry.numel for entry in source.tensors.values()) - sum(entry.numel for entry in entries.values())
-    tensors = {key: entry for key, entry in entries.items() if cutting.numbered.number(key) is not None}
-    return {
-        "name": next(iter(cutting.stay)), "units": len(cutting.model.blocks), "pattern": cutting.words(),
-        "fewer": fewer, "kept": cutting.kept,
-        "tensors": {key: {"shape": list(entry.shape), "xxh3": found[key]} for key, entry in tensors.items()},
-    }  # fmt: skip
 
 
 def smaller(cutting: Cutting, entries: Mapping[str, TensorEntry], manifest: list[dict[str, Any]]) -> Smaller:

@@ -49,7 +49,7 @@ from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
-from ace_cli.run.cut import check_loads, manifest_of, settle, smaller, with_new_hashes
+from ace_cli.run.cut import check_loads, settle, smaller, with_new_hashes
 from ace_cli.run.forecast import PRUNING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
@@ -215,7 +215,7 @@ def _describe_cut(
     source, cutting = run.model.checkpoint, run.cutting
     assert cutting is not None
     with run.inner("write"):
-        manifest = manifest_of(cutting, work.finished, entries)
+        manifest = cutting.manifest(work.finished, entries)
         if work.is_trained:
             manifest = with_new_hashes(manifest, Checkpoint(work.partial, bare=True))
         sparsity = 1 - sum(entry.numel for entry in entries.values()) / run.plan.parameters
