@@ -12,6 +12,7 @@ from conftest import composed
 
 from ace_cli.core.errors import AceError
 from ace_cli.report.facts import Report
+from ace_cli.report.sweep import Launched
 
 
 class Hub:
@@ -61,6 +62,35 @@ def test_nobody_is_logged_in(
     with pytest.raises(AceError, match="hf auth login"):
         prune_here(llama, tmp_path / "out", "metric=magnitude", "push_to_hub=me/small")
     assert not (tmp_path / "out").exists()
+
+
+def test_each_job_of_a_sweep_has_a_repository_of_its_own(
+    here: Callable[..., Any], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.calls = []
+    options = ["metric=magnitude", "eval=none", "html=false", "output_dir=sweep"]
+    done = here("-m", f"model.path={llama}", *options, "sparsity=0.3,2:4", "push_to_hub=me/small")
+    assert done.returncode == 0, done.stderr
+    assert [given[0] for name, given in Hub.calls if name == "create_repo"] == ["me/small-0.3", "me/small-2-4"]
+
+
+def test_two_jobs_that_would_have_one_repository_are_refused(
+    here: Callable[..., Any], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.calls = []
+    done = here("-m", f"model.path={llama}", "exclude='*a*','*.a.*'", "push_to_hub=me/small", "output_dir=sweep")
+    assert (done.returncode, done.stderr.count("\n"), Hub.calls) == (2, 1, [])
+    assert "two jobs would be called me/small-a" in done.stderr
+
+
+def test_names_of_jobs() -> None:
+    jobs = Launched(2, ["metric", "sparsity"])
+    assert jobs.on_hub("me/small", 1, {"metric": "varp", "sparsity": "2:4"}) == "me/small-varp-2-4"
+    assert jobs.on_hub("me/small", 1, {"metric": "varp" * 30}) == "me/small-1"
+    assert jobs.on_hub(None, 1, {}) is None
+    assert Launched(2, ["push_to_hub"]).on_hub("me/other", 1, {}) == "me/other"
 
 
 @pytest.mark.parametrize("option", ["push_to_hub=small", "push_to_hub=me/sm/all", "push_to_hub=../x"])

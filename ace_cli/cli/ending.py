@@ -18,6 +18,8 @@ from ace_cli.core.console import unwritten
 from ace_cli.core.errors import AceError, first_line
 
 MEND = 2
+#: What takes every command that computes its first seconds.
+LOADING = "loading torch and transformers"
 #: Files of ours, and what files of models have in their path.
 _OURS, _MODELS = Path(__file__).parents[1], os.path.join("transformers", "models", "")  # noqa: PTH118
 P = ParamSpec("P")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ace_cli.cli.ending import command, stopping_at_once
+from ace_cli.cli.ending import LOADING, command, stopping_at_once
 from ace_cli.cli.flags import Flags, computing_faults
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError, wider_than
@@ -99,8 +99,11 @@ def _text(name: str, seq_len: int, max_windows: int | None) -> Evaluation:
 def _evaluate(
     arguments: argparse.Namespace, models: dict[str, Any], options: TaskOptions, texts: list[Evaluation]
 ) -> facts.Comparison:
+    from ace_cli.report.terminal import Terminal, quiet_libraries
+
+    terminal = Terminal()
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    with lasting(), stopping_at_once("ace-eval"):
+    with terminal.waiting(LOADING), lasting(), stopping_at_once("ace-eval"):
         import dataclasses
         import json
 
@@ -109,15 +112,15 @@ def _evaluate(
         from ace_cli.model.source import open_model
         from ace_cli.model.streamed import StreamedModel
         from ace_cli.report import facts
-        from ace_cli.report.terminal import Terminal, quiet_libraries
 
     quiet_libraries()
-    terminal, device = Terminal(), choose_device(arguments.device)
-    with terminal.waiting("data of the zero-shot tasks"):
-        tasks = harness.load(options)
+    device = choose_device(arguments.device)
+    with terminal.waiting("data of the zero-shot tasks") as steps:
+        tasks = harness.load(options, steps=steps)
     opened: dict[str, StreamedModel] = {}
     for name, config in models.items():
-        source = open_model(config)
+        with terminal.waiting(f"opening {name}") as steps:
+            source = open_model(config, steps)
         opened[name] = StreamedModel(source, device, choose_dtype(Dtype(arguments.dtype), device, source))
         opened[name].check_complete()
         load_tokenizer(source)
@@ -145,7 +148,8 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
 
     found: dict[str, facts.TextScores] = {}
     for name, model in models.items():
-        windows = text.windows(model.checkpoint, str(model.device))
+        with terminal.waiting(f"windows of {text.dataset}") as steps:
+            windows = text.windows(model.checkpoint, str(model.device), steps)
         check_ids(windows.ids_NL, model.vocabulary, model.checkpoint, text.dataset)
         protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))

@@ -30,7 +30,7 @@ _END = """\
 --cfg job        the whole configuration of a command, without running it
 --multirun, -m   every combination of values that commas separate
 --config-dir D   a folder of your own with experiment/, preset/ and model/
---completion S   what makes bash or zsh complete all of this: eval "$(...)"
+--completion S   completion for bash, zsh or fish: eval "$(...)" (... | source)
 --version
 
 Exit codes: 0 done, 1 a job of a sweep failed or a bug, 2 something to mend in

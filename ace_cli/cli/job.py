@@ -5,6 +5,7 @@ Launchers pickle ``job`` by its name, so it is a plain function; what a sweep mu
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -18,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
-from ace_cli.cli.ending import MEND, mend, of_model, of_system, stopping_at_once
+from ace_cli.cli.ending import LOADING, MEND, mend, of_model, of_system, stopping_at_once
 from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
@@ -114,6 +115,9 @@ def _of_many(config: DictConfig) -> float | None:
 def _recorded(config: DictConfig, folder: Path, record: JobRecord) -> float | None:
     try:
         parsed = parse(config, folder)
+        if (started := launched(record.folder)) is not None:
+            typed = dict(override.split("=", 1) for override in record.overrides)
+            parsed = dataclasses.replace(parsed, push_to_hub=started.on_hub(parsed.push_to_hub, record.number, typed))
         report = _kept(parsed) or _run(parsed, record.folder / "dense")
     except Exception as fault:
         line = known(fault)
@@ -147,7 +151,7 @@ def _run(config: RunConfig, shared: Path | None) -> Report | None:
 
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
     with (
-        Terminal(quiet=workers.size() > 1).waiting("loading torch and transformers"),
+        Terminal(quiet=workers.size() > 1).waiting(LOADING),
         lasting(),
         stopping_at_once("ace-prune"),
     ):

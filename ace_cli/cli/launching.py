@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
-from ace_cli.core.errors import first_line
+from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
 from ace_cli.report import sweep
 from ace_cli.report.sweep import Sweep, forget, gather
@@ -59,6 +60,16 @@ class Launched:
         trials = int(config.hydra.sweeper.get("n_trials") or 0) if self.search else 0
         started = sweep.Launched(max(len(self.jobs), trials), sweep.differing(typed))
         started.write(self.folder)
+        self._check_hub(started, typed)
+
+    def _check_hub(self, started: sweep.Launched, typed: Sequence[dict[str, str]]) -> None:
+        """AceError where jobs would write over each other's repository, or a search would upload all its trials."""
+        names = {n: own for n, job in enumerate(typed) if (own := started.on_hub(job.get("push_to_hub"), n, job))}
+        if names and self.search:
+            raise AceError("push_to_hub would upload every trial of the search", "Leave it out, and push the best one.")
+        twice = [name for name, count in Counter(names.values()).items() if count > 1]
+        if twice:
+            raise AceError(f"push_to_hub: two jobs would be called {twice[0]}", "Give push_to_hub=USER/A,USER/B,...")
 
     def gathered(self) -> Sweep | None:
         """What became of them; None where there are none."""

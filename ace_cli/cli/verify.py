@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from ace_cli.cli.ending import command
+from ace_cli.cli.ending import LOADING, command
 from ace_cli.cli.flags import Flags
 
 
@@ -13,12 +13,18 @@ from ace_cli.cli.flags import Flags
 def main() -> None:
     """Exits 0 if every pruned weight holds its pattern, 1 at the first violation, 2 if the folder cannot be read."""
     folder: Path = parser().parse_args().folder
-    from ace_cli.model.pruned import MANIFEST, Violation, verify
+    from ace_cli.report.terminal import Terminal
+
+    terminal = Terminal()
+    with terminal.waiting(LOADING):
+        from ace_cli.model.pruned import MANIFEST, Violation, verify
 
     if not (folder / MANIFEST).exists() and (folder / "checkpoint" / MANIFEST).exists():
         folder /= "checkpoint"
     try:
-        print(f"{folder}: {verify(folder)} pruned weights hold their pattern.")
+        with terminal.waiting(f"reading {folder.name}"):
+            count = verify(folder)
+        print(f"{folder}: {count} pruned weights hold their pattern.")
     except Violation as violation:
         print(f"ace-verify: {violation}", file=sys.stderr)
         sys.exit(1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.generation import CALIBRATION, continue_windows
 from ace_cli.data.sources.base import FromSource, offer
 
@@ -75,14 +76,18 @@ class Calibration(FromSource):
         """The option that decides ``length``."""
         return f"calib.{'pack' if self.pack else 'continue_to' if self.continue_to else 'seq_len'}"
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Tensor:
-        """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them."""
+    def windows(self, checkpoint: Checkpoint, device: str, steps: Steps = NOBODY) -> Tensor:
+        """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them.
+
+        ``steps`` hears how far it is.
+        """
         source = self.source
-        ids_NL = source.draw(checkpoint, self.n_samples, self.seq_len, self.seed, device)
+        ids_NL = source.draw(checkpoint, self.n_samples, self.seq_len, self.seed, device, steps)
         if self.start_token:
             ids_NL = source.begin(ids_NL, checkpoint)
         if self.continue_to:
-            ids_NL = continue_windows(checkpoint, ids_NL, self.continue_to, self.seed, CALIBRATION, device)
+            longer, seed = self.continue_to, self.seed
+            ids_NL = continue_windows(checkpoint, ids_NL, longer, seed, CALIBRATION, device, steps)
         return ids_NL.reshape(-1, self.length)
 
 

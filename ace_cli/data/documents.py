@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.steps import NOBODY, Steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,8 +76,10 @@ def text_start(checkpoint: Checkpoint) -> int | None:
     return int(whole[0]) if bare and whole[1 : 1 + len(bare)] == bare else None
 
 
-def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int) -> Tensor:
-    """Windows drawn as SparseGPT and Wanda draw them: int64 (count, length).
+def random_windows(
+    documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, steps: Steps = NOBODY
+) -> Tensor:
+    """Windows drawn as SparseGPT and Wanda draw them: int64 (count, length); a step each.
 
     Repeat: a document at random; skip it unless it has more than ``length`` tokens; a start at random in
     [0, tokens - length - 1]. Documents may be drawn again. Raises AceError when there are not ``count`` different
@@ -88,6 +91,7 @@ def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length:
     encoded: dict[int, list[int]] = {}
     rejected: set[int] = set()
     windows: list[list[int]] = []
+    steps.of(count)
     while len(windows) < count:
         index = generator.randint(0, len(documents) - 1)
         if index in rejected:
@@ -102,6 +106,7 @@ def random_windows(documents: Sequence[str], tokenizer: Any, count: int, length:
             continue
         start = generator.randint(0, len(ids) - length - 1)
         windows.append(ids[start : start + length])
+        steps()
     longest = max((len(ids) for ids in encoded.values()), default=0)
     available = sum(max(0, len(ids) - length) for ids in encoded.values())
     if len(windows) < count or (len(encoded) == len(documents) and available < count):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.memory import Trimmer
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.core.torch_api import has_bfloat16_units
 from ace_cli.data.token_ids import check_ids
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
 CALIBRATION, EVALUATION = 0, 1
 
 
-def sample_windows(checkpoint: Checkpoint, count: int, length: int, seed: int, purpose: int, device: str) -> Tensor:
+def sample_windows(
+    checkpoint: Checkpoint, count: int, length: int, seed: int, purpose: int, device: str, steps: Steps = NOBODY
+) -> Tensor:
     """``count`` windows of ``length`` tokens, int64 (count, length), sampled at temperature 1 from the start token.
 
     The start token itself is the first token of every window.
@@ -28,16 +31,16 @@ def sample_windows(checkpoint: Checkpoint, count: int, length: int, seed: int, p
     import torch
 
     ids_N1 = torch.full((count, 1), start_token(checkpoint), dtype=torch.int64)
-    return continue_windows(checkpoint, ids_N1, length, seed, purpose, device)
+    return continue_windows(checkpoint, ids_N1, length, seed, purpose, device, steps)
 
 
 def continue_windows(
-    checkpoint: Checkpoint, ids_NL: Tensor, length: int, seed: int, purpose: int, device: str
+    checkpoint: Checkpoint, ids_NL: Tensor, length: int, seed: int, purpose: int, device: str, steps: Steps = NOBODY
 ) -> Tensor:
     """``ids_NL`` (int64, on the CPU) written on by the model at temperature 1 until every row has ``length`` tokens.
 
     All rows grow together, with a cache. The whole model is in memory while it writes: in the stored dtype on a device,
-    on the CPU in bfloat16 where it has units for it and in float32 where not.
+    on the CPU in bfloat16 where it has units for it and in float32 where not. A step is a token of every row.
     """
     import torch
 
@@ -48,12 +51,14 @@ def continue_windows(
     generator = torch.Generator().manual_seed(2 * seed + purpose)
     kept = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     cache, new_NL, trimmer = None, ids_NL, Trimmer()
+    steps.of(length - ids_NL.shape[1])
     with torch.inference_mode():
         while ids_NL.shape[1] < length:
             out = model(new_NL.to(device), **{kept: cache}, use_cache=True, logits_to_keep=1)
             cache = out[kept]
             new_NL = draw(out.logits[:, -1], generator)
             ids_NL = torch.cat([ids_NL, new_NL], dim=1)
+            steps()
             trimmer()  # a cache that grows at every step leaves holes in the heap
     return ids_NL
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ace_cli.core.registry import name_of
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.sources.base import FromSource, offer
 from ace_cli.evaluation.task_options import TaskOptions
 
@@ -52,9 +53,12 @@ class Evaluation(TaskOptions, FromSource):
             faults.append(f"eval.max_windows={self.max_windows}: at most {MOST_WRITTEN:,} tokens are written in all")
         return faults + self.source.faults("eval")
 
-    def windows(self, checkpoint: Checkpoint, device: str) -> Windows:
-        """The windows to be measured; ``checkpoint`` is the dense model. Raises AceError when there are none."""
-        ids_NL = self.source.cut(checkpoint, self.seq_len, self.max_windows, device)
+    def windows(self, checkpoint: Checkpoint, device: str, steps: Steps = NOBODY) -> Windows:
+        """The windows to be measured; ``checkpoint`` is the dense model. Raises AceError when there are none.
+
+        ``steps`` hears how far it is.
+        """
+        ids_NL = self.source.cut(checkpoint, self.seq_len, self.max_windows, device, steps)
         return Windows(ids_NL[: self.max_windows].clone(), self.max_windows is None or len(ids_NL) <= self.max_windows)
 
 

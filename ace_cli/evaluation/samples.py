@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core import memory
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.generation import draw, whole_model
 
 if TYPE_CHECKING:
@@ -71,8 +72,10 @@ class Continuations:
     sampled: list[str]
 
 
-def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dtype: torch.dtype) -> Continuations:
-    """All prompts, both ways, in one batch. The whole model is in memory meanwhile.
+def write_on(
+    checkpoint: Checkpoint, options: Samples, device: torch.device, dtype: torch.dtype, steps: Steps = NOBODY
+) -> Continuations:
+    """All prompts, both ways, in one batch; a step is a token of each. The whole model is in memory meanwhile.
 
     Raises AceError when the folder has no tokenizer or transformers cannot load the model.
     """
@@ -96,7 +99,8 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
     pad = next((id for id in (tokenizer.pad_token_id, tokenizer.eos_token_id) if id is not None), 0)
     ids_BL = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=device)
     seen_BL = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    choose = _DrawLast(len(options.prompts), options.temperature, options.seed)
+    choose = _DrawLast(len(options.prompts), options.temperature, options.seed, steps)
+    steps.of(options.tokens)
     with torch.inference_mode():
         written_BL = model.generate(
             input_ids=ids_BL, attention_mask=seen_BL,
@@ -110,15 +114,16 @@ def write_on(checkpoint: Checkpoint, options: Samples, device: torch.device, dty
 class _DrawLast:
     """Leaves the first rows to greedy decoding; draws the others' next token."""
 
-    def __init__(self, greedy: int, temperature: float, seed: int) -> None:
+    def __init__(self, greedy: int, temperature: float, seed: int, steps: Steps) -> None:
         import torch
 
-        self._greedy, self._temperature = greedy, temperature
+        self._greedy, self._temperature, self._steps = greedy, temperature, steps
         self._generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, input_ids: Tensor, scores_BV: Tensor) -> Any:
         import torch
 
+        self._steps()
         drawn_N1 = draw(scores_BV[self._greedy :].float() / self._temperature, self._generator).to(scores_BV.device)
         only_NV = torch.full_like(scores_BV[self._greedy :], float("-inf")).scatter_(1, drawn_N1, 0.0)
         return torch.cat([scores_BV[: self._greedy], only_NV])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.model.folder import INDEX, copy_other_files
 from ace_cli.model.header import DTYPES
 
@@ -19,20 +20,22 @@ if TYPE_CHECKING:
 _SAFE = "Give a safetensors folder of this model."
 
 
-def import_bin(source: Path, files: list[Path], folder: Path) -> None:
-    """Write the tensors of ``files`` and what lies beside them in ``source`` into ``folder``.
+def import_bin(source: Path, files: list[Path], folder: Path, steps: Steps = NOBODY) -> None:
+    """Write the tensors of ``files`` and what lies beside them in ``source`` into ``folder``; a step is a file.
 
     Raises AceError if a file would run code, is damaged, or holds anything else than tensors by name.
     """
     from safetensors.torch import save_file
 
     places: dict[str, str] = {}
+    steps.of(len(files))
     for number, file in enumerate(files, 1):
         state = read_bin(file)
         name = f"model-{number:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
         # Tied tensors share memory, which safetensors refuses: each gets its own copy.
         save_file({key: value.clone().contiguous() for key, value in state.items()}, folder / name, {"format": "pt"})
         places |= dict.fromkeys(state, name)
+        steps()
     copy_other_files(source, folder)
     if len(files) > 1:
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}, indent=2))

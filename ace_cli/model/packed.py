@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES, TensorEntry
 from ace_cli.model.plain_again import write_plain
@@ -138,9 +139,9 @@ def decompressed(frame: Tensor, dtype: str) -> Tensor:
     return planes.T.contiguous().view(-1).view(getattr(torch, kind))
 
 
-def unpack_folder(source: Path, target: Path) -> None:
-    """The plain checkpoint again, into a new folder. Memory is one tensor."""
-    write_plain(PackedCheckpoint(source), target, (PACKED,))
+def unpack_folder(source: Path, target: Path, steps: Steps = NOBODY) -> None:
+    """The plain checkpoint again, into a new folder. Memory is one tensor, and so is a step."""
+    write_plain(PackedCheckpoint(source), target, (PACKED,), steps)
 
 
 def told(entries: dict[str, TensorEntry], packed: set[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.stage import RECORD
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.model.files import Checkpoint, CheckpointWriter, write_index
 from ace_cli.model.folder import copy_other_files
 
@@ -31,12 +32,17 @@ def check_reads_back(source: Checkpoint, written: Checkpoint) -> None:
             raise AceError(f"{name} did not read back from {written.folder} as it was written.", "Is the disk sound?")
 
 
-def write_plain(stored: Checkpoint, target: Path, own: Iterable[str]) -> None:
-    """The plain checkpoint again, into a new folder, without the ``own`` files of its source. Memory is one tensor."""
+def write_plain(stored: Checkpoint, target: Path, own: Iterable[str], steps: Steps = NOBODY) -> None:
+    """The plain checkpoint again, into a new folder, without the ``own`` files of its source. Memory is one tensor.
+
+    A step is a tensor.
+    """
     target.mkdir(parents=True, exist_ok=True)
     writer = CheckpointWriter(stored, target)
+    steps.of(len(stored.tensors))
     for name in stored.tensors:
         writer.write(name, stored.read(name))
+        steps()
     writer.finish()
     write_index(stored.tensors, target)
     copy_other_files(stored.folder, target)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.methods.grids import Grid
 from ace_cli.model.compressed_tensors_api import unpacked
 from ace_cli.model.files import Checkpoint
@@ -108,8 +109,8 @@ class QuantisedCheckpoint(Checkpoint):
         return hashlib.sha256(told + self._plain.fingerprint().encode()).hexdigest()
 
 
-def dequantise_folder(source: Path, target: Path) -> None:
-    """The plain checkpoint again, into a new folder. Memory is one tensor."""
+def dequantise_folder(source: Path, target: Path, steps: Steps = NOBODY) -> None:
+    """The plain checkpoint again, into a new folder. Memory is one tensor, and so is a step."""
     quantised = QuantisedCheckpoint(source)
-    write_plain(quantised, target, (QUANTISED,))
+    write_plain(quantised, target, (QUANTISED,), steps)
     (target / "config.json").write_text(json.dumps(quantised.config(), indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.model.bin_import import import_bin
 from ace_cli.model.files import Checkpoint, Stamps, stamps_of
 from ace_cli.model.folder import INDEX, check_folder, is_document, other_files, weight_map
@@ -74,16 +75,20 @@ class Found:
     path: Path
     files: dict[str, Path] = field(default_factory=dict)
     options: str = ""
-    make: Callable[[Path], None] | None = None
+    make: Callable[[Path, Steps], None] | None = None
 
 
-def open_model(config: ModelConfig) -> Checkpoint:
-    """Find, fetch or import the model, and open its folder. Raises AceError when it cannot be had."""
+def open_model(config: ModelConfig, steps: Steps = NOBODY) -> Checkpoint:
+    """Find, fetch or import the model, and open its folder. Raises AceError when it cannot be had.
+
+    ``steps`` hears how far an import is.
+    """
     found = _found(config)
-    if found.make is None:
+    make = found.make
+    if make is None:
         return Checkpoint(found.path)
     origin = stamps_of(found.files)
-    checkpoint = Checkpoint(imported(found.path.stem, found.files, found.options, found.make))
+    checkpoint = Checkpoint(imported(found.path.stem, found.files, found.options, lambda to: make(to, steps)))
     checkpoint.origin = origin
     return checkpoint
 
@@ -98,17 +103,18 @@ def _found(config: ModelConfig) -> Found:
     path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         dtype = config.import_dtype.value
-        return Found(path, {path.name: path}, dtype, lambda to: import_gguf(path, dtype, to))
+        return Found(path, {path.name: path}, dtype, lambda to, steps: import_gguf(path, dtype, to))
     if not path.is_dir():
         path = _download(config)
     check_folder(path)
     if is_packed(path) or is_quantised(path):
         files = {file.name: file for file in path.iterdir() if file.is_file()}
         kind, restore = ("packed", unpack_folder) if is_packed(path) else ("quantised", dequantise_folder)
-        return Found(path, files, kind, lambda to: restore(path, to))
+        return Found(path, files, kind, lambda to, steps: restore(path, to, steps))
     if (path / "config.json").is_file() and not _has_safetensors(path) and (bins := _bin_files(path)):
         names = [*(file.name for file in bins), *(name for name in other_files(path) if not is_document(name))]
-        return Found(path, {name: path / name for name in names}, "bin", lambda to: import_bin(path, bins, to))
+        files = {name: path / name for name in names}
+        return Found(path, files, "bin", lambda to, steps: import_bin(path, bins, to, steps))
     return Found(path)
 
 

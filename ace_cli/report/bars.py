@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -15,12 +15,12 @@ from ace_cli.report.pace import Pace, Remaining, duration, durations
 
 
 @contextmanager
-def live(screen: Console, what: str, pace: Pace, remaining: Remaining) -> Iterator[Callable[[], None]]:
+def live(screen: Console, what: str, pace: Pace, remaining: Remaining) -> Iterator[Pace]:
     """A bar named ``what`` until the context is left; yields what is to be called after each step."""
     columns = (TextColumn("{task.description}", table_column=Column(no_wrap=True)), _Bar(pace), _Words(pace, remaining))
     with Progress(*columns, console=screen, transient=True, expand=True) as bar:
         bar.add_task(what, total=pace.total)
-        yield pace.step
+        yield pace
 
 
 class _Bar(ProgressColumn):

@@ -6,14 +6,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from ace_cli.core.steps import Steps
+
 Span = tuple[float, float]
 
 #: A bar never shows a step as done before it is.
 _NEARLY = 0.95
 
 
-class Pace:
-    """The steps of one bar: ``total`` of them (None: nobody knows), ``done`` before it began.
+class Pace(Steps):
+    """The steps of one bar: ``total`` of them (None: nobody knows yet), ``done`` before it began.
 
     ``expected``: seconds of all steps that are left, at least and at most, as forecast before; None if nobody tried.
     """
@@ -25,14 +27,19 @@ class Pace:
         self.total, self.done = total, done
         self._expected, self._clock = expected, clock
         self._first = done
-        self._start = self._last = clock()
+        self._start = self._begun = self._last = clock()
 
     @property
     def elapsed(self) -> float:
         """Seconds since the bar began."""
         return self._clock() - self._start
 
-    def step(self) -> None:
+    def of(self, total: int) -> None:
+        """Now somebody knows how many: the bar begins anew."""
+        self.total, self.done, self._first = total, 0, 0
+        self._begun = self._last = self._clock()
+
+    def __call__(self) -> None:
         """One more step is done."""
         self.done += 1
         self._last = self._clock()
@@ -48,7 +55,7 @@ class Pace:
         waited = self._clock() - self._last
         steps = 1 if self.total is None else max(0, self.total - self.done)
         if (made := self.done - self._first) > 0:
-            a_step = (self._last - self._start) / made
+            a_step = (self._last - self._begun) / made
             seconds = max(a_step * steps - waited, a_step * (steps - 1), 0.0)
             return seconds, seconds
         if self._expected is None:
@@ -58,7 +65,7 @@ class Pace:
 
     def _a_step(self) -> float:
         if (made := self.done - self._first) > 0:
-            return (self._last - self._start) / made
+            return (self._last - self._begun) / made
         steps = 1 if self.total is None else max(1, self.total - self.done)
         return sum(self._expected) / 2 / steps if self._expected else 0.0
 

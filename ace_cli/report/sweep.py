@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from ace_cli.report.zero_shot import task_protocol
 SCHEMA_VERSION = 1
 #: The folder of the records, in a sweep's folder: N.json of job N, and N.lock, held while somebody works on it.
 RECORDS = "jobs"
+#: Letters in the name of a repository.
+LONGEST_ON_HUB = 96
 _LAUNCHED = "launched"
 _AGAIN = "repeat the command to do it again"
 
@@ -77,6 +80,18 @@ class Launched:
 
     jobs: int
     varied: Sequence[str]
+
+    def on_hub(self, name: str | None, number: int, typed: Mapping[str, str]) -> str | None:
+        """What job ``number`` is called on the hub: ``name`` and what it was asked for, apart from the others.
+
+        me/small of the job with metric=varp sparsity=2:4 is me/small-varp-2-4, where these differ; names that are too
+        long end in the job's number. Where the jobs were given names of their own, those.
+        """
+        if name is None or "push_to_hub" in self.varied:
+            return name
+        own = [re.sub(r"[^A-Za-z0-9.]+", "-", typed[each]).strip("-.") for each in self.varied if each in typed]
+        long = "-".join([name, *filter(None, own)])
+        return long if len(long) <= LONGEST_ON_HUB else f"{name[: LONGEST_ON_HUB - 8]}-{number}"
 
     def write(self, folder: Path) -> None:
         """Into a sweep's folder, for its jobs to read."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ace_cli.core.console import unwritten
+from ace_cli.core.steps import Steps
 from ace_cli.report.bars import live
 from ace_cli.report.fitting import fitting
 from ace_cli.report.markdown import (
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 DROPPED = (
     "peak GB", "total s", "dense tasks", "dense", "zeros", "KL", "same top-1", "fewer", "ratio", "prune s",
 )  # fmt: skip
+#: Seconds that nobody needs a line for.
+_SHORT = 2.0
 #: Letters in a line of the log, and of standard output where that is no screen.
 WIDE = 160
 _STYLES = {"good": "green", "fair": "yellow", "bad": "red", "": None}
@@ -122,24 +125,27 @@ class Terminal:
         self._remaining = expecting(spans)
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Any]:
-        """A live bar; yields a function to call after each of ``total`` steps. Plain lines where there is no screen."""
-        pace = Pace(total, done, self._remaining.begin(what))
+    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Steps]:
+        """A live bar; yields what to call after each of ``total`` steps. Plain lines where there is no screen."""
         if not self._screen.is_terminal:
             self.say(f"{what} ...")
-            yield _plain_steps(self, what, pace, self._remaining)
-            return
-        with live(self._screen, what, pace, self._remaining) as step:
-            yield step
+        with self._bar(what, total, done) as steps:
+            yield steps
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """A bar that moves while something without steps of its own happens."""
+    def waiting(self, what: str) -> Iterator[Steps]:
+        """A bar that moves, whether or not somebody finds out how many steps there are (``Steps.of``)."""
+        with self._bar(what, None, 0) as steps:
+            yield steps
+
+    @contextmanager
+    def _bar(self, what: str, total: int | None, done: int) -> Iterator[Steps]:
+        begun = self._remaining.begin(what)
         if not self._screen.is_terminal:
-            yield
+            yield _Lines(self, what, self._remaining, Pace(total, done, begun))
             return
-        with live(self._screen, what, Pace(None, 0, self._remaining.begin(what)), self._remaining):
-            yield
+        with live(self._screen, what, Pace(total, done, begun), self._remaining) as steps:
+            yield steps
 
     def tasks(self, zero_shot: ZeroShot) -> None:
         """The zero-shot scores and their protocol."""
@@ -230,14 +236,22 @@ def _limit(report: Report) -> str:
     )
 
 
-def _plain_steps(terminal: Terminal, what: str, pace: Pace, remaining: Remaining) -> Callable[[], None]:
-    """A line every ten per cent."""
+@dataclasses.dataclass
+class _Lines(Steps):
+    """Where there is no screen: a line every ten per cent of a wait that is not short."""
 
-    def step() -> None:
-        pace.step()
-        done, total = pace.done, pace.total or 1
-        if done * 10 // total > (done - 1) * 10 // total:
-            left = remaining.with_later(pace.left()) if done < total else None
-            terminal.say(f"{what}: {done}/{total}" + (f", {durations(left)} left of the run" if left else ""))
+    terminal: Terminal
+    what: str
+    remaining: Remaining
+    pace: Pace
 
-    return step
+    def of(self, total: int) -> None:
+        self.pace.of(total)
+
+    def __call__(self) -> None:
+        self.pace()
+        done, total = self.pace.done, self.pace.total or 1
+        if self.pace.elapsed > _SHORT and done * 10 // total > (done - 1) * 10 // total:
+            left = self.remaining.with_later(self.pace.left()) if done < total else None
+            line = f"{self.what}: {done}/{total}" + (f", {durations(left)} left of the run" if left else "")
+            self.terminal.say(line)

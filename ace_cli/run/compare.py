@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ace_cli.core.errors import AceError, first_line, wider_than
@@ -22,7 +23,7 @@ from ace_cli.report import facts
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import protocol_of
 from ace_cli.run.context import RunContext
-from ace_cli.run.forecast import DENSE, PRUNED
+from ace_cli.run.forecast import DENSE, DENSE_WRITES, PRUNED, PRUNED_WRITES
 
 
 def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Perplexity, facts.Fidelity | None]:
@@ -70,15 +71,18 @@ def _evaluating(what: str, model: StreamedModel, terminal: Terminal) -> Iterator
 
 
 def write_samples(
-    options: Samples, model: StreamedModel, folder: Path, cache: DenseCache
+    options: Samples, model: StreamedModel, folder: Path, cache: DenseCache, terminal: Terminal
 ) -> tuple[list[facts.Sample], str | None]:
     """The prompts written on by both models; and, where there is nothing to show, why."""
     if why_not := options.refusal(sum(tensor.numel for tensor in model.checkpoint.tensors.values()), model.dtype):
         return [], why_not
     key = (model.checkpoint.key, str(options), f"{model.dtype} {model.device}")
     try:
-        dense = cache.samples(key, lambda: write_on(model.checkpoint, options, model.device, model.dtype))
-        pruned = write_on(Checkpoint(folder), options, model.device, model.dtype)
+        with terminal.waiting(DENSE_WRITES) as steps:
+            measure = partial(write_on, model.checkpoint, options, model.device, model.dtype, steps)
+            dense = cache.samples(key, measure)
+        with terminal.waiting(PRUNED_WRITES) as steps:
+            pruned = write_on(Checkpoint(folder), options, model.device, model.dtype, steps)
     except Exception as fault:  # libraries fail in many ways; what was measured so far is worth more than samples
         return [], f"No samples: {first_line(fault)}"
     pairs = ((False, dense.greedy, pruned.greedy), (True, dense.sampled, pruned.sampled))

@@ -19,7 +19,8 @@ UNSURE = 2.0
 _STEP = 1e-3
 
 #: Names of bars.
-PRUNING, DENSE, PRUNED, SAMPLES = "pruning", "evaluating dense", "evaluating pruned", "samples of both"
+PRUNING, DENSE, PRUNED = "pruning", "evaluating dense", "evaluating pruned"
+DENSE_WRITES, PRUNED_WRITES = "dense writes on", "pruned writes on"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class Forecast:
         """The bars that are to come, by name: what each of them will take."""
         low, high = self.phases.get("evaluate", (0.0, 0.0))
         half = max(0.0, low - self.evaluated) / 2, max(0.0, high - self.evaluated) / 2
+        least, most = self.phases.get("samples", (0.0, 0.0))
+        writes = least / 2, most / 2
         found = {PRUNING: self.phases.get("prune", (0.0, 0.0)), DENSE: half, PRUNED: half}
-        return {**found, SAMPLES: self.phases.get("samples", (0.0, 0.0))}
+        return {**found, DENSE_WRITES: writes, PRUNED_WRITES: writes}
 
 
 def span(seconds: Span) -> str:

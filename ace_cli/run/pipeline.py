@@ -15,6 +15,7 @@ from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import fresh_folder, locked
 from ace_cli.core.registry import name_of
+from ace_cli.core.steps import Steps
 from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.evaluation.base import Evaluation
@@ -99,8 +100,8 @@ def _run(
     quiet_libraries()
     if config.push_to_hub is not None and not config.dry_run:
         hub.check(config.push_to_hub)
-    with phases("import"), terminal.waiting("opening the model"):
-        model = _open(config, device)
+    with phases("import"), terminal.waiting("opening the model") as steps:
+        model = _open(config, device, steps)
         if config.hardware is not None:  # for a plan: nothing is computed
             model.device = torch.device(config.hardware.device)
             model.dtype = choose_dtype(config.dtype, model.device, model.checkpoint)
@@ -167,8 +168,8 @@ def _do(run: RunContext, work: Work) -> facts.Report:
     return report
 
 
-def _open(config: RunConfig, device: torch.device) -> StreamedModel:
-    source = open_model(config.model)
+def _open(config: RunConfig, device: torch.device, steps: Steps) -> StreamedModel:
+    source = open_model(config.model, steps)
     selection = SlotFilter(config.include, config.exclude)
     return StreamedModel(source, device, choose_dtype(config.dtype, device, source), selection)
 
@@ -267,12 +268,13 @@ def _instead(config: RunConfig, plan: Plan, limit: Limit) -> str:
 
 def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal: Terminal, phases: Phases) -> Texts:
     """All that will be read, before hours of pruning: a missing evaluation text is found now."""
-    with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}"):
-        windows_NL = config.calib.windows(source, str(device)) if config.needs_data else None
-    with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}"):
-        evaluation = config.eval.windows(source, str(device)) if isinstance(config.eval, Evaluation) else None
-    with phases("evaluate"), terminal.waiting("data of the zero-shot tasks"):
-        tasks = harness.load(config.eval, source)
+    with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}") as steps:
+        windows_NL = config.calib.windows(source, str(device), steps) if config.needs_data else None
+    with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}") as steps:
+        texts = config.eval if isinstance(config.eval, Evaluation) else None
+        evaluation = texts.windows(source, str(device), steps) if texts is not None else None
+    with phases("evaluate"), terminal.waiting("data of the zero-shot tasks") as steps:
+        tasks = harness.load(config.eval, source, steps)
     return Texts(windows_NL, evaluation, tasks)
 
 
@@ -309,8 +311,8 @@ def _measured(run: RunContext, pruned: Path, stages: dict[str, dict[str, Any]]) 
     if not run.workers.first:
         return found
     if texts.evaluation is not None and run.config.samples.wanted:
-        with run.phases("samples"), run.terminal.waiting(forecast.SAMPLES):
-            found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense)
+        with run.phases("samples"):
+            found.samples, why_not = write_samples(run.config.samples, run.model, pruned, run.dense, run.terminal)
             found.notes += [why_not] if why_not else []
     if run.config.bench is not None:
         with run.phases("bench"):

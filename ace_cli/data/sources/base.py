@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, get_type_hints
 
 from ace_cli.core.registry import choices, register
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.documents import consecutive_windows, load_tokenizer, random_windows, text_start
 
 if TYPE_CHECKING:
@@ -35,15 +36,20 @@ class TextSource:
         """What is wrong with the fields, one line each, as options of ``group``; empty when all is well."""
         return []
 
-    def draw(self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str) -> Tensor:
-        """Windows to calibrate on, int64 (count, length), on the CPU. Raises AceError when there are not so many."""
+    def draw(
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
+    ) -> Tensor:
+        """Windows to calibrate on, int64 (count, length), on the CPU. Raises AceError when there are not so many.
+
+        ``steps`` hears how far it is.
+        """
         raise NotImplementedError
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         """``ids_NL`` with each first token made the one that begins texts, where texts begin with one."""
         raise NotImplementedError
 
-    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str, steps: Steps = NOBODY) -> Tensor:
         """Windows to evaluate on, int64 (n, length), on the CPU; more than ``most`` of them do no harm."""
         raise NotImplementedError
 
@@ -60,15 +66,17 @@ class DocumentSource(TextSource):
         """What evaluation measures. Raises AceError when it cannot be read."""
         raise NotImplementedError
 
-    def draw(self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str) -> Tensor:
-        return random_windows(self.documents(), load_tokenizer(checkpoint), count, length, seed)
+    def draw(
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
+    ) -> Tensor:
+        return random_windows(self.documents(), load_tokenizer(checkpoint), count, length, seed, steps)
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         if (start := text_start(checkpoint)) is not None:
             ids_NL[:, 0] = start
         return ids_NL
 
-    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str) -> Tensor:
+    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str, steps: Steps = NOBODY) -> Tensor:
         return consecutive_windows(self.text(), load_tokenizer(checkpoint), length)
 
 

