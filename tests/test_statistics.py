@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from ace_cli.core.workers import Workers
 from ace_cli.methods.gradients import Backward, Gates, Gradient, Salience
 from ace_cli.methods.statistics import (
+    SHARED_TOKENS,
     CosineTerm,
     Gram,
     Mean,
@@ -115,6 +118,38 @@ def test_a_gram_matrix_in_parts_is_symmetric_and_whole(inputs: int) -> None:
     gram = observed(Gram(), [20, 30], x_TI, torch.empty(50, 1), torch.empty(1, inputs))
     assert isinstance(gram, Gram)
     torch.testing.assert_close(gram.total_II, gram.total_II.T, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(gram.total_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gram", "second", "absolute", "exact"])
+def test_workers_compute_parts_that_are_the_bits_of_the_whole(kind: str) -> None:
+    tokens, outputs, inputs = SHARED_TOKENS, 1100, 300 if kind != "exact" else 3
+    generator = torch.Generator().manual_seed(1)
+    x_TI, weight_OI = (
+        torch.randn(tokens, inputs, generator=generator),
+        torch.randn(outputs, inputs, generator=generator),
+    )
+
+    def total(rank: int, size: int) -> torch.Tensor:
+        statistic = copy.copy(Gram() if kind == "gram" else CosineTerm(kind))
+        statistic.share_with(Workers(rank, size))
+        statistic.update(x_TI, x_TI @ weight_OI.T, weight_OI)
+        return statistic.total_II.triu() if isinstance(statistic, Gram) else statistic.total_OI
+
+    whole, parts = total(0, 1), [total(rank, 3) for rank in range(3)]
+    assert all(bool((part == 0).any()) for part in parts)
+    assert all(torch.equal(part[part != 0], whole[part != 0]) for part in parts)
+    covered = torch.stack([part != 0 for part in parts])
+    assert bool((covered.any(0) == (whole != 0)).all())
+    assert float(covered.float().mean()) < 0.7 * float((whole != 0).float().mean())
+
+
+def test_few_tokens_are_not_shared() -> None:
+    x_TI = torch.randn(20, 300)
+    gram = Gram()
+    gram.share_with(Workers(1, 2))
+    gram.update(x_TI, x_TI, x_TI)
+    gram.gather()
     torch.testing.assert_close(gram.total_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
 
 

@@ -22,6 +22,7 @@ from tiny_models import add_tokenizer, make
 from ace_cli.core import workers
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
+from ace_cli.methods.statistics import SHARED_TOKENS
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report
@@ -30,6 +31,8 @@ from ace_cli.run.at_scale import AtScale, at_scale, rates_of
 from ace_cli.run.plan import Demand, make_plan
 
 no_forks = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
+#: Tokens enough for workers to share what statistics multiply.
+LONG = ("calib.n_samples=40", "calib.seq_len=32")
 #: A metric and what comes with it -> rows alone, experts alone, or neither.
 CELLS = {
     "exchanges and a refit": ("llama", "metric=ace", "repair=admm", "sparsity=0.5"),
@@ -37,6 +40,9 @@ CELLS = {
     "the whole layer": ("llama", "metric=sparsegpt", "sparsity=0.5"),
     "experts": ("mixtral", "metric=ace", "repair=swaps", "sparsity=2:4"),
     "no calibration": ("mixtral", "metric=magnitude", "sparsity=0.5"),
+    "statistics by parts": ("wide", "metric=ace", "metric.sweeps=2", "sparsity=0.5", *LONG),
+    "statistics of all rows": ("wide", "metric=ace", "metric.sweeps=2", "permute=ria", "sparsity=2:4", *LONG),
+    "channels": ("llama", "unit=channel", "sparsity=0.25"),
 }
 
 
@@ -44,8 +50,11 @@ CELLS = {
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Matrices of several pieces of rows."""
     shape = {"hidden_size": 128, "intermediate_size": 224, "head_dim": 32, "num_hidden_layers": 2}
+    wide = {"hidden_size": 320, "intermediate_size": 640, "head_dim": 80, "num_hidden_layers": 1}
+    shapes = {"llama": ("llama", shape), "mixtral": ("mixtral", shape), "wide": ("llama", wide)}
     return {
-        family: add_tokenizer(make(tmp_path_factory.mktemp(family), family, **shape)) for family in ("llama", "mixtral")
+        name: add_tokenizer(make(tmp_path_factory.mktemp(name), family, **sizes))
+        for name, (family, sizes) in shapes.items()
     }
 
 
@@ -208,7 +217,7 @@ def test_zero_shot_answers_are_those_of_one_worker(models: dict[str, Path]) -> N
 # --- planned, where nothing runs ------------------------------------------------------------------------------------
 
 
-def planned(models: dict[str, Path], configure: Any, *overrides: str) -> AtScale:
+def planned(models: dict[str, Path], configure: Any, *overrides: str, tokens: int = 128) -> AtScale:
     """By the card of the package, for the tiny models."""
     family = "mixtral" if "experts" in overrides else "llama"
     options = [each for each in overrides if each != "experts"]
@@ -218,7 +227,7 @@ def planned(models: dict[str, Path], configure: Any, *overrides: str) -> AtScale
     model = pipeline._open(config, torch.device("cpu"))
     model.device = torch.device("cuda")
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
-    plan = make_plan(model, patterns, Demand(tokens=128, statistics=config.statistics))
+    plan = make_plan(model, patterns, Demand(tokens=tokens, statistics=config.statistics))
     return at_scale(config, model, plan, rates_of(config.hardware), config.workers, config.hardware.link)
 
 
@@ -238,6 +247,14 @@ def test_a_plan_shares_rows_and_experts_and_nothing_else(models: dict[str, Path]
     assert whole[0] == whole[1]
     assert four.seconds == pytest.approx(max(four.parts["read"] + four.parts["write"], sum(
         seconds for name, seconds in four.parts.items() if name not in ("read", "write"))))  # fmt: skip
+
+
+def test_a_plan_shares_the_statistics_of_many_tokens(models: dict[str, Path], configure: Any) -> None:
+    one, four = (planned(models, configure, "metric=ace", f"workers={count}", tokens=SHARED_TOKENS) for count in (1, 4))
+    assert four.parts["statistics"] == pytest.approx(one.parts["statistics"] / 4)
+    few = planned(models, configure, "metric=ace", "workers=4", tokens=SHARED_TOKENS - 1)
+    grams = 2 * (6 * 128**2 + 224**2) * 2  # bytes of halves of the matrices, in two blocks
+    assert four.traffic - few.traffic == grams * 3 // 4
 
 
 def test_plans_at_scale_are_said_and_their_faults_too(

@@ -14,10 +14,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.threads import each_columns, each_piece
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+#: Workers share a sum of matrix products from so many tokens of a call on: of each token a number takes two operations,
+#: and to be sent 4 bytes, which take as long as 150 tokens on a core, 600 on a GPU across a fast network (counted).
+SHARED_TOKENS = 1024
 
 
 def accumulated(axes: str, join: Callable[[Any, Any], Any] = operator.add) -> Any:
@@ -39,7 +45,36 @@ class Statistic:
     needs_output = False
     #: True if it is fed with the gradient of the slot's outputs, in their place: see ace_cli.methods.gradients.
     needs_backward = False
+    #: True if workers can share it: each computes a part, in products of shapes that do not depend on their number.
+    shared = False
+    #: True if what it holds of a row of the weight is of use for that row alone.
+    of_rows = False
     tokens = 0
+    #: Who computes it together.
+    workers = ONE
+
+    def share_with(self, workers: Workers) -> None:
+        """Before the first update: ``workers`` see the same tokens, and each is to compute a part until ``gather``.
+
+        A statistic that is not ``shared``, or that sees less than ``SHARED_TOKENS`` at first, is computed by all.
+        """
+        if self.shared and not self.tokens:
+            self.workers = workers
+
+    def gather(self) -> None:
+        """Take the parts of the others: from now on it is as if this worker had computed all of it, bit for bit."""
+        if self.workers.several and self.tokens:
+            self._gather(self.workers)
+        self.workers = ONE
+
+    def _gather(self, workers: Workers) -> None:
+        raise NotImplementedError
+
+    def _sharing(self, tokens: int) -> Workers:
+        """Who shares it, as the first call of so many tokens decides."""
+        if not self.tokens and tokens < SHARED_TOKENS:
+            self.workers = ONE
+        return self.workers
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         """Add T tokens: inputs (T, I), outputs (T, O) with bias and the slot's weight (O, I), in the compute dtype.
@@ -54,6 +89,10 @@ class Statistic:
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
         """What it holds for a weight (rows, columns), vectors apart."""
+        return 0
+
+    def sent(self, rows: int, columns: int) -> int:
+        """Bytes that workers who share it gather, for a weight (rows, columns)."""
         return 0
 
     def merge(self, other: Self) -> None:
@@ -117,6 +156,17 @@ class Seen:
 
     def __iter__(self) -> Iterator[Statistic]:
         return iter(self._state.values())
+
+    def share_with(self, workers: Workers) -> None:
+        """``workers`` see the same: each computes a part of what they can share, until ``gather``."""
+        for statistic in self:
+            statistic.share_with(workers)
+
+    def gather(self, own_rows: bool) -> None:
+        """Take the other workers' parts; ``own_rows``: not those of rows of the weight, which only others look at."""
+        for statistic in self:
+            if not (own_rows and statistic.of_rows):
+                statistic.gather()
 
     def reordered(self, order_I: Tensor) -> Seen:
         """The statistics of the inputs in another order, new input k = old input order_I[k]."""
@@ -333,17 +383,29 @@ class CosineTerm(Statistic):
     * ``exact``    sum_t 1 - cos(a_t, a_t - W_ij x_tj e_i)  the loss itself; element by element, slow
 
     A token whose output has cancelled, A_t <= 1e-12 ||W||^2 ||x_t||^2, has no direction: it adds nothing.
+
+    Workers compute the rows that they will score. Where all rows are to be ranked together, they are gathered: 4 O I
+    bytes. On a CPU products have so many rows for any number of workers, which costs one alone up to a twentieth.
     """
 
     kind: str = "second"
     total_OI: Tensor = accumulated("OI")
     needs_output = True
+    of_rows = True
+
+    @property
+    def shared(self) -> bool:  # type: ignore[override]
+        """Unless it is the same for every row."""
+        return self.kind != "token"
 
     def flops(self, tokens: int, rows: int, columns: int) -> int:
         return 0 if self.kind == "token" else 2 * tokens * rows * columns
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
         return 0 if self.kind == "token" else 4 * rows * columns
+
+    def sent(self, rows: int, columns: int) -> int:
+        return self.nbytes(0, rows, columns)
 
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         import torch
@@ -355,26 +417,55 @@ class CosineTerm(Statistic):
             rows = 1 if self.kind == "token" else y_TO.shape[1]
             dtype = torch.float64 if self.kind == "exact" else torch.float32
             self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]), dtype=dtype)
+        pieces = _row_pieces(self._sharing(len(x_TI)), y_TO)
         self.tokens += len(x_TI)
         factor_T1 = (1 / A_T1).masked_fill_(~has_direction_T1, 0.0)
         for first in range(0, len(x_TI), _PRODUCT_TOKENS):
             tokens = slice(first, first + _PRODUCT_TOKENS)
-            self._add(x_TI[tokens], y_TO[tokens], factor_T1[tokens], weight_OI)
+            if self.kind == "token":
+                self.total_OI += x_TI[tokens].square().mul_(factor_T1[tokens]).sum(0)
+            else:
+                self._add(x_TI[tokens], y_TO[tokens], factor_T1[tokens], weight_OI, pieces)
 
-    def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor, weight_OI: Tensor) -> None:
-        """``factor_T1`` is 1 / A_t, or 0 where there is no direction."""
-        if self.kind == "token":
-            self.total_OI += x_TI.square().mul_(factor_T1).sum(0)
-        elif self.kind == "signed":
-            self.total_OI.addmm_((y_TO * factor_T1).T, x_TI)
-        elif self.kind == "absolute":
-            self.total_OI.addmm_(y_TO.abs().mul_(factor_T1).T, x_TI.abs())
-        elif self.kind == "exact":
-            some = factor_T1[:, 0] > 0
-            self.total_OI += _cosine_loss(x_TI[some], y_TO[some], 1 / factor_T1[some], weight_OI)
-        else:
-            across_TO = y_TO.square().mul_(factor_T1).neg_().add_(1).clamp_(min=0)
-            self.total_OI.addmm_(across_TO.T, x_TI.square().mul_(factor_T1))
+    def _add(self, x_TI: Tensor, y_TO: Tensor, factor_T1: Tensor, weight_OI: Tensor, pieces: Iterable[slice]) -> None:
+        """Rows in ``pieces``; ``factor_T1`` is 1 / A_t, or 0 where there is no direction."""
+        some = factor_T1[:, 0] > 0
+        of_inputs_TI = {"signed": x_TI, "absolute": x_TI.abs()}.get(self.kind)
+        if of_inputs_TI is None:
+            of_inputs_TI = x_TI[some] if self.kind == "exact" else x_TI.square().mul_(factor_T1)
+        for rows in pieces:
+            y_TR = y_TO[:, rows]
+            if self.kind == "exact":
+                self.total_OI[rows] += _cosine_loss(of_inputs_TI, y_TR[some], 1 / factor_T1[some], weight_OI[rows])
+            elif self.kind == "signed":
+                self.total_OI[rows].addmm_((y_TR * factor_T1).T, of_inputs_TI)
+            elif self.kind == "absolute":
+                self.total_OI[rows].addmm_(y_TR.abs().mul_(factor_T1).T, of_inputs_TI)
+            else:
+                across_TR = y_TR.square().mul_(factor_T1).neg_().add_(1).clamp_(min=0)
+                self.total_OI[rows].addmm_(across_TR.T, of_inputs_TI)
+
+    def _gather(self, workers: Workers) -> None:
+        of_workers = workers.pieces(len(self.total_OI), self.total_OI.device.type)
+        workers.spread([
+            (self.total_OI[pieces[0].start : pieces[-1].stop], rank) for rank, pieces in enumerate(of_workers) if pieces
+        ])  # fmt: skip
+
+
+#: Rows of a product: one of fewer takes longer.
+_ROWS = 512
+
+
+def _row_pieces(workers: Workers, y_TO: Tensor) -> list[slice]:
+    """Those that hold the rows of this worker; on a CPU the same whoever shares them."""
+    count, device = y_TO.shape[1], y_TO.device.type
+    mine = workers.pieces(count, device)[workers.rank]
+    if not mine:
+        return []
+    first, last, step = mine[0].start, mine[-1].stop, _ROWS if device == "cpu" else count
+    if device == "cpu":
+        first, last = first // step * step, min(count, -(-last // step) * step)
+    return [slice(start, min(start + step, last)) for start in range(first, last, step)]
 
 
 def _cosine_loss(x_TI: Tensor, y_TO: Tensor, A_T1: Tensor, weight_OI: Tensor) -> Tensor:
@@ -394,8 +485,11 @@ class Gram(Statistic):
     """``total_II`` = sum over tokens of x_t x_t^T, float32 (I, I). ``factors``: what a repair made of it, once.
 
     ``unit_tokens``: of x_t / ||x_t||, every token brought to size 1; one of size 0 adds nothing.
+
+    Workers share its parts; gathering them costs 2 I^2 bytes, and a copy of as many parts as there are workers.
     """
 
+    shared = True
     unit_tokens: bool = False
     total_II: Tensor = accumulated("II", lambda earlier, later: earlier.add_(later))
     factors: Any = field(default=None, init=False, compare=False, repr=False)
@@ -405,6 +499,9 @@ class Gram(Statistic):
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
         return 4 * columns**2
+
+    def sent(self, rows: int, columns: int) -> int:
+        return 2 * columns**2
 
     def reordered(self, order_I: Tensor) -> Self:
         other = super().reordered(order_I)
@@ -420,23 +517,53 @@ class Gram(Statistic):
         if self.unit_tokens:
             size_T1 = x_TI.norm(dim=1, keepdim=True)
             x_TI = x_TI / size_T1.masked_fill_(size_T1 == 0, float("inf"))
-        self.add(len(x_TI), total_II=_symmetric(x_TI))
+        workers = self._sharing(len(x_TI))
+        self.add(len(x_TI), total_II=_symmetric(x_TI, workers))
         self.factors = None  # of fewer tokens
+
+    def _gather(self, workers: Workers) -> None:
+        parts, total_II = _parts(len(self.total_II)), self.total_II
+        for start in range(0, len(parts), workers.size):  # one part of each: memory is theirs
+            numbers = range(start, min(start + workers.size, len(parts)))
+            sent = [total_II[parts[number], parts[number].start :].contiguous() for number in numbers]
+            workers.spread([(part, _owner(number, workers.size)) for part, number in zip(sent, numbers, strict=True)])
+            for part, number in zip(sent, numbers, strict=True):
+                total_II[parts[number], parts[number].start :] = part
+        _mirror(total_II, parts)
 
 
 #: Inputs of a part of a Gram matrix: few enough that little below the diagonal is computed, enough for a fast product.
 _PART = 128
 
 
-def _symmetric(x_TI: Tensor) -> Tensor:
-    """x^T x, (I, I): the parts on and above the diagonal, and their mirror images."""
+def _parts(inputs: int) -> list[slice]:
+    count = max(1, inputs // _PART)
+    return [slice(part * inputs // count, (part + 1) * inputs // count) for part in range(count)]
+
+
+def _owner(number: int, workers: int) -> int:
+    """Whose part this is: 0 1 2 2 1 0 0 1 2, for the first ones are the longest."""
+    turn, place = divmod(number, workers)
+    return workers - 1 - place if turn % 2 else place
+
+
+def _symmetric(x_TI: Tensor, workers: Workers) -> Tensor:
+    """x^T x, (I, I): the parts on and above the diagonal, and their mirror images.
+
+    Of several ``workers`` each has its own parts, without mirror images, and zeros.
+    """
     import torch
 
-    inputs = x_TI.shape[1]
-    parts = max(1, inputs // _PART)
-    total_II = x_TI.new_empty((inputs, inputs))
-    for part in range(parts):
-        first, last = part * inputs // parts, (part + 1) * inputs // parts
-        torch.mm(x_TI[:, first:last].T, x_TI[:, first:], out=total_II[first:last, first:])
-        total_II[last:, first:last] = total_II[first:last, last:].T
+    parts = _parts(x_TI.shape[1])
+    total_II = (x_TI.new_zeros if workers.several else x_TI.new_empty)((x_TI.shape[1], x_TI.shape[1]))
+    for number, part in enumerate(parts):
+        if _owner(number, workers.size) == workers.rank:
+            torch.mm(x_TI[:, part].T, x_TI[:, part.start :], out=total_II[part, part.start :])
+    if not workers.several:
+        _mirror(total_II, parts)
     return total_II
+
+
+def _mirror(total_II: Tensor, parts: list[slice]) -> None:
+    for part in parts:
+        total_II[part.stop :, part] = total_II[part, part.stop :].T

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
@@ -17,10 +18,12 @@ from ace_cli.model.slots import Slot
 class Observer:
     """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only.
 
-    ``seen`` may be emptied of slots that are pruned: what others share with them stays.
+    ``seen`` may be emptied of slots that are pruned: what others share with them stays. ``workers`` see the same, and
+    share what takes long: ``seen`` is to be gathered before it is used.
     """
 
     seen: dict[str, Seen]
+    workers: Workers = ONE
     _leader: dict[str, str] = field(default_factory=dict)
     _input: Tensor | None = None
     _reader: str = ""
@@ -30,6 +33,7 @@ class Observer:
         """Add one call of ``slot``: input (..., I); ``output`` gives its (..., O) if a statistic needs it."""
         seen = self.seen[slot.name]
         if slot.name not in self._leader:  # the first batch decides who observes for whom
+            seen.share_with(self.workers)
             same = self._input is x
             self._leader[slot.name] = self._leader[self._reader] if same else slot.name
             if same and self._read is not None:
@@ -58,9 +62,13 @@ def observe_expert(
     calls: list[ExpertCall],
     everyone: bool,
     wanted: tuple[Statistic, ...],
+    workers: Workers = ONE,
 ) -> dict[str, Seen]:
-    """What the slots ``stage`` of one expert see of the tokens routed to it, or of ``everyone``'s; by slot name."""
-    observer = Observer({slot.name: Seen(wanted) for slot in stage})
+    """What the slots ``stage`` of one expert see of the tokens routed to it, or of ``everyone``'s; by slot name.
+
+    ``workers`` all look at it, and share what takes long.
+    """
+    observer = Observer({slot.name: Seen(wanted) for slot in stage}, workers)
     for call in calls:
         experts.show(call, expert, everyone, stage, lambda slot, x: observer.update(slot, x, lambda: slot.output(x)))
     return observer.seen

@@ -44,7 +44,7 @@ class Order:
     _observer: Observer = field(init=False)
 
     def __post_init__(self) -> None:
-        self._observer = Observer({slot.name: Seen(self._wanted) for slot in self.block.layers})
+        self._observer = Observer({slot.name: Seen(self._wanted) for slot in self.block.layers}, self.pruner.workers)
         for name, seen in self._observer.seen.items():
             if name in self.pruner.gradients:
                 seen.take(self.pruner.gradients[name])
@@ -80,7 +80,9 @@ class Order:
                 everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
                 for stage in [whole[expert]] if together else stages[expert]:
                     with self.clock("observe"):
-                        seen = observe_expert(experts, expert, stage, calls, everyone, self._wanted)
+                        seen = observe_expert(
+                            experts, expert, stage, calls, everyone, self._wanted, self.pruner.workers
+                        )
                     self.pruner.prune(stage, seen, routed)
 
     def _forward(self, batch: Batch) -> Tensor | None:

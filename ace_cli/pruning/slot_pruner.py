@@ -60,7 +60,8 @@ class SlotPruner:
         self._recipe = recipe
         self._clock = clock
         self._finite = finite
-        self._workers = workers
+        #: Who shares what is observed and done now.
+        self.workers = workers
         self._links = self._permutable(links)
         self._looked_at = Activations(recipe.observed_tokens) if recipe.observed_tokens else None
         self._activations: dict[str, Activations] = {}
@@ -83,12 +84,12 @@ class SlotPruner:
         Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared.
         """
         linked = any(slot.name in self._links for slots in parts for slot in slots)
-        if not self._workers.several or len(parts) < self._workers.size or linked:
+        if not self.workers.several or len(parts) < self.workers.size or linked:
             yield range(len(parts))
             return
-        workers, self._workers, begun = self._workers, ONE, len(self.facts)
+        workers, self.workers, begun = self.workers, ONE, len(self.facts)
         yield workers.dealt(len(parts))
-        self._workers = workers
+        self.workers = workers
         self.facts[begun:] = self._exchanged(parts, self.facts[begun:])
 
     def take_weights(self) -> dict[str, Tensor]:
@@ -119,6 +120,8 @@ class SlotPruner:
     def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
+        with self._clock("gather"):
+            seen.gather(own_rows=not self._goes_by_rows(slot) and self._goes_in_pieces(slot))
         tokens = max((statistic.tokens for statistic in seen), default=0)
         if metric.needs() and not tokens:
             raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
@@ -235,7 +238,7 @@ class SlotPruner:
 
         with self._clock("mask"):
             new_OI = torch.empty(slot.shape, dtype=dtype, device=dense_OI.device)
-        told = by_pieces(self._workers, new_OI, work)
+        told = by_pieces(self.workers, new_OI, work)
         with self._clock("mask"):
             self._take(slot, new_OI)
         diagnosis |= told.diagnosis
@@ -245,18 +248,18 @@ class SlotPruner:
 
     def _exchanged(self, parts: list[list[Slot]], mine: list[SlotFacts]) -> list[SlotFacts]:
         """Give this worker's parts to the others, and take theirs; the facts of all, in the order of the parts."""
-        told = self._workers.told([asdict(self._settled(fact)) for fact in mine])
+        told = self.workers.told([asdict(self._settled(fact)) for fact in mine])
         facts = {each["name"]: typed(SlotFacts, each, "facts") for of_worker in told for each in of_worker}
         for number, slots in enumerate(parts):  # one after the other: memory is one part's
-            owner, weights = number % self._workers.size, list[Tensor]()
+            owner, weights = number % self.workers.size, list[Tensor]()
             for slot in slots:
-                if owner == self._workers.rank:
+                if owner == self.workers.rank:
                     weights.append(slot.in_file(self._written[slot.key]).contiguous())
                 else:
                     dtype, device = self._stored_dtype(slot), self._model.device
                     weights.append(torch.empty(slot.shape, dtype=dtype, device=device))
-            self._workers.spread([(weight_OI, owner) for weight_OI in weights])
-            if owner != self._workers.rank:
+            self.workers.spread([(weight_OI, owner) for weight_OI in weights])
+            if owner != self.workers.rank:
                 for slot, weight_OI in zip(slots, weights, strict=True):
                     self._take(slot, weight_OI)
         return [facts[slot.name] for slots in parts for slot in slots]

@@ -1,7 +1,7 @@
 """What a run would take on many workers: seconds of each part, memory and traffic of a worker. Nothing is measured.
 
-Reading, the forward, statistics and writing are not shared; rows or experts, and windows of the evaluation, are
-(docs/evidence.md). Exchanges are counted as compiled loops of a CPU make them, also for a GPU.
+Reading, the forward and writing are not shared; rows or experts, what statistics multiply, and windows of the
+evaluation, are (docs/evidence.md). Exchanges are counted as compiled loops of a CPU make them, also for a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.base import Evaluation
+from ace_cli.methods.statistics import SHARED_TOKENS
 from ace_cli.run.machine_limit import Rates
 from ace_cli.run.plan import PRODUCT_SHARE, Plan, share_of
 
@@ -55,7 +56,9 @@ def at_scale(
             dealt = experts >= workers > 1 and _together(config)
             some = -(-experts // workers) / experts if dealt else 1.0
             share, shared = _of_rows(config, model, slot, 1 if dealt else workers)
-            statistics += some * _statistics(config, model, slot, plan.tokens)
+            tokens = round(plan.tokens * share_of(model, slot))
+            flops, sent = _statistics(config, slot, tokens, 1 if dealt else workers, shared)
+            statistics, traffic = statistics + some * flops, traffic + sent
             method += some * share
             if workers > 1 and (dealt or shared):
                 width = model.checkpoint.tensors[slot.key]
@@ -92,8 +95,15 @@ def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) 
     return flops, apart and flops > 0
 
 
-def _statistics(config: RunConfig, model: StreamedModel, slot: Slot, tokens: int) -> float:
-    return sum(each.flops(round(tokens * share_of(model, slot)), *slot.shape) for each in config.statistics)
+def _statistics(config: RunConfig, slot: Slot, tokens: int, workers: int, rows_shared: bool) -> tuple[float, float]:
+    """Operations of a worker, and the bytes that it is sent."""
+    flops = sent = 0.0
+    for each in config.statistics:
+        together = workers if each.shared and tokens >= SHARED_TOKENS and _together(config) else 1
+        flops += each.flops(tokens, *slot.shape) / together
+        if not (each.of_rows and rows_shared):
+            sent += each.sent(*slot.shape) * (together - 1) / together
+    return flops, sent
 
 
 def _evaluation(
