@@ -20,6 +20,7 @@ import working
 from tiny_models import add_tokenizer, make
 
 from ace_cli.core import workers
+from ace_cli.core.steps import NOBODY
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
 from ace_cli.methods.statistics import SHARED_TOKENS
@@ -224,7 +225,7 @@ def planned(models: dict[str, Path], configure: Any, *overrides: str, tokens: in
     config = configure(
         f"model.path={models[family]}", "calib=self", "eval=none", "dry_run=true", "hardware=h100x8", *options
     )
-    model = pipeline._open(config, torch.device("cpu"))
+    model = pipeline._open(config, torch.device("cpu"), NOBODY)
     model.device = torch.device("cuda")
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
     plan = make_plan(model, patterns, Demand(tokens=tokens, statistics=config.statistics))
