@@ -40,8 +40,8 @@ SECTIONS = {
     "Which model": ("model", "device", "dtype", "memory_gb"),
     "A recipe": ("preset", "recipe", "experiment"),
     "What goes": (
-        "sparsity", "metric", "unit", "keep", "allocation", "scope", "permute", "propagate", "include",
-        "exclude", "quantize",
+        "sparsity", "metric", "unit", "keep", "target_gb", "target_params", "allocation", "scope", "permute",
+        "propagate", "include", "exclude", "quantize",
     ),
     "What wins quality back": ("repair", "recover"),
     "Which text": ("calib", "eval"),

@@ -6,6 +6,7 @@ The factors are those of the written products: each, of known rank, is decompose
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,7 +46,7 @@ class Factors(Stage):
     def run(self, source: Path, target: Path, progress: Progress) -> dict[str, Any]:
         checkpoint, model = Checkpoint(source), _model(source)
         ranks = {cut["name"]: len(cut["kept"]) for cut in read_object(source / "pruning.json")["cuts"]}
-        entries = _entries(checkpoint, ranks)
+        entries = factored_entries(checkpoint.tensors, ranks)
         writer = CheckpointWriter(checkpoint, target, entries)
         writer.moved |= dict.fromkeys(checkpoint.tensors.keys() - entries.keys(), "")  # their factors come instead
         with progress("factoring", len(ranks)) as step:
@@ -78,10 +79,11 @@ class Factors(Stage):
                 raise AceError(f"The factors of {cut['name']} in {target} are off by {off:.1e}.", "Is the disk sound?")
 
 
-def _entries(checkpoint: Checkpoint, ranks: dict[str, int]) -> dict[str, TensorEntry]:
+def factored_entries(tensors: Mapping[str, TensorEntry], ranks: Mapping[str, int]) -> dict[str, TensorEntry]:
+    """The tensors of the new files: of every weight in ``ranks`` its factors; the others as they are."""
     found = {}
     biases = {f"{_path(key)}.bias": f"{_path(key)}.up.bias" for key in ranks}
-    for name, entry in checkpoint.tensors.items():
+    for name, entry in tensors.items():
         if name in ranks:
             (rows, columns), rank = entry.shape, ranks[name]
             for part, shape in zip(_names(name), ((rows, rank), (rank, columns)), strict=True):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,9 +112,7 @@ def _write_shard(
 
     Its header, which tells where each tensor ends, comes before them: room is left for the longest that it can be.
     """
-    parts = [f"{entry.name}{end}" for entry in entries for end in (".bitmask", ".values")]
-    longest = _header((part, "BF16", (*[10**12] * 8,), 10**12) for part in parts)
-    start = -(-len(longest) // disk.PAGE) * disk.PAGE
+    start = _start(entries)
     stored = []
     with open(file, "wb") as stream:
         stream.seek(start)
@@ -129,6 +127,30 @@ def _write_shard(
         stream.write((start - 8).to_bytes(8, "little") + header.ljust(start - 8))
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def packed_file_bytes(tensors: Mapping[str, TensorEntry], nonzeros: Mapping[str, int]) -> int:
+    """Bytes of the packed files of tensors of which some have so many values that are not zero."""
+    return sum(
+        _start(entries) + sum(_stored_bytes(entry, nonzeros.get(entry.name)) for entry in entries)
+        for entries in shard_plan(tensors).values()
+    )
+
+
+def _stored_bytes(entry: TensorEntry, nonzeros: int | None) -> int:
+    from ace_cli.kernels.bitmask import packed_bytes
+
+    if nonzeros is None or entry.dtype not in _PACKABLE:
+        return entry.nbytes
+    columns = entry.shape[-1]
+    return min(entry.nbytes, packed_bytes((entry.numel // columns, columns), nonzeros, DTYPES[entry.dtype][1]))
+
+
+def _start(entries: list[TensorEntry]) -> int:
+    """Where data starts in a file: behind the longest header that it can have."""
+    parts = [f"{entry.name}{end}" for entry in entries for end in (".bitmask", ".values")]
+    longest = _header((part, "BF16", (*[10**12] * 8,), 10**12) for part in parts)
+    return -(-len(longest) // disk.PAGE) * disk.PAGE
 
 
 def _parts(checkpoint: Checkpoint, entry: TensorEntry, zstd: bool) -> Iterable[tuple[str, Tensor]]:

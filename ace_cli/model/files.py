@@ -312,17 +312,11 @@ class CheckpointWriter:
         self._sync({file for file, _ in self._place.values()})
 
     def _begin(self, file: Path, entries: list[TensorEntry]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        start = _start(entries)
+        size = len(start)
         for entry in entries:
-            end = offset + entry.nbytes
-            header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-(8 + len(text)) % disk.PAGE)  # data starts at a page, from where it can go straight to disk
-        for entry in entries:
-            self._place[entry.name] = (file, 8 + len(text) + header[entry.name]["data_offsets"][0])
-        start, size = len(text).to_bytes(8, "little") + text, 8 + len(text) + offset
+            self._place[entry.name] = (file, size)
+            size += entry.nbytes
         if not _begun(file, start, size):
             self.continued = False
             _reserve(file, start, size)
@@ -346,6 +340,26 @@ class NoWriter(CheckpointWriter):
 
     def finish(self) -> None:
         """Nothing."""
+
+
+def _start(entries: Iterable[TensorEntry]) -> bytes:
+    """What a file of these tensors begins with. Data starts at a page, from where it can go straight to disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.nbytes
+        header[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % disk.PAGE)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_bytes(tensors: Mapping[str, TensorEntry]) -> int:
+    """Bytes of the weight files that a writer makes of these tensors."""
+    return sum(
+        len(_start(entries)) + sum(entry.nbytes for entry in entries) for entries in shard_plan(tensors).values()
+    )
 
 
 def _begun(file: Path, start: bytes, size: int) -> bool:

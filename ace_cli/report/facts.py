@@ -119,6 +119,22 @@ class Size:
 
 
 @dataclass
+class TargetFacts:
+    """A size that was asked for, in bytes of weight files or in parameters; ``way``: the choice that was found for it.
+
+    ``measured``: of the folder ``form`` as it was written.
+    """
+
+    asked: str
+    of: str
+    size: int
+    way: str
+    planned: int
+    measured: int
+    form: str
+
+
+@dataclass
 class CalibrationFacts:
     """The windows the statistics saw."""
 
@@ -255,6 +271,7 @@ class Report:
     #: Of a training of the whole model: its error on held-out windows "before" and "after"; "epochs" that were kept.
     recovery: dict[str, Any] | None = None
     size: Size | None = None
+    target: TargetFacts | None = None
     schema_version: int = SCHEMA_VERSION
 
 

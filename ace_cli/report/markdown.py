@@ -57,6 +57,23 @@ def size_words(report: Mapping[str, Any]) -> str:
     return f"{what}: {dense:,} -> {pruned:,} parameters; the checkpoint is smaller and faster as it is."
 
 
+def target_words(target: Mapping[str, Any] | None) -> str:
+    """Whether the size that was asked for is met, by what was measured; empty where none was. Of report.json."""
+    if target is None:
+        return ""
+    unit = "bytes of weights" if target["of"] == "bytes" else "parameters"
+    word = "met" if target["measured"] <= target["size"] else "MISSED"
+    return (
+        f"{target['asked']} is {word}: {target['form']}/ has {target['measured']:,} {unit}, {target['size']:,} were "
+        f"allowed; found: {target['way']}."
+    )
+
+
+def target_line(report: Report) -> str:
+    """``target_words`` of a report."""
+    return target_words(None if report.target is None else dataclasses.asdict(report.target))
+
+
 def protocol_line(report: Report) -> str:
     """The perplexity protocol in one sentence."""
     protocol = report.perplexity.protocol
@@ -172,6 +189,7 @@ def render(report: Report) -> str:
         *([table(SPEED_HEAD, speed_rows(report.speed)), *speed_lines(report.speed)] if report.speed else []),
         size_words(dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))),
         *stage_lines(report),
+        target_line(report),
         _calibration_line(report),
         "## Warnings\n\n" + "\n".join(f"- {warning}" for warning in report.warnings) if report.warnings else "",
         samples_part(report) if report.samples else "",

@@ -24,6 +24,7 @@ from ace_cli.report.markdown import (
     recovery_line,
     share_name,
     stage_lines,
+    target_line,
     windows_line,
 )
 from ace_cli.report.pace import Pace, Remaining, Span, durations, expecting
@@ -204,7 +205,7 @@ class Terminal:
         self._table(head, perplexity_rows(report), 1, drop=("on disk",))
         self.say(protocol_line(report))
         lines = [windows_line(report)] if verbose else []
-        for line in (*lines, recovery_line(report), fidelity_line(report), *stage_lines(report)):
+        for line in (*lines, recovery_line(report), fidelity_line(report), *stage_lines(report), target_line(report)):
             if line:
                 self.say(line)
         if report.zero_shot is not None:

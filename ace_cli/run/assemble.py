@@ -32,6 +32,7 @@ from ace_cli.report.card import without_places
 from ace_cli.run.checks import SPARSE, loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.plan import Plan
+from ace_cli.run.target import Target
 
 if TYPE_CHECKING:
     from ace_cli.run.context import RunContext
@@ -92,6 +93,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
         size=_size(run, manifest) if _smaller(run) else None,
+        target=_target(config.target, work.final) if config.target is not None else None,
     )
 
 
@@ -115,6 +117,14 @@ def _size(run: RunContext, manifest: Manifest) -> facts.Size:
         return facts.Size(name, {"dense": run.plan.parameters, "pruned": left}, stay, as_products=ranks)
     left = sum(entry.numel for entry in run.cutting.entries().values())
     return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
+
+
+def _target(target: Target, checkpoint: Path) -> facts.TargetFacts:
+    """What was asked, and the size of what was written."""
+    written = Checkpoint(checkpoint.parent / target.form, bare=True)
+    measured = written.file_bytes if target.in_bytes else sum(entry.numel for entry in written.tensors.values())
+    of = "bytes" if target.in_bytes else "parameters"
+    return facts.TargetFacts(target.asked, of, target.size, target.way, target.planned, measured, target.form)
 
 
 def protocol_of(dataset: str, windows: Windows, dtype: torch.dtype) -> facts.Protocol:

@@ -41,7 +41,7 @@ from ace_cli.pruning.recipe import Permute, Propagate
 from ace_cli.pruning.units.base import Unit
 from ace_cli.recovery.base import Recovery
 from ace_cli.report.trackers.base import Tracker
-from ace_cli.run import hydra_api
+from ace_cli.run import hydra_api, target
 from ace_cli.run.hardware import Hardware
 from ace_cli.run.hub import fault as hub_fault
 
@@ -59,8 +59,10 @@ class Schema:
     unit: Any = MISSING
     calib: Any = MISSING
     eval: Any = MISSING
-    sparsity: Any = "0.5"
+    sparsity: Any = None
     keep: int | None = None
+    target_gb: float | None = None
+    target_params: Any = None
     scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
     permute: Permute = Permute.none
@@ -101,6 +103,7 @@ class RunConfig:
     pattern: Pattern
     unit: Unit
     keep: int | None
+    target: target.Target | None
     propagate: Propagate
     permute: Permute
     include: tuple[str, ...]
@@ -146,6 +149,9 @@ class RunConfig:
         """The repair, with the rounding that ends it."""
         return self.quantize.around(self.repair)
 
+
+#: The sparsity where nothing is said; and where bits alone make the model smaller.
+HALF, NOTHING = "0.5", "0"
 
 #: More than anybody has.
 MOST_WORKERS = 100_000
@@ -215,7 +221,9 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
     parts: Any = OmegaConf.to_object(config)
     if faults := unfit("", parts):  # what is asked of a value next takes it for what it should be
         raise AceError("; ".join(faults))
-    faults = _faults(parts)
+    faults = _faults(parts) + target.faults(parts)
+    if parts.sparsity is None:
+        parts.sparsity = NOTHING if parts.quantize.of_target else HALF
     pattern: Pattern | None = None
     try:
         pattern = parse_sparsity(parts.sparsity, parts.scope or parts.metric.default_scope)
@@ -236,6 +244,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         pattern=pattern,
         unit=parts.unit,
         keep=parts.keep,
+        target=target.target_of(parts),
         propagate=parts.propagate,
         permute=parts.permute,
         include=_globs(parts.include),

@@ -53,6 +53,7 @@ from ace_cli.run.context import RunContext, Texts
 from ace_cli.run.cut import begin, describe, own_files
 from ace_cli.run.journal import Followed, Work, find_unfinished
 from ace_cli.run.machine_limit import Limit, probe
+from ace_cli.run.meeting import met, told
 from ace_cli.run.plan import Demand, Plan, check_room, make_plan
 from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
 from ace_cli.run.quantised import check_grid, rounded
@@ -102,6 +103,7 @@ def _run(
         hub.check(config.push_to_hub)
     with phases("import"), terminal.waiting("opening the model") as steps:
         model = _open(config, device, steps)
+        config = met(config, model)
         if config.hardware is not None:  # for a plan: nothing is computed
             model.device = torch.device(config.hardware.device)
             model.dtype = choose_dtype(config.dtype, model.device, model.checkpoint)
@@ -221,10 +223,12 @@ def _plan(
             rates = probe(model.device, model.dtype, model.checkpoint, config.output_dir, config.pattern, largest)
     limit = plan.limit(rates, model.checkpoint.nbytes)
     takes = forecast.span(forecast.pruning(plan, limit))
-    told = details(config, plan, limit, takes) if config.verbose or config.dry_run else {}
+    rows = details(config, plan, limit, takes) if config.verbose or config.dry_run else {}
+    if config.target is not None:
+        rows["target"] = told(config.target)
     if instead := _instead(config, plan, limit):
-        told["cheaper"] = instead
-    terminal.plan(plan, chosen(config), told)
+        rows["cheaper"] = instead
+    terminal.plan(plan, chosen(config), rows)
     if config.workers is not None or config.hardware is not None:
         for name, line in lines_at_scale(config, model, plan, rates).items():
             terminal.say(f"{name:12} {line}")

@@ -35,6 +35,8 @@ class Quantize:
 
     #: False for one that leaves them as they are.
     acts = False
+    #: Whether its bits are those that a target of size leaves room for.
+    of_target = False
     #: Of a code.
     bits = 0
     group: int | None = None
