@@ -166,12 +166,6 @@ def test_what_later_blocks_see_is_what_is_written(propagate: Propagate, llama: P
         assert torch.equal(batches[0].hidden_BLH, expected[0].hidden_BLH)
 
 
-def test_channels_inside_experts_are_refused(tmp_path: Path) -> None:
-    folder = make(tmp_path / "dense", "qwen2_moe")
-    with pytest.raises(AceError, match="Qwen2MoeForCausalLM has most channels inside experts"):
-        Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
-
-
 # --- config.json -----------------------------------------------------------------------------------------------------
 
 

@@ -45,11 +45,16 @@ class Numbered:
 
 @dataclass(frozen=True)
 class Axis:
-    """Where units lie in a tensor of the files: unit u at ``places_UP[u]`` along ``axis``."""
+    """Where units lie in a tensor of the files: unit u at ``places_UP[u]`` along ``axis``.
+
+    ``index``: of a tensor that holds all experts, in which part of it; ``axis`` is then one of that part's. Every part
+    has an expert of its own, and all of them keep the same number of units.
+    """
 
     key: str
     axis: int
     places_UP: Tensor
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,43 +179,73 @@ class Cut:
         """The shape that a tensor of the files will have."""
         shape = list(entry.shape)
         for each, axis in self._axes.get(entry.name, []):
-            shape[axis.axis] -= each.regions * self._fewer(each) * axis.places_UP.shape[1]
+            if not axis.index:  # the first part speaks for all
+                place = axis.axis + (axis.index is not None)
+                shape[place] -= each.regions * self._fewer(each) * axis.places_UP.shape[1]
         return tuple(shape)
 
     def entries(self, source: Checkpoint) -> dict[str, TensorEntry]:
         """The tensors of the new files, in the shapes they will have; places in files are those of the source."""
-        total = {each.name: each.regions * each.width for block in self.couplings for each in block}
-        first = {name: torch.arange(total[name]) < total[name] - self._gone(name) for name in total}
+        first = {
+            each.name: torch.arange(each.regions * each.width) < each.regions * self.stay[each.name]
+            for block in self.couplings
+            for each in block
+            if each.numbered
+        }
         return {
             name: _shaped(entry, self.shape(entry)) for name, entry in source.tensors.items() if self.moved(name, first)
         }
 
     def sliced(self, key: str, tensor: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """What stays of a tensor of the files. ``kept``: coupling's name -> bool (U,)."""
-        for axis, stays in self._stays(key, tensor.shape, kept).items():
-            tensor = tensor.index_select(axis, stays.to(tensor.device))
-        return tensor.contiguous()
+        parts = self._parts(key)
+        if None not in parts:
+            return torch.stack([_sliced(tensor[index], parts[index], kept) for index in range(len(parts))])
+        return _sliced(tensor, parts[None], kept).contiguous()
 
     def grown(self, key: str, tensor: Tensor, shape: tuple[int, ...], kept: Mapping[str, Tensor]) -> Tensor:
         """The other way round: a tensor of the new files in its old ``shape``, with zeros where units went."""
-        for axis, stays in self._stays(key, shape, kept).items():
-            wide = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
-            tensor = tensor.new_zeros(wide).index_copy_(axis, stays, tensor)
-        return tensor
+        parts = self._parts(key)
+        if None not in parts:
+            return torch.stack([_grown(tensor[index], parts[index], shape[1:], kept) for index in range(len(parts))])
+        return _grown(tensor, parts[None], shape, kept)
 
-    def _stays(self, key: str, shape: tuple[int, ...], kept: Mapping[str, Tensor]) -> dict[int, Tensor]:
-        """Axis -> the places that are left of it, in order: those of units kept, and those of none."""
-        keep: dict[int, Tensor] = {}
-        for each, axis in self._axes.get(key, []):
-            keep.setdefault(axis.axis, torch.ones(shape[axis.axis], dtype=torch.bool))
-            keep[axis.axis][axis.places_UP[~kept[each.name].cpu()].flatten()] = False
-        return {axis: stays.nonzero().flatten() for axis, stays in keep.items()}
-
-    def _gone(self, name: str) -> int:
-        return next(each.regions * self._fewer(each) for b in self.couplings for each in b if each.name == name)
+    def _parts(self, key: str) -> dict[int | None, list[tuple[Coupling, Axis]]]:
+        """Where units lie in a tensor: in each of its parts, or in all of it (None)."""
+        axes = self._axes.get(key, [])
+        found: dict[int | None, list[tuple[Coupling, Axis]]] = {axis.index: [] for _, axis in axes} or {None: []}
+        for each, axis in axes:
+            found[axis.index].append((each, axis))
+        return found
 
     def _fewer(self, each: Coupling) -> int:
         return each.width - self.stay[each.name]
+
+
+def _sliced(tensor: Tensor, axes: Iterable[tuple[Coupling, Axis]], kept: Mapping[str, Tensor]) -> Tensor:
+    for axis, stays in _stays(axes, tensor.shape, kept).items():
+        tensor = tensor.index_select(axis, stays.to(tensor.device))
+    return tensor
+
+
+def _grown(
+    tensor: Tensor, axes: Iterable[tuple[Coupling, Axis]], shape: tuple[int, ...], kept: Mapping[str, Tensor]
+) -> Tensor:
+    for axis, stays in _stays(axes, shape, kept).items():
+        wide = [*tensor.shape[:axis], shape[axis], *tensor.shape[axis + 1 :]]
+        tensor = tensor.new_zeros(wide).index_copy_(axis, stays, tensor)
+    return tensor
+
+
+def _stays(
+    axes: Iterable[tuple[Coupling, Axis]], shape: tuple[int, ...], kept: Mapping[str, Tensor]
+) -> dict[int, Tensor]:
+    """Axis -> the places that are left of it, in order: those of units kept, and those of none."""
+    keep: dict[int, Tensor] = {}
+    for each, axis in axes:
+        keep.setdefault(axis.axis, torch.ones(shape[axis.axis], dtype=torch.bool))
+        keep[axis.axis][axis.places_UP[~kept[each.name].cpu()].flatten()] = False
+    return {axis: stays.nonzero().flatten() for axis, stays in keep.items()}
 
 
 def _shaped(entry: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:

@@ -118,10 +118,10 @@ class Experts:
     def _tensors(self, call: ExpertCall) -> list[Tensor]:
         return [value for value in call.values.values() if isinstance(value, Tensor)]
 
-    def outputs(self, call: ExpertCall, expert: int) -> Tensor:
-        """The expert's own outputs (n, H) for the tokens routed to it, not yet weighed."""
+    def outputs(self, call: ExpertCall, expert: int, everyone: bool = False) -> Tensor:
+        """The expert's own outputs (n, H) for the tokens routed to it, or for all, not yet weighed."""
         module = self.module if call.index is not None else self._sole(expert)
-        outputs_nH: Tensor = module.forward(**call.alone(call.rows(self.count, expert, everyone=False), expert))
+        outputs_nH: Tensor = module.forward(**call.alone(call.rows(self.count, expert, everyone), expert))
         return outputs_nH
 
     def show(

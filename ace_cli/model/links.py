@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ace_cli.core.torch_api import own_parameters
 from ace_cli.methods.patterns import NofM
+from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
 
@@ -132,6 +133,30 @@ class LinkFinder:
         """Slot, by its module's name in block ``index`` -> how many outputs it has."""
         return {name: slot.shape[0] for name, slot in _by_module(self._model.blocks[index]).items()}
 
+    def calls(self, index: int) -> list[tuple[Experts, ExpertCall]]:
+        """What each layer of experts of loaded block ``index`` is given where noise goes into the block."""
+        block, given = self._model.blocks[index], dict[int, tuple[Any, ...]]()
+
+        def watched(number: int, module: nn.Module) -> Callable[..., Any]:
+            forward = module.forward
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                given[number] = (args, kwargs)
+                return forward(*args, **kwargs)
+
+            return call
+
+        with _forwards({experts.module: watched(n, experts.module) for n, experts in enumerate(block.experts)}):
+            self._model.forward(index, self._noisy(_Noise(self._model)))
+        return [(experts, experts.call(*given[number])) for number, experts in enumerate(block.experts)]
+
+    def order(self, count: int) -> Tensor:
+        """A random order of so many, int64; not the one they are in."""
+        return _shuffled(count, _Noise(self._model))
+
+    def _noisy(self, draw: _Noise) -> Batch:
+        return replace(self._short, hidden_BLH=draw.normal(*self._short.hidden_BLH.shape))
+
     def _find(self, index: int, slots: dict[str, Slot]) -> list[Link]:
         links = []
         for consumer, sources in self._dependencies(index, slots).items():
@@ -197,13 +222,13 @@ class LinkFinder:
         if link.consumer not in before:
             return False
         before[link.consumer] = before[link.consumer][..., order_I]
-        return all(self._same(before[name], after[name]) for name in before)
+        return all(self.same(before[name], after[name]) for name in before)
 
     def _preserves(self, index: int, link: Link, slots: dict[str, Slot]) -> bool:
         """With the block's own weights: one random reordering leaves every other slot's and the block's output."""
         block = self._model.blocks[index]
         draw = _Noise(self._model)
-        probe = replace(self._short, hidden_BLH=draw.normal(*self._short.hidden_BLH.shape))
+        probe = self._noisy(draw)
         touched = [slots[name].module for name in {link.consumer, *(p.slot for p in link.producers)}]
         kept = [dict(own_parameters(module)) for module in touched]
         before = self._outputs(index, probe, slots)
@@ -214,9 +239,9 @@ class LinkFinder:
             for module, parameters in zip(touched, kept, strict=True):
                 own_parameters(module).update(parameters)
         producers = {producer.slot for producer in link.producers}
-        return all(self._same(before[name], after[name]) for name in before if name not in producers)
+        return all(self.same(before[name], after[name]) for name in before if name not in producers)
 
-    def _same(self, one: Tensor, other: Tensor) -> bool:
+    def same(self, one: Tensor, other: Tensor) -> bool:
         """Equal up to rounding: relative 1e-4, or what the compute dtype allows. A wrong link is off by about 1."""
         tolerance = max(1e-4, 8 * torch.finfo(self._model.dtype).eps)
         return float((one.float() - other.float()).norm()) <= tolerance * float(one.float().norm())
@@ -287,11 +312,13 @@ def _units(producers: tuple[Producer, ...], inputs: int) -> Tensor | None:
 def _random_order(link: Link, draw: _Noise) -> Tensor:
     order_I = torch.arange(link.channels_RWC.numel())
     for channels_WC in link.channels_RWC:
-        order_W = draw.order(len(channels_WC))
-        if torch.equal(order_W, order_W.sort().values):  # of few units, random ones may stay, which proves nothing
-            order_W = order_W.roll(1)
-        order_I[channels_WC] = channels_WC[order_W]
+        order_I[channels_WC] = channels_WC[_shuffled(len(channels_WC), draw)]
     return order_I
+
+
+def _shuffled(count: int, draw: _Noise) -> Tensor:
+    order_W = draw.order(count)  # of few units, random ones may stay, which proves nothing
+    return order_W.roll(1) if torch.equal(order_W, order_W.sort().values) else order_W
 
 
 class _Noise:

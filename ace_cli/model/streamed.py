@@ -67,6 +67,12 @@ class Block:
         plain = [part.key for parts in self.parts.values() for part in parts]
         return list(dict.fromkeys([*plain, *(key for made in self.conversions for key in made.keys)]))
 
+    def watching(self, names: Container[str]) -> Block:
+        """The same block, of whose weights only those of these names are slots."""
+        experts = [replace(each, slots=[slot for slot in each.slots if slot.name in names]) for each in self.experts]
+        slots = [slot for slot in self.slots if slot.name in names]
+        return replace(self, slots=slots, experts=[each for each in experts if each.slots])
+
     @property
     def layers(self) -> list[Slot]:
         """The slots whose module is called with their input."""
@@ -137,10 +143,7 @@ class StreamedModel:
     def watching(self, names: Container[str]) -> StreamedModel:
         """The same model, of whose weights only those of these names are slots."""
         other = copy.copy(self)
-        other.blocks = [
-            replace(block, slots=[slot for slot in block.slots if slot.name in names], experts=[])
-            for block in self.blocks
-        ]
+        other.blocks = [block.watching(names) for block in self.blocks]
         return other
 
     @property

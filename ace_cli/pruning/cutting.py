@@ -13,6 +13,7 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.methods.units import Units, equal_width, kept_width
 from ace_cli.model.cuts import Coupling, Cut, Grown, Sliced, coupling, rows_of
+from ace_cli.model.expert_links import ExpertLink
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.links import LinkFinder
@@ -43,24 +44,31 @@ class Cutting:
     stay: dict[str, int] = field(init=False)
     _finder: LinkFinder = field(init=False, repr=False)
     _index: dict[str, int] = field(init=False, repr=False)
+    _said: tuple[dict[str, int], dict[Place, Any] | None] | None = field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
         kind = type(self.model.skeleton).__name__
-        if not self.unit.beside_experts and any(block.experts for block in self.model.blocks):
+        mixture = any(block.experts for block in self.model.blocks)
+        if self.unit.uneven and mixture:
             raise AceError(
-                f"unit={self.name}: {kind} has most {self.name}s inside experts, where they are not cut yet.",
-                "Use unit=weight, or unit=head.",
+                f"unit.uneven=true: {kind} has experts, whose layers keep one width.", "Leave unit.uneven=false."
             )
         with torch.no_grad():
             self._finder = LinkFinder(self.model)
             found: dict[Any, list[Any]] = {}
+            inside: dict[Any, list[ExpertLink]] = {}
             for index, block in enumerate(self.model.blocks):
                 if kind_of(block) not in found:
                     with self.model.loaded(block):
                         links = self.unit.links(self._finder, index)
+                        inside[kind_of(block)] = self.unit.inside(self._finder, index)
                     found[kind_of(block)] = [(link, rows_of(link)) for link in links]
         self.couplings = tuple(
-            tuple(coupling(block, link, rows) for link, rows in found[kind_of(block)]) for block in self.model.blocks
+            (
+                *(coupling(block, link, rows) for link, rows in found[kind_of(block)]),
+                *(each for link in inside[kind_of(block)] for each in link.couplings(block)),
+            )
+            for block in self.model.blocks
         )
         self._take_all(kind)
 
@@ -79,12 +87,15 @@ class Cutting:
     repairs = True
     #: How many further blocks are loaded while one is worked on.
     beside = 0
-    #: Whether every token is computed with fewer weights.
-    speeds = True
     #: How often the dense model is run before anything is cut, for the unit itself.
     looks = 0
     #: Why ``changes`` found none, where more is known than that.
     why_not = ""
+
+    @property
+    def speeds(self) -> bool:
+        """Whether a token is computed with so many weights fewer as the files have."""
+        return not any(block.experts for block in self.model.blocks)
 
     @property
     def pruner(self) -> type[SlotPruner]:
@@ -104,15 +115,36 @@ class Cutting:
         return self.model.watching({each.name for block in self.couplings for each in block})
 
     def ask(self, share: Fraction, keep: int | None) -> None:
-        """Every block keeps the same number: all but a share of its units, or ``keep``. AceError if that cannot be."""
-        multiple = self.unit.multiple
-        self.stay = {
-            each.name: equal_width(self.name, each.width, share, multiple)
+        """Every block keeps the same number: all but a share of its units, or ``keep``. AceError if that cannot be.
+
+        Beside experts, of which ``keep`` then speaks, what is so many times as wide stays so: of shared experts some
+        configurations say no more than for how many they stand.
+        """
+        multiple, expert = self.unit.multiple, self._expert_width
+        widths = {each.width for block in self.couplings for each in block}
+        stay = {
+            width: equal_width(self.name, width, share, multiple)
             if keep is None
-            else kept_width(self.name, each.width, keep, multiple)
-            for block in self.couplings
-            for each in block
+            else kept_width(self.name, width, keep, multiple)
+            for width in ({expert} if expert else widths)
         }
+        for width in widths - stay.keys():
+            if width % expert == 0:
+                stay[width] = width // expert * stay[expert]
+            elif keep is None:
+                stay[width] = equal_width(self.name, width, share, multiple)
+            else:
+                raise AceError(
+                    f"keep={keep}: there are {expert} {self.name}s in an expert, and {width} elsewhere.",
+                    "Give a sparsity instead.",
+                )
+        self.stay = {each.name: stay[each.width] for block in self.couplings for each in block}
+
+    @property
+    def _expert_width(self) -> int:
+        """How many units one expert has; 0 where none has any."""
+        inside = {slot.name for block in self.model.blocks for experts in block.experts for slot in experts.slots}
+        return next((each.width for block in self.couplings for each in block if each.name in inside), 0)
 
     def words(self) -> str:
         """What is cut: "1216 of 1536 channels stay in 30 blocks"."""
@@ -138,8 +170,10 @@ class Cutting:
 
     def changes(self) -> dict[Place, Any] | None:
         """The change of config.json that says it, proven; None if there is none."""
-        sliced = Sliced(self.model.checkpoint, self.cut(), self.first_units)
-        return proven_changes(sliced, self.sizes, self.computes)
+        if self._said is None or self._said[0] != self.stay:  # many models are built to find it
+            sliced = Sliced(self.model.checkpoint, self.cut(), self.first_units)
+            self._said = (dict(self.stay), proven_changes(sliced, self.sizes, self.computes))
+        return self._said[1]
 
     def kept_units(self, blocks: Iterable[BlockFacts]) -> dict[str, Tensor]:
         """Coupling's name -> which of its units stayed, bool (U,), of finished blocks."""
@@ -238,6 +272,8 @@ class Cutting:
         index = self._index[block]
         parts = self.model.blocks[index].parts
         found = {parts[f"{link.consumer}.weight"][0].key for link in self.unit.links(self._finder, index)}
+        for inside in self.unit.inside(self._finder, index):
+            found |= {each.name for each in inside.couplings(self.model.blocks[index])}
         for each in self.couplings[index]:
             if each.name not in found:
                 raise AceError(
@@ -263,7 +299,10 @@ class Cutting:
 
     def _fewer(self, each: Coupling, entries: Mapping[str, TensorEntry]) -> int:
         """How many weights less there are of the one that reads the units."""
-        return self.model.checkpoint.tensors[each.name].numel - entries[each.name].numel
+        reader = each.axes[0]
+        before = self.model.checkpoint.tensors[reader.key]
+        fewer = before.numel - entries[reader.key].numel
+        return fewer if reader.index is None else fewer // before.shape[0]
 
 
 def kind_of(block: Block) -> Any:

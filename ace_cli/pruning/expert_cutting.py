@@ -40,7 +40,6 @@ class ExpertCutting(Cutting):
     by_slots = False
     repairs = False
     beside = 1  # the narrow block, through which states move on
-    speeds = False
     chosen: dict[str, Tensor] = field(init=False, default_factory=dict)
     narrow: StreamedModel | None = field(init=False, default=None)
 

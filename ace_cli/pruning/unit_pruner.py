@@ -95,6 +95,6 @@ class UnitPruner(SlotPruner):
         cut, weights = self._cutting.cut(), super().take_weights()
         weights = {key: cut.sliced(key, tensor, self._kept) for key, tensor in weights.items()}
         found = {key: hash_of_tensor(tensor) for key, tensor in weights.items()}
-        keys = {each.name: [axis.key for axis in each.axes] for block in cut.couplings for each in block}
+        keys = {name: [axis.key for axis in each.axes] for name, each in self._couplings.items()}
         self.facts = [replace(fact, digests={key: found[key] for key in keys[fact.name]}) for fact in self.facts]
         return weights

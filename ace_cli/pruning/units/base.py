@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ace_cli.methods.metrics.base import Metric
     from ace_cli.methods.repair.base import Repair
+    from ace_cli.model.expert_links import ExpertLink
     from ace_cli.model.links import Link, LinkFinder
     from ace_cli.model.streamed import StreamedModel
     from ace_cli.pruning.cutting import Cutting
@@ -26,8 +27,6 @@ class Unit:
     ranks = False
     #: True if the residual stream gets narrower.
     slices = False
-    #: Whether it is cut out of models with experts.
-    beside_experts = True
     #: Whether a recovery trains blocks that it was cut out of.
     trains = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
@@ -56,3 +55,7 @@ class Unit:
     def links(self, finder: LinkFinder, index: int) -> list[Link]:
         """The units of loaded block ``index``: one link for each weight that reads some, proven with its weights."""
         raise NotImplementedError
+
+    def inside(self, finder: LinkFinder, index: int) -> list[ExpertLink]:
+        """Those inside its experts, proven alike. AceError, by name, where they cannot be told."""
+        return []
