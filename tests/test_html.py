@@ -14,7 +14,7 @@ from conftest import Terminal, composed, run
 
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Perplexity
-from ace_cli.report.html import kind_of, render, verdict
+from ace_cli.report.html import error_rows, kind_of, model_name, render
 from ace_cli.report.verdict import VERDICTS
 
 
@@ -74,7 +74,9 @@ def test_what_was_measured_is_shown(page: str, report: dict[str, Any]) -> None:
     )
     for text in (*numbers, *parts):
         assert text in page
-    assert page.count("<svg") == 3 + 2 + 2 + 4 + 3  # quality, cost, blocks, norms of four inputs, activations
+    assert (
+        page.count("<svg") == 3 + 2 + 2 + 1 + 4 + 3
+    )  # quality, cost, blocks, kinds, norms of four inputs, activations
 
 
 def test_ids_are_unique(page: str) -> None:
@@ -85,18 +87,32 @@ def test_ids_are_unique(page: str) -> None:
 def test_a_run_without_data_or_evaluation(report: dict[str, Any]) -> None:
     bare = {**report, "fidelity": None, "samples": [], "gate": None, "calibration": None, "zero_shot": None}
     bare["perplexity"] = dataclasses.asdict(Perplexity())
-    bare["slots"] = [{**slot, "activations": None} for slot in report["slots"]]
+    bare["slots"] = [{**slot, "activations": None, "error": None} for slot in report["slots"]]
     bare["blocks"] = [{**block, "output": None} for block in report["blocks"]]
     text = render(bare)
     assert "not measured (eval=none)" in text
     assert text.count("<svg") == 2
 
 
+def test_kinds_of_weights_are_shown_by_what_they_lose(report: dict[str, Any], page: str) -> None:
+    rows = {row["kind"]: row for row in error_rows(report)}
+    assert next(iter(rows)) == "self_attn.q_proj"
+    assert len(rows) == 7
+    found = [slot["error"] for slot in report["slots"] if slot["name"].endswith("down_proj.weight")]
+    assert rows["mlp.down_proj"]["mean"] == pytest.approx(sum(found) / 2)
+    assert rows["mlp.down_proj"]["worst"] == max(found)
+    assert f"{max(found):.1%}".replace("%", " %") in page
+
+
+def test_a_model_is_called_by_its_name() -> None:
+    assert [model_name(path) for path in ("org/Model-1.5B", "/x/small.Q4.gguf")] == ["Model-1.5B", "small.Q4"]
+
+
 def test_verdicts(report: dict[str, Any]) -> None:
     words = []
     for ratio in (0.99, 1.1, 1.3, 2.0, 9.0):
         report["perplexity"]["ratio"] = ratio
-        words.append(next(each.word for _, each in VERDICTS if each.word in verdict(report)))
+        words.append(next(each.word for _, each in VERDICTS if f">{each.word}</b>" in render(report)))
     assert words == [each.word for _, each in VERDICTS]
 
 

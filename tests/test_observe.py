@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import load
+from tiny_models import load, make, weights
 
 from ace_cli.core.timing import MemorySampler
 from ace_cli.core.typed_json import typed
+from ace_cli.data.generation import CALIBRATION, sample_windows
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.fidelity import TOKENS, DenseStates, FidelityMeter
+from ace_cli.model.files import Checkpoint
 from ace_cli.pruning.diagnostics import SINK, ActivationFacts, Activations, output_change
 from ace_cli.report.facts import Report
 
@@ -77,9 +79,6 @@ def test_block_outputs_are_compared_for_the_same_input(
     options = ("metric=wanda", f"propagate={propagate}", "observe.windows=3")
     report = prune_here(llama, tmp_path / "out", *options)
     assert all(block["output"]["error"] > 0.01 and block["output"]["angle"] > 0.1 for block in report.blocks)
-    from ace_cli.data.generation import CALIBRATION, sample_windows
-    from ace_cli.model.files import Checkpoint
-
     ids = sample_windows(Checkpoint(llama), 8, 16, 0, CALIBRATION, "cpu")[:3]
     dense, pruned = load(llama), load(Path(report.checkpoint))
     before = dense if propagate == "dense" else pruned
@@ -106,6 +105,36 @@ def _after(model: torch.nn.Module, ids: torch.Tensor, index: int) -> torch.Tenso
     return caught[0]
 
 
+@pytest.mark.parametrize(("family", "options"), [
+    ("llama", ["metric=wanda"]), ("gpt2", ["metric=wanda", "repair=sparsegpt"]), ("mixtral", ["metric=wanda"]),
+    ("phi3", ["metric=wanda", "propagate=dense"]), ("llama", ["unit=rank", "metric=svd_llm", "sparsity=0.4"]),
+])  # fmt: skip
+def test_errors_of_weights_are_those_of_their_own_products(
+    family: str, options: list[str], tmp_path: Path, prune_here: Prune
+) -> None:
+    """Recomputed from both checkpoints: what the first block's weights make of what they read in the dense model."""
+    report = prune_here(make(tmp_path / "dense", family), tmp_path / "out", *options, "observe.windows=3")
+    assert all(slot["error"] is None or 0.01 < slot["error"] < 2 for slot in report.slots)
+    seen = [slot for slot in report.slots if slot["error"] is not None]
+    assert len(seen) > len(report.slots) / 2, "an expert may be sent no token"
+    if family != "llama":
+        return
+    ids = sample_windows(Checkpoint(tmp_path / "dense"), 8, 16, 0, CALIBRATION, "cpu")[:3]
+    dense, pruned = load(tmp_path / "dense"), weights(Path(report.checkpoint))
+    inputs: dict[str, torch.Tensor] = {}
+    for name, module in dense.model.layers[0].named_modules():
+        module.register_forward_pre_hook(lambda _, given, name=name: inputs.update({name: given[0]}) if given else None)
+    with torch.inference_mode():
+        dense(ids)
+    for slot in report.slots[:7]:
+        name = slot["name"].removeprefix("model.layers.0.").removesuffix(".weight")
+        x_TI = inputs[name].flatten(0, -2).double()
+        before, after = (
+            x_TI @ of.double().T for of in (weights(tmp_path / "dense")[slot["name"]], pruned[slot["name"]])
+        )
+        assert slot["error"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-4), slot["name"]
+
+
 @pytest.mark.parametrize("propagate", ["sublayer", "dense"])
 def test_a_metric_without_statistics_is_compared_like_others(
     llama: Path, tmp_path: Path, prune_here: Prune, propagate: str
@@ -124,7 +153,7 @@ def test_looking_changes_no_weight(llama: Path, tmp_path: Path, prune_here: Prun
     prune_here(llama, tmp_path / "seen", "metric=varp", "observe.windows=8", "observe.tokens=100")
     report = prune_here(llama, tmp_path / "unseen", "metric=varp", "observe.windows=0", "observe.tokens=0")
     assert digests(tmp_path / "seen" / "checkpoint") == digests(tmp_path / "unseen" / "checkpoint")
-    assert all(slot["activations"] is None for slot in report.slots)
+    assert all(slot["activations"] is None and slot["error"] is None for slot in report.slots)
     assert all(block["output"] is None for block in report.blocks)
 
 
@@ -141,6 +170,7 @@ def test_an_interrupted_run_keeps_what_it_saw(
         prune_here(llama, tmp_path / "out", "metric=varp")
     monkeypatch.undo()
     report = prune_here(llama, tmp_path / "out", "metric=varp")
+    assert [slot["error"] for slot in report.slots] == [slot["error"] for slot in straight.slots]
     assert [slot["activations"] for slot in report.slots] == [slot["activations"] for slot in straight.slots]
     assert [block["output"] for block in report.blocks] == [block["output"] for block in straight.blocks]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import itertools
 import json
 import math
 import re
@@ -15,11 +16,14 @@ from typing import Any
 import pytest
 from browser import browser, look
 from conftest import Terminal, composed, run
+from matplotlib.text import Text
 from omegaconf import OmegaConf
 
 from ace_cli.cli import report as overview
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.report.collect import Row, find, groups, row, varied
+from ace_cli.report import html, near, plots
+from ace_cli.report import overview as pages
+from ace_cli.report.collect import Point, Row, find, groups, row, varied
 from ace_cli.report.sweep import Sweep
 from ace_cli.run.config import config_folder
 
@@ -133,7 +137,7 @@ def test_lines_over_length_are_means_over_seeds(runs: Path) -> None:
 
 def test_the_front_is_what_nothing_beats(runs: Path) -> None:
     ((_, points),) = groups(find([runs]))[0].times().items()
-    assert {(x, y) for _, x, y, best, _ in points if best} == {(1.0, 9.0), (1.5, 8.5), (2.0, 8.0), (4.0, 7.5)}
+    assert {(each.x, each.y) for each in points if each.best} == {(1.0, 9.0), (1.5, 8.5), (2.0, 8.0), (4.0, 7.5)}
 
 
 def test_machines_do_not_share_a_time_plot(runs: Path) -> None:
@@ -148,14 +152,14 @@ def test_ace_report_writes_everything(runs: Path, tmp_path: Path, capsys: pytest
     assert text.count("\n## ") + text.startswith("## ") == 2
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {"overview.html", "overview.md", "overview.csv", "overview.json", "overview_length.png",
-                     "overview_time.png"}  # fmt: skip
+                     "overview_bars.png", "overview_time.png"}  # fmt: skip
     rows = list(csv.DictReader((tmp_path / "out" / "overview.csv").open()))
     assert [row["metric"] for row in rows] == ["wanda"] * 3 + ["varp"] * 4
     assert [float(row["perplexity"]) for row in rows] == [9.0, 8.0, 7.5, 8.5, 8.1, 7.9, 3.0]
     content = json.loads((tmp_path / "out" / "overview.json").read_text())
     assert [len(group["runs"]) for group in content["groups"]] == [6, 1]
     page = (tmp_path / "out" / "overview.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
     assert (tmp_path / "out" / "overview_time.png").read_bytes().startswith(b"\x89PNG")
 
@@ -185,6 +189,20 @@ def test_the_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
             seen = look(session, tmp_path / "out" / "overview.html", 390, scheme)
             assert seen["errors"] == []
             assert seen["width"] <= 390
+        for width, columns in ((1280, True), (400, False)):
+            look(session, tmp_path / "out" / "overview.html", width)
+            first, second = session.execute_script(
+                "return [...document.querySelectorAll('.side')[0].children].slice(0, 2).map("
+                "cell => [cell.getBoundingClientRect().x, cell.getBoundingClientRect().y])"
+            )
+            assert (first[1] == second[1], first[0] < second[0]) == (columns, columns), (
+                "side by side, or one below other"
+            )
+        session.execute_script("document.querySelectorAll('th.sort button')[2].click()")
+        order = "return [...document.querySelector('.runs').rows].slice(1).map(row => row.cells[2].textContent)"
+        assert session.execute_script(order) == ["7.500", "7.900", "8.000", "8.100", "8.500", "9.000"]
+        session.execute_script("document.querySelectorAll('th.sort button')[2].click()")
+        assert session.execute_script(order)[0] == "9.000"
 
 
 def test_ace_report_needs_no_torch(command: Command, tmp_path: Path, runs: Path) -> None:
@@ -229,7 +247,73 @@ def test_a_page_of_many_runs_has_verdicts_links_and_a_heat_map(runs: Path, tmp_p
     assert re.findall(r'class="badge (\w+)">([a-z ]+)<', page)[0] == ("good", "as good as dense")
     assert '<td class="n best">10.000</td>' in page
     assert re.search(r"<th>wanda</th><td style=[^>]*\b0%[^>]*>10.00</td><td style=[^>]*\b0%", page)
-    assert re.search(r"<th>varp</th><td style=[^>]*\b60%[^>]*>12.00</td>", page)
+    assert re.search(r"<th>varp</th><td style=[^>]*\b16%[^>]*>12.00</td>", page), "60 % log2(12 / 10)"
+
+
+def variants(one: dict[str, Any], folder: Path, **patterns: float) -> Path:
+    """Runs of two metrics for each pattern, with so much gone; the second metric is a little better."""
+    for number, (pattern, gone) in enumerate(patterns.items()):
+        for place, metric in enumerate(("wanda", "varp")):
+            report = copy.deepcopy(one)
+            report["method"] |= {"metric": metric, "pattern": pattern}
+            report["sparsity"] |= {"achieved": gone, "model": gone / 2}
+            report["perplexity"] |= {"dense": 8.0, "pruned": 16.0 + 16 * number - place}
+            report["perplexity"]["ratio"] = report["perplexity"]["pruned"] / 8
+            (folder / f"{number}{metric}").mkdir(parents=True)
+            (folder / f"{number}{metric}" / "report.json").write_text(json.dumps(report))
+    return folder
+
+
+def test_patterns_stand_in_order_and_sizes_are_what_is_left(one: dict[str, Any], tmp_path: Path) -> None:
+    (group,) = groups(find([variants(one, tmp_path, **{"2:4": 0.5, "0.6": 0.6, "0.5": 0.5})]))
+    assert group.methods("perplexity") == {
+        "0.5": {"wanda": 48, "varp": 47}, "0.6": {"wanda": 32, "varp": 31}, "2:4": {"wanda": 16, "varp": 15},
+    }  # fmt: skip
+    what, points = group.sizes()
+    assert what == "million parameters that are not zero"
+    assert {(each.pattern, each.name) for each in points if each.best} == {(of, "varp") for of in ("0.5", "0.6", "2:4")}
+    assert points[0].x == pytest.approx(one["model"]["parameters"] * 0.75 / 1e6)
+    group.rows[0].bytes *= 2
+    assert group.sizes()[0].startswith("GB on disk")
+    pictures = [each.kind for each in pages._pictures(group, trials=False)]
+    assert pictures == ["bars", "sparsity", "time", "size"]
+
+
+def test_a_name_covers_no_point_and_no_other_name() -> None:
+    """Twelve runs in a heap, all of them named."""
+    points = [Point(f"method {n}", 1 + n % 4 / 50, 10 + n // 4 / 5, "0.5", not n) for n in range(12)]
+    with plots._style(plots._INK):
+        figure = plots._figure(plots.front_plot(points, "seconds"), 4.0, plots.WIDTH)
+        figure.draw_without_rendering()
+        renderer = figure.canvas.get_renderer()
+        boxes = {note.get_text(): Text.get_window_extent(note, renderer) for note in figure.axes[0].texts}
+        places = [figure.axes[0].transData.transform((each.x, each.y)) for each in points]
+    assert set(boxes) == {each.name for each in points}
+    for (name, box), (other, another) in itertools.combinations(boxes.items(), 2):
+        assert plots._common(box, another) < 1, (name, other)
+    assert not [name for name, box in boxes.items() if any(box.contains(*place) for place in places)]
+
+
+def test_each_run_of_a_sweep_is_shown_beside_the_others(one: dict[str, Any], tmp_path: Path) -> None:
+    folder = variants(one, tmp_path, **{"0.5": 0.5, "0.6": 0.6})
+    stranger = copy.deepcopy(one)
+    stranger["model"]["fingerprint"] = "another"
+    (folder / "stranger").mkdir()
+    (folder / "stranger" / "report.json").write_text(json.dumps(stranger))
+    (folder / "junk").mkdir()
+    (folder / "junk" / "report.json").write_text("{")
+    own = folder / "1varp"
+    found = near.beside(own)
+    assert len(found) == 5
+    section = near.place(found, own)
+    assert "4 runs of this model" in section
+    assert "this run, 3.88" in section
+    assert near.place(found, folder / "stranger") == "", "alone"
+    (own / "report.html").write_text(f"before {html.framed('')} after")
+    near.refresh(found)
+    page = (own / "report.html").read_text()
+    assert page == f"before {html.framed(section)} after"
+    assert not (folder / "0wanda" / "report.html").exists()
 
 
 def test_an_experiment_runs_as_it_stands(

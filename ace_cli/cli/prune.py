@@ -92,7 +92,10 @@ def _gathered(launched: Launched) -> int:
     if sweep is None or not sweep.jobs:
         return DONE
     sweep.write()
-    sweep.finish(launched.search)
+    from ace_cli.report.terminal import Terminal
+
+    with Terminal().waiting("writing sweep.html"):
+        sweep.finish(launched.search)
     sweep.show()
     for objection in sweep.objections:
         print(f"ace-prune: {objection}", file=sys.stderr)

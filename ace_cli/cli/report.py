@@ -38,7 +38,8 @@ def _show(folders: Sequence[Path], form: str, out: Path | None) -> None:
         forms: dict[str, Callable[[list[Group]], str]] = {"md": as_markdown, "csv": as_csv, "json": as_json}
         print(forms[form](found).rstrip("\n"))
     if out is not None:
-        overview.write_all(found, out, "overview", f"{sum(len(group.rows) for group in found)} runs")
+        with Terminal().waiting("writing overview.html"):
+            overview.write_all(found, out, "overview", f"{sum(len(group.rows) for group in found)} runs")
         print(f"Written: {out / 'overview.html'}", file=sys.stderr)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from ace_cli.pruning.rank_pruner import RankPruner
 from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.shares import held
+from ace_cli.pruning.slot_errors import SlotErrors
 from ace_cli.pruning.slot_pruner import SlotPruner
 
 
@@ -82,7 +84,8 @@ def prune(
                     links = finder.links(index) if finder is not None else []
                 finite = FiniteChecks(model.device)
                 pruner = _pruner_of(recipe)(model, block, recipe, clock, finite, links, workers)
-                with clock("compare"):
+                errors = SlotErrors(block)
+                with clock("compare"), errors.watching() if compared is not None else nullcontext():
                     comparison.before(index, batches)
                 if recovering is not None:
                     with clock("recover"):
@@ -101,6 +104,9 @@ def prune(
                 with clock("compare"):
                     moved = recipe.propagate is not Propagate.dense and not last
                     output = comparison.after(index, batches[0].hidden_BLH if moved and batches else None)
+                    if not pruner.orders:  # what a weight reads would have to be reordered as it was
+                        pruner.facts = errors.told(pruner.facts)
+                del errors
             with clock("write"):
                 _check(written)
             trimmer()

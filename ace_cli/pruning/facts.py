@@ -12,6 +12,7 @@ from ace_cli.recovery.base import RecoveryFacts
 class SlotFacts:
     """What became of one slot; ``tokens`` is what its statistics saw, ``seconds`` what scoring to masking took.
 
+    ``error``: how far its outputs moved, relative to their size, where that was looked at.
     ``routed``: of an expert, how many of the calibration tokens the model sends to it. Of a weight whose units were
     cut, ``kept`` are those that stay and ``digests`` the hash of every tensor that got smaller, by name.
     """
@@ -27,6 +28,7 @@ class SlotFacts:
     activations: ActivationFacts | None = None
     kept: list[int] | None = None
     digests: dict[str, str] = field(default_factory=dict)
+    error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import io
 import json
 import shlex
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,8 @@ _ORDER = (
 )  # fmt: skip
 #: Overrides that say how a run is measured, shown or kept, not what is done to the model.
 _ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples", "gate", "tracker")
+#: What stages call the bytes that they wrote.
+_FORMS = ("packed_bytes", "quantised_bytes", "factored_bytes", "bytes")
 #: Choices whose value says enough beside a picture's line.
 _BARE = ("experiment", "model", *_GROUPS, "sparsity", "calib")
 
@@ -59,6 +61,23 @@ class Row:
     length: int | None
     report: str
     samples: list[dict[str, Any]]
+    #: The fingerprint of the dense model; the share that is gone; bytes of the smallest form that was written.
+    model: str = ""
+    gone: float = 0.0
+    bytes: int = 0
+    #: Parameters that are neither gone nor zero.
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run in a picture. ``best``: no run of its ``pattern`` beats it in both."""
+
+    name: str
+    x: float
+    y: float
+    pattern: str
+    best: bool
 
 
 @dataclass
@@ -104,31 +123,66 @@ class Group:
         lines = {name: sorted((x, statistics.fmean(values)) for x, values in of.items()) for name, of in points.items()}
         return lines if len({x for line in lines.values() for x, _ in line}) > 1 else {}
 
-    def times(self) -> dict[str, list[tuple[str, float, float, bool, str]]]:
-        """Machine -> (method, seconds to prune, perplexity, whether none of its pattern beats it, pattern)."""
-        machines: dict[str, list[tuple[str, float, float, str]]] = {}
-        names = [name for name in varied(self.rows) if name != "job"]
+    def times(self) -> dict[str, list[Point]]:
+        """Machine -> seconds to prune and write against perplexity."""
+        machines: dict[str, list[Row]] = {}
         for row in self.rows:
-            seconds, value = row.numbers["prune s"], row.numbers["perplexity"]
-            if seconds is not None and value is not None:
-                machines.setdefault(row.machine, []).append(
-                    (_name(row, names), seconds, value, row.choices["sparsity"])
-                )
-        return {
-            machine: [
-                (name, x, y, not any(_beats(other[1:3], (x, y)) for other in points if other[3] == pattern), pattern)
-                for name, x, y, pattern in points
-            ]
-            for machine, points in machines.items()
-            if len(points) > 1
+            machines.setdefault(row.machine, []).append(row)
+        fronts = {machine: self._points(rows, lambda row: row.numbers["prune s"]) for machine, rows in machines.items()}
+        return {machine: points for machine, points in fronts.items() if len(points) > 1}
+
+    def sizes(self) -> tuple[str, list[Point]]:
+        """What is counted, and it against perplexity: gigabytes of the smallest form that was written; where all runs
+        wrote as many, millions of parameters that are neither gone nor zero. Empty where these are all alike, too.
+        """
+        measures: dict[str, Callable[[Row], float]] = {
+            "GB on disk, in the smallest form that was written": lambda row: row.bytes / 1e9,
+            "million parameters that are not zero": lambda row: row.left / 1e6,
         }
+        for what, measure in measures.items():
+            points = self._points(self.rows, measure)
+            if points and max(each.x for each in points) > 1.02 * min(each.x for each in points):
+                return what, points
+        return "", []
+
+    def _points(self, rows: Sequence[Row], of: Callable[[Row], float | None]) -> list[Point]:
+        names = self._method_names()
+        known = [
+            (row, x, y) for row in rows if (x := of(row)) is not None and (y := row.numbers["perplexity"]) is not None
+        ]
+        return [
+            Point(
+                _name(row, names) or row.choices["metric"], x, y, row.choices["sparsity"],
+                not any(_beats(other[1:], (x, y)) for other in known
+                        if other[0].choices["sparsity"] == row.choices["sparsity"]),
+            )
+            for row, x, y in known
+        ]  # fmt: skip
+
+    def methods(self, number: str) -> dict[str, dict[str, float]]:
+        """Pattern -> method -> a number of its runs, a mean over seeds.
+
+        Shares come first, from less to more that is gone, then N:M.
+        """
+        names = self._method_names()
+        found: dict[str, dict[str, list[float]]] = {}
+        for row in sorted(self.rows, key=_order):
+            if (value := row.numbers[number]) is not None:
+                of_pattern = found.setdefault(row.choices["sparsity"], {})
+                of_pattern.setdefault(_name(row, names) or row.choices["metric"], []).append(value)
+        return {of: {name: statistics.fmean(v) for name, v in methods.items()} for of, methods in found.items()}
+
+    def _method_names(self) -> list[str]:
+        """The choices that tell methods apart: not the pattern, not a seed."""
+        return [name for name in varied(self.rows) if name not in ("job", "sparsity", "calib.seed")]
 
 
-def find(folders: Iterable[Path]) -> list[Row]:
-    """Every report.json in and below the folders, in the order of their paths. AceError where there is none."""
+def find(folders: Iterable[Path], below: bool = True) -> list[Row]:
+    """Every report.json in, and ``below``, the folders, in the order of their paths. AceError where there is none."""
     found: dict[Path, Row] = {}
     for folder in folders:
-        files = sorted(folder.rglob("report.json"), key=lambda file: [_natural(part) for part in file.parts])
+        where = folder.rglob if below else folder.glob
+        files = sorted(where("report.json"), key=lambda file: [_natural(part) for part in file.parts])
         if not files:
             raise AceError(f"{folder}: no report.json in it or below.", "Name folders of runs or sweeps.")
         for file in files:
@@ -232,8 +286,21 @@ def row(file: Path, report: Mapping[str, Any], typed: Mapping[str, str]) -> Row:
     calibration = report["calibration"] or {}
     return Row(
         _choices(report, calibration, typed), _numbers(report), _errors(report), _protocol(report), _machine(report),
-        calibration.get("seq_len"), str(file), report["samples"],
+        calibration.get("seq_len"), str(file), report["samples"], report["model"]["fingerprint"],
+        report["sparsity"]["achieved"], _bytes(report), _left(report),
     )  # fmt: skip
+
+
+def _bytes(report: Mapping[str, Any]) -> int:
+    """Of the smallest of what was written: the checkpoint, or what was made of it."""
+    stages = [found[name] for found in report["stages"].values() for name in _FORMS if name in found]
+    return int(min([report["bytes_on_disk"]["pruned"], *stages]))
+
+
+def _left(report: Mapping[str, Any]) -> int:
+    if size := report.get("size"):
+        return int(size["parameters"]["pruned"])
+    return int(report["model"]["parameters"] * (1 - report["sparsity"]["model"]))
 
 
 def _read(file: Path) -> Row:
@@ -291,6 +358,11 @@ def _protocol(report: Mapping[str, Any]) -> str:
 def _machine(report: Mapping[str, Any]) -> str:
     hardware = report["hardware"]
     return f"{hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} threads"
+
+
+def _order(row: Row) -> tuple[bool, float, str]:
+    pattern = row.choices["sparsity"]
+    return ":" in pattern, round(row.gone, 3), pattern
 
 
 def _name(row: Row, names: Iterable[str]) -> str:

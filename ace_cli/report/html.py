@@ -15,6 +15,8 @@ from ace_cli.report.verdict import advice, verdict_of
 
 #: Shares of zeros that differ by less look the same.
 _TO_SEE = 0.005
+#: What a page has before and after its picture of the runs beside it.
+BEGIN, END = "<!-- runs beside this one -->", "<!-- as far as they were done -->"
 #: What a number means, in plain words.
 WORDS = {
     "perplexity": "How surprised the model is by text it has not seen: lower is better, 1 would be perfect.",
@@ -24,12 +26,14 @@ WORDS = {
 }
 
 
-def render(report: dict[str, Any]) -> str:
-    """The page of one run; ``report`` is its report.json, parsed."""
+def render(report: dict[str, Any], near: str = "") -> str:
+    """The page of one run; ``report`` is its report.json, parsed, ``near`` what is shown of the runs beside it."""
     template, found = environment().get_template("report.html.j2"), verdict_of(report["perplexity"]["ratio"])
     text: str = template.render(
         r=report,
-        name=Path(report["model"]["path"]).name,
+        name=model_name(report["model"]["path"]),
+        near=framed(near),
+        errors=error_rows(report),
         verdict=verdict(report),
         word=found.word,
         level=found.level,
@@ -66,9 +70,29 @@ def verdict(report: dict[str, Any]) -> str:
     numbers = report["perplexity"]
     if numbers["ratio"] is None:
         return f"{zeros}; how good the model still is was not measured (eval=none)."
-    word = verdict_of(numbers["ratio"]).word
     change = f"perplexity went from {numbers['dense']:.2f} to {numbers['pruned']:.2f} ({numbers['ratio']:.2f} times)"
-    return f"{zeros}; {change}: {word}."
+    return f"{zeros}; {change}."
+
+
+def framed(near: str) -> str:
+    """What is shown of the runs beside a run, with the marks by which it is found and replaced."""
+    return f"{BEGIN}{near}{END}"
+
+
+def model_name(path: str) -> str:
+    """What a model is called: the last part of its path, without the ending of a file."""
+    return Path(path).name.removesuffix(".gguf")
+
+
+def error_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each kind of weight how far its outputs moved: the mean over its weights, the worst and where that is."""
+    rows = []
+    for kind, of_block in _by_kind_and_block(report).items():
+        found = [(slot["error"], slot["name"]) for slots in of_block.values() for slot in slots if slot.get("error")]
+        if found:
+            worst, name = max(found)
+            rows.append({"kind": kind, "mean": _mean([error for error, _ in found]), "worst": worst, "where": name})
+    return rows
 
 
 def kind_of(name: str) -> str:
@@ -143,6 +167,10 @@ def _inside(report: dict[str, Any]) -> list[Picture]:
         pictures.append(("How far pruning turns each block's output", plots.over_depth({"": angles}, "degrees"), 2.3))
         errors = [output and output["error"] for output in outputs]
         pictures.append(("Relative error of each block's output", plots.over_depth({"": errors}, "error / size"), 2.3))
+    if errors := error_rows(report):
+        values = [row["mean"] for row in errors]
+        draw = plots.bars([row["kind"] for row in errors], values, "error / size of the output")
+        pictures.append(("Relative error of each kind of weight's own outputs", draw, 0.6 + 0.27 * len(errors)))
     return pictures + _activations(report, table)
 
 

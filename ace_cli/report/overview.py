@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ace_cli.report import plots
-from ace_cli.report.collect import Group, Row, as_csv, as_json, as_markdown, varied
+from ace_cli.report.collect import Group, Point, Row, as_csv, as_json, as_markdown
 from ace_cli.report.facts import write_whole
-from ace_cli.report.html import environment
+from ace_cli.report.html import environment, model_name
 from ace_cli.report.verdict import verdict_of
 
+#: Per cent of its colour that a cell has that is twice as bad as the best.
+_DARKEST = 60
+#: More bars than anybody compares.
+MOST_BARS = 40
 #: Runs of one table whose samples are shown.
 MOST_SAMPLES = 24
+
+
+@dataclass(frozen=True)
+class Picture:
+    """``kind`` names its file, ``title`` says what it shows; ``height`` in inches."""
+
+    kind: str
+    title: str
+    draw: plots.Draw
+    height: float = 3.2
 
 
 def write(
@@ -30,8 +45,9 @@ def write(
     pictures = [_pictures(group, trials) for group in found]
     write_whole(folder / f"{name}.html", _page(found, pictures, title, failures, folder))
     for number, of_group in enumerate(pictures):
-        for kind, _, draw in of_group:
-            plots.png(folder / f"{name}_{kind}{number or ''}.png", draw)
+        for picture in of_group:
+            file = folder / f"{name}_{picture.kind}{number or ''}.png"
+            plots.png(file, picture.draw, 1.25 * picture.height)
 
 
 def write_all(found: list[Group], folder: Path, name: str, title: str) -> None:
@@ -42,32 +58,51 @@ def write_all(found: list[Group], folder: Path, name: str, title: str) -> None:
     write_whole(folder / f"{name}.json", as_json(found))
 
 
-def _pictures(group: Group, trials: bool) -> list[tuple[str, str, plots.Draw]]:
-    """(kind, title, picture): the paper's Table 20 as lines, and what a second of pruning buys."""
-    pictures = []
+def _pictures(group: Group, trials: bool) -> list[Picture]:
+    """What is to be seen of the runs of one table; nothing of a single one."""
+    pictures: list[Picture] = []
     if trials and (values := [value for row in group.rows if (value := row.numbers["perplexity"]) is not None]):
-        pictures.append(("trials", "Trials of the search, in their order", plots.trials_plot(values)))
+        pictures.append(Picture("trials", "Trials of the search, in their order", plots.trials_plot(values)))
     if lines := group.lengths():
-        pictures.append(("length", "Perplexity against calibration length", plots.length_plot(lines)))
+        pictures.append(Picture("length", "Perplexity against calibration length", plots.length_plot(lines)))
+    bars = group.methods("perplexity")
+    if 1 < (count := sum(map(len, bars.values()))) <= MOST_BARS:
+        dense = next((value for row in group.rows if (value := row.numbers["dense"]) is not None), None)
+        height = 0.7 + 0.21 * (count + len(bars))
+        pictures.append(Picture("bars", "Perplexity by pattern and method", plots.grouped(bars, dense), height))
+    ratios = group.methods("ratio")
+    if len(ratios) > 1:
+        pictures.append(Picture("sparsity", "Quality against sparsity", plots.against_sparsity(ratios)))
     for number, (machine, points) in enumerate(group.times().items()):
         title = f"Perplexity against pruning time on {machine}; a line joins the best of a pattern for their time"
-        pictures.append((f"time{'-' + str(number) if number else ''}", title, plots.time_plot(points)))
+        drawn = plots.front_plot(points, "seconds to prune and write")
+        kind = f"time{'-' + str(number) if number else ''}"
+        pictures.append(Picture(kind, title, drawn, _height(points)))
+    what, points = group.sizes()
+    if len(points) > 1:
+        title = "Perplexity against size; a line joins the best of a pattern for their size"
+        pictures.append(Picture("size", title, plots.front_plot(points, what), _height(points)))
     return pictures
 
 
+def _height(points: Sequence[Point]) -> float:
+    """Room for all names."""
+    return min(5.5, 3.2 + 0.1 * max(0, len(points) - 8))
+
+
 def _page(
-    found: list[Group], pictures: list[list[tuple[str, str, plots.Draw]]], title: str, failures: Sequence[str],
+    found: list[Group], pictures: list[list[Picture]], title: str, failures: Sequence[str],
     folder: Path,
 ) -> str:  # fmt: skip
     parts = []
     for number, (group, of_group) in enumerate(zip(found, pictures, strict=True)):
         head, lines = group.cells()
-        drawn = [(title, plots.svg(f"group{number}-{kind}", draw, 3.2)) for kind, title, draw in of_group]
+        drawn = [(each.title, plots.svg(f"group{number}-{each.kind}", each.draw, each.height)) for each in of_group]
         parts.append({
             "group": group, "head": head, "lines": lines, "pictures": drawn, "samples": _samples(group),
             "best": group.best(), "heat": _heat(group), "links": [_link(row, folder) for row in group.rows],
             "verdicts": [verdict_of(row.numbers["ratio"]) for row in group.rows],
-            "models": list(dict.fromkeys(Path(row.choices["model"]).name for row in group.rows)),
+            "models": list(dict.fromkeys(model_name(row.choices["model"]) for row in group.rows)),
         })  # fmt: skip
     text: str = environment().get_template("table.html.j2").render(title=title, parts=parts, failures=failures)
     return text
@@ -80,31 +115,25 @@ def _link(row: Row, folder: Path) -> str:
 
 
 def _heat(group: Group) -> dict[str, Any] | None:
-    """Metric by sparsity: mean perplexity, and the colour of its cell in per cent: the worst of a column has most.
+    """Method by pattern: mean perplexity, the colour of its cell in per cent: how much worse than its column's best.
 
-    None where there are not two of each, or other choices vary, too.
+    None where there are not two of each.
     """
-    names = [name for name in varied(group.rows) if name not in ("job", "calib.seed")]
-    if sorted(names) != ["metric", "sparsity"]:
+    mean = group.methods("perplexity")
+    methods = list(dict.fromkeys(name for of in mean.values() for name in of))
+    if len(mean) < 2 or len(methods) < 2:
         return None
-    cells: dict[tuple[str, str], list[float]] = {}
-    for row in group.rows:
-        if (value := row.numbers["perplexity"]) is not None:
-            cells.setdefault((row.choices["metric"], row.choices["sparsity"]), []).append(value)
-    mean = {place: statistics.fmean(values) for place, values in cells.items()}
-    columns, metrics = (list(dict.fromkeys(place[end] for place in mean)) for end in (1, 0))
-    ends = {c: [f(mean[m, c] for m in metrics if (m, c) in mean) for f in (min, max)] for c in columns}
 
-    def cell(metric: str, column: str) -> tuple[str, int]:
-        low, high = ends[column]
-        value = mean.get((metric, column))
-        return ("", 0) if value is None else (f"{value:.2f}", round(60 * (value - low) / ((high - low) or 1.0)))
+    def cell(method: str, of_pattern: Mapping[str, float]) -> tuple[str, int]:
+        if (value := of_pattern.get(method)) is None:
+            return "", 0
+        return f"{value:.2f}", min(_DARKEST, round(_DARKEST * math.log2(value / min(of_pattern.values()))))
 
-    return {"columns": columns, "rows": [(m, [cell(m, c) for c in columns]) for m in metrics]}
+    return {"columns": list(mean), "rows": [(m, [cell(m, of) for of in mean.values()]) for m in methods]}
 
 
 def _samples(group: Group) -> dict[str, list[tuple[str, str]]]:
-    """Prompt -> (who, text): each dense model once, then the runs."""
+    """Prompt -> (who, text): each dense model once, then the runs; to be shown side by side."""
     texts: dict[str, list[tuple[str, str]]] = {}
     for row in group.rows[:MOST_SAMPLES]:
         for sample in row.samples:
@@ -117,5 +146,5 @@ def _samples(group: Group) -> dict[str, list[tuple[str, str]]]:
 
 
 def _who(group: Group, row: Row) -> str:
-    shown = [f"{name} {row.choices[name]}" for name in group.varied if name in row.choices]
+    shown = [row.choices[name] for name in group.varied if row.choices.get(name, "none") != "none" and name != "job"]
     return ", ".join(shown) or Path(row.report).parent.name

@@ -9,13 +9,19 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-#: Of text and axes, replaced by the page's own colour. No line of data has it.
+if TYPE_CHECKING:
+    from ace_cli.report.collect import Point
+
+#: Of text, axes and what is neither dense nor pruned nor one of many: replaced by the page's own colour.
 _INK = "#010203"
-COLOURS = ("#2f6fdb", "#d9642c", "#2a9d63", "#a04fc4", "#c9a227", "#d6447d", "#5f8f9b", "#8c6d4f")
-#: Dense is blue and pruned is orange, wherever both are.
-_MEANING = {"dense": COLOURS[0], "pruned": COLOURS[1]}
+#: Dense is blue and pruned is orange, wherever they are; green, amber and red are the page's, for verdicts.
+DENSE, PRUNED = "#2f6fdb", "#d9642c"
+#: Of everything else: methods, patterns, kinds of weights, phases.
+COLOURS = ("#a04fc4", "#b08a1e", "#2493a1", "#c2569b", "#8c6d4f", "#5c4fb0", "#6f8f3f", "#6b7f99")
+#: Of what is shown for comparison alone.
+ASIDE = "#6b7f99"
 #: Inches: as wide as a phone shows without shrinking the letters.
 WIDTH = 4.3
 
@@ -57,9 +63,11 @@ def _style(ink: str) -> Any:
 
 
 def _figure(draw: Draw, height: float, width: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # knows how wide words are
     axes = figure.add_subplot()
     axes.set_prop_cycle(color=COLOURS)
     draw(axes)
@@ -79,7 +87,8 @@ def bars(names: Sequence[str], values: Sequence[float], label: str, form: str = 
     """Horizontal bars with their numbers, the first on top."""
 
     def draw(axes: Any) -> None:
-        drawn = axes.barh(range(len(names)), values, color=[_MEANING.get(name, COLOURS[6]) for name in names])
+        meaning = {"dense": DENSE, "pruned": PRUNED}
+        drawn = axes.barh(range(len(names)), values, color=[meaning.get(name, ASIDE) for name in names])
         axes.bar_label(drawn, [form.format(value) for value in values], padding=3)
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
@@ -93,8 +102,8 @@ def over_windows(values: Sequence[float], mean: float, label: str) -> Draw:
     """A bar for each evaluation window, and the mean."""
 
     def draw(axes: Any) -> None:
-        axes.bar(range(1, len(values) + 1), values, color=COLOURS[1])
-        axes.axhline(mean, color=COLOURS[7], label=f"mean {mean:.3f}")
+        axes.bar(range(1, len(values) + 1), values, color=PRUNED)
+        axes.axhline(mean, color=_INK, label=f"mean {mean:.3f}")
         axes.set_xlabel("evaluation window")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
@@ -143,9 +152,9 @@ def memory(seconds: Sequence[float], sizes: Sequence[int], phases: Sequence[dict
         for name in names:
             for number, span in enumerate(span for span in phases if span["phase"] == name):
                 label = name if not number else None
-                colour = COLOURS[(names.index(name) + 1) % len(COLOURS)]
+                colour = COLOURS[names.index(name) % len(COLOURS)]
                 axes.axvspan(span["start"], span["end"], alpha=0.25, color=colour, label=label, linewidth=0)
-        axes.plot(seconds, [size / 1e9 for size in sizes], color=COLOURS[0])
+        axes.plot(seconds, [size / 1e9 for size in sizes], color=_INK)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("seconds since the start")
         axes.set_ylabel("GB in memory")
@@ -190,29 +199,185 @@ def length_plot(lines: dict[str, list[tuple[int, float]]]) -> Draw:
     return draw
 
 
-def time_plot(points: list[tuple[str, float, float, bool, str]]) -> Draw:
-    """Perplexity against seconds to prune: (name, seconds, perplexity, on its pattern's Pareto front, pattern)."""
+def front_plot(points: Sequence[Point], label: str) -> Draw:
+    """Perplexity against what it costs, on logarithmic axes: every run with its name, a line for the best of a pattern.
+
+    A colour is a method, a kind of line and mark is a pattern.
+    """
+    methods = list(dict.fromkeys(point.name for point in points))
 
     def draw(axes: Any) -> None:
-        for number, pattern in enumerate(dict.fromkeys(pattern for *_, pattern in points)):
-            colour = COLOURS[number % len(COLOURS)]
-            mine = [(x, y, best) for _, x, y, best, of in points if of == pattern]
-            front = sorted((x, y) for x, y, best in mine if best)
-            axes.plot(*zip(*front, strict=True), color=colour, drawstyle="steps-post", label=pattern)
-            axes.scatter([x for x, *_ in mine], [y for _, y, _ in mine], color=colour, s=22, zorder=3)
-        for name, x, y, best, _ in points:
-            axes.annotate(name, (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7 if best else 5.5)
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter("{x:g}")
-            axis.set_minor_formatter("{x:g}")
-        axes.tick_params(which="minor", labelsize=7)
-        axes.set_xlabel("seconds to prune and write")
+        for number, pattern in enumerate(dict.fromkeys(point.pattern for point in points)):
+            mark, dashes = _MARKS[number % len(_MARKS)], _DASHES[number % len(_DASHES)]
+            mine = [point for point in points if point.pattern == pattern]
+            front = sorted((point.x, point.y) for point in mine if point.best)
+            axes.plot(*zip(*front, strict=True), color=_INK, drawstyle="steps-post", linestyle=dashes, linewidth=0.9)
+            axes.plot([], [], color=_INK, linestyle=dashes, linewidth=0.9, marker=mark, markersize=5, label=pattern)
+            colours = [_colour(point.name, methods) for point in mine]
+            axes.scatter(
+                [point.x for point in mine], [point.y for point in mine], c=colours, marker=mark, s=26, zorder=3
+            )
+        _log(axes.xaxis, [point.x for point in points])
+        _log(axes.yaxis, [point.y for point in points])
+        axes.margins(x=0.15, y=0.12)
+        axes.set_xlabel(label)
         axes.set_ylabel("perplexity")
+        _legend(axes)
+        _name_points(axes, [(point.name, point.x, point.y) for point in sorted(points, key=lambda each: not each.best)])
+
+    return draw
+
+
+def grouped(groups: Mapping[str, Mapping[str, float]], dense: float | None) -> Draw:
+    """Bars for each pattern, one for each method: perplexity, on a logarithmic axis from the dense one."""
+    methods = _methods(groups)
+    values = [value for of in groups.values() for value in of.values()]
+    base = dense if dense is not None and dense < min(values) else min(values) / 1.1
+
+    def draw(axes: Any) -> None:
+        row, ticks, names = 0, [], []
+        for pattern, of_pattern in groups.items():
+            axes.annotate(
+                pattern, (0.01, row - 0.85), xycoords=("axes fraction", "data"), fontweight="bold", va="center"
+            )
+            for name, value in of_pattern.items():
+                drawn = axes.barh(row, value - base, left=base, height=0.8, color=_colour(name, methods))
+                axes.bar_label(drawn, [f"{value:.4g}"], padding=3)
+                ticks.append(row)
+                names.append(name)
+                row += 1
+            row += 1
+        axes.set_yticks(ticks, names)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(row - 1.4, -1.4)
+        _log(axes.xaxis, [base, *values])
+        axes.margins(x=0.14)
+        axes.set_xlabel("perplexity" + (", bars begin at the dense model's" if base == dense else ""))
+
+    return draw
+
+
+def against_sparsity(lines: Mapping[str, Mapping[str, float]]) -> Draw:
+    """Times the dense perplexity. ``lines``: pattern, from left to right -> method -> ratio."""
+    methods = _methods(lines)
+
+    def draw(axes: Any) -> None:
+        for name in methods:
+            _method_over_patterns(axes, lines, name, color=_colour(name, methods), label=name)
+        _over_patterns(axes, lines)
         _legend(axes)
 
     return draw
+
+
+def place(lines: Mapping[str, Mapping[str, float]], here: tuple[str, float]) -> Draw:
+    """The same of the runs beside one that is itself at ``here``, its pattern and ratio."""
+
+    def draw(axes: Any) -> None:
+        points = []
+        for name in _methods(lines):
+            points += [(name, x, y) for x, y in _method_over_patterns(axes, lines, name, color=ASIDE)]
+        at = list(lines).index(here[0])
+        axes.scatter([at], [here[1]], s=46, color=PRUNED, zorder=4, label=f"this run, {here[1]:.2f}")
+        _over_patterns(axes, lines)
+        _legend(axes)
+        _name_points(axes, points)
+
+    return draw
+
+
+def _method_over_patterns(
+    axes: Any, lines: Mapping[str, Mapping[str, float]], name: str, **style: Any
+) -> list[tuple[float, float]]:
+    """Its points; a line joins those of shares, as between N:M there is nothing."""
+    found = [
+        (float(place), of[name], ":" in pattern) for place, (pattern, of) in enumerate(lines.items()) if name in of
+    ]
+    shares = [(x, y) for x, y, of_groups in found if not of_groups]
+    axes.plot([x for x, *_ in found], [y for _, y, _ in found], marker="o", markersize=4, linestyle="", **style)
+    axes.plot([x for x, _ in shares], [y for _, y in shares], linewidth=0.9, color=style["color"])
+    return [(x, y) for x, y, _ in found]
+
+
+def _over_patterns(axes: Any, lines: Mapping[str, Mapping[str, float]]) -> None:
+    axes.axhline(1, color=DENSE, linewidth=0.9, label="dense")
+    axes.set_xticks(range(len(lines)), list(lines))
+    axes.set_xlim(-0.5, len(lines) - 0.5)
+    _log(axes.yaxis, [1.0, *(value for of in lines.values() for value in of.values())])
+    axes.margins(y=0.12)
+    axes.set_xlabel("pattern")
+    axes.set_ylabel("perplexity, times dense")
+
+
+#: Of patterns, where colours are methods.
+_MARKS, _DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
+
+
+def _methods(groups: Mapping[str, Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(name for of in groups.values() for name in of))
+
+
+def _colour(name: str, methods: Sequence[str]) -> str:
+    return COLOURS[methods.index(name) % len(COLOURS)]
+
+
+def _log(axis: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis that is marked in plain numbers, however few of them there are."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    wide = max(values) > 8 * min(values)
+    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+
+
+#: Where the name of a point may stand, in points from it, and which end of it is there; what is nearest comes first.
+_BESIDE = (
+    *((6, 3, "left"), (6, -9, "left"), (-6, 3, "right"), (-6, -9, "right"), (0, 7, "center"), (0, -14, "center")),
+    *((x * far, y * far, ends) for far in (1, 2, 3) for x, y, ends in (
+        (10, 12, "left"), (10, -18, "left"), (-10, 12, "right"), (-10, -18, "right"), (0, 17, "center"),
+        (0, -24, "center"), (16, -3, "left"), (-16, -3, "right"))),
+)  # fmt: skip
+
+
+def _name_points(axes: Any, points: Sequence[tuple[str, float, float]]) -> None:
+    """Write each name beside its point where it covers no other name or point; with a line to it where that is far."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    figure = axes.figure
+    figure.draw_without_rendering()  # lays out the axes: from now on places are what they will be
+    renderer, whole = figure.canvas.get_renderer(), figure.bbox
+    marks = [axes.transData.transform((x, y)) for _, x, y in points]
+    taken = [Bbox([(x - 4, y - 4), (x + 4, y + 4)]) for x, y in marks]
+    for number, (name, x, y) in enumerate(points):
+        tried: list[tuple[float, int, Any, Any]] = []
+        for right, up, end in _BESIDE:
+            arrow = {"arrowstyle": "-", "linewidth": 0.4, "color": _INK} if abs(right) + abs(up) > 20 else None
+            note = axes.annotate(name, (x, y), textcoords="offset points", xytext=(right, up), ha=end, fontsize=7,
+                                 arrowprops=arrow)  # fmt: skip
+            note.set_in_layout(False)
+            note.update_positions(renderer)
+            box = Text.get_window_extent(note, renderer)
+            outside = box.x0 < whole.x0 or box.x1 > whole.x1 or box.y0 < whole.y0 or box.y1 > whole.y1
+            covered = sum(_common(box, other) for at, other in enumerate(taken) if at != number)
+            tried.append((covered + 1e6 * outside, len(tried), note, box))
+            if not tried[-1][0]:
+                break
+        *_, best, box = min(tried, key=lambda each: each[:2])
+        for _, _, note, _ in tried:
+            if note is not best:
+                note.remove()
+        taken.append(box)
+
+
+def _common(box: Any, other: Any) -> float:
+    """The area that both cover."""
+    width = min(box.x1, other.x1) - max(box.x0, other.x0)
+    height = min(box.y1, other.y1) - max(box.y0, other.y0)
+    return float(max(0.0, width) * max(0.0, height))
 
 
 def trials_plot(values: Sequence[float]) -> Draw:
@@ -222,7 +387,7 @@ def trials_plot(values: Sequence[float]) -> Draw:
         numbers = range(1, len(values) + 1)
         best = [min(values[:number]) for number in numbers]
         axes.scatter(numbers, values, color=COLOURS[0], s=22, zorder=3, label="trial")
-        axes.plot(numbers, best, color=COLOURS[1], drawstyle="steps-post", label="best so far")
+        axes.plot(numbers, best, color=_INK, drawstyle="steps-post", label="best so far")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("trial")
         axes.set_ylabel("perplexity")

@@ -213,12 +213,16 @@ class Sweep:
         write_whole(self.folder / "sweep.md", f"# Sweep\n\n{tables}\n")
 
     def finish(self, search: bool = False) -> None:
-        """sweep.html and its pictures, from the jobs that succeeded. ``search``: each job learnt from those before."""
-        from ace_cli.report import overview
+        """sweep.html and its pictures, from the jobs that succeeded; each job's page is told of the others.
+
+        ``search``: each job learnt from those before.
+        """
+        from ace_cli.report import near, overview
 
         failures = [f"Job {job['job']} failed: {job['error']}" for job in self.jobs if "error" in job]
         title = f"Search of {len(self.jobs)} trials" if search else f"Sweep of {len(self.jobs)} jobs"
         overview.write(self._groups(), self.folder, "sweep", title, failures, trials=search)
+        near.refresh(self.rows)
 
     def _varied(self) -> list[str]:
         """The overrides in which the jobs differ."""

@@ -27,7 +27,7 @@ from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting
 from ace_cli.pruning.slicing import Slicer
-from ace_cli.report import facts
+from ace_cli.report import facts, near
 from ace_cli.report.html import render as page
 from ace_cli.report.markdown import render
 from ace_cli.report.terminal import Terminal, quiet_libraries
@@ -328,7 +328,8 @@ def _write(config: RunConfig, report: facts.Report) -> None:
     facts.save(report, config.output_dir / "report.json")
     facts.write_whole(config.output_dir / "report.md", render(report))
     if config.html:
-        facts.write_whole(config.output_dir / "report.html", page(dataclasses.asdict(report)))
+        others = near.place(near.beside(config.output_dir), config.output_dir)
+        facts.write_whole(config.output_dir / "report.html", page(dataclasses.asdict(report), others))
 
 
 def _track(config: RunConfig, report: facts.Report, terminal: Terminal) -> None:
