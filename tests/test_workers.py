@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import multiprocessing
+import platform
 import socket
 import sys
 from collections.abc import Callable
@@ -43,7 +44,15 @@ CELLS = {
     "no calibration": ("mixtral", "metric=magnitude", "sparsity=0.5"),
     "statistics by parts": ("wide", "metric=ace", "metric.sweeps=2", "sparsity=0.5", *LONG),
     "statistics of all rows": ("wide", "metric=ace", "metric.sweeps=2", "permute=ria", "sparsity=2:4", *LONG),
-    "channels": ("llama", "unit=channel", "sparsity=0.25"),
+    "channels": ("llama", "unit=channel", "metric=sobp", "sparsity=0.25"),
+    "blocks that go": ("llama", "unit=block", "keep=1"),
+    "products": ("llama", "unit=rank", "sparsity=40%"),
+}
+#: How kept weights are trained -> cells of which workers' sums are in another order.
+TRAINED = {
+    "blocks": ("llama", "metric=wanda", "sparsity=0.5", "recover=blocks"),
+    "cut blocks": ("llama", "unit=channel", "sparsity=0.25", "recover=blocks", "recover.target=model"),
+    "both": ("llama", "metric=wanda", "sparsity=2:4", "recover=both", "recover.batch=48"),
 }
 
 
@@ -94,13 +103,14 @@ def test_two_workers_write_the_bytes_of_one_and_find_its_numbers(
     options = ["calib=self", "calib.n_samples=4", "calib.seq_len=16", "eval=none", "device=cpu", "html=false",
                "samples.prompts=[]"]  # fmt: skip
     texts = ["eval=text", f"eval.path={documents}", "eval.seq_len=128", "eval.max_windows=9", "observe.tokens=64"]
-    given = {name: [*options, *choices, *(texts if name == "experts" else ())] for name, (_, *choices) in CELLS.items()}
+    cells = {**CELLS, **TRAINED}
+    given = {name: [*options, *choices, *(texts if name == "experts" else ())] for name, (_, *choices) in cells.items()}
     alone = {
-        name: prune_here(models[CELLS[name][0]], tmp_path / "one" / name, *overrides)
+        name: prune_here(models[cells[name][0]], tmp_path / "one" / name, *overrides)
         for name, overrides in given.items()
     }
     each = [
-        [f"model.path={models[CELLS[name][0]]}", f"output_dir='{tmp_path / 'two' / name}'", *overrides]
+        [f"model.path={models[cells[name][0]]}", f"output_dir='{tmp_path / 'two' / name}'", *overrides]
         for name, overrides in given.items()
     ]
     log, results = tmp_path / "log", tmp_path / "results.json"
@@ -108,12 +118,27 @@ def test_two_workers_write_the_bytes_of_one_and_find_its_numbers(
     assert {name: digest(tmp_path / "two" / name) for name in CELLS} == {
         name: digest(tmp_path / "one" / name) for name in CELLS
     }
-    reports = dict(zip(CELLS, json.loads(results.read_text()), strict=True))
-    for name, report in reports.items():
+    reports = dict(zip(cells, json.loads(results.read_text()), strict=True))
+    for name in TRAINED:
+        check_trained_alike(alone[name], reports[name])
+    for name, report in ((name, reports[name]) for name in CELLS):
         told = [[slot["name"], slot["diagnosis"], slot["notes"]] for slot in report["slots"]]
         assert told == [[slot["name"], slot["diagnosis"], slot["notes"]] for slot in alone[name].slots], name
     for part in ("perplexity", "fidelity"):
         assert reports["experts"][part] == dataclasses.asdict(getattr(alone["experts"], part))
+
+
+def check_trained_alike(one: Report, two: dict[str, Any]) -> None:
+    """Sums of gradients in another order: about the same errors."""
+    entries = [json.loads((Path(each) / "pruning.json").read_text()) for each in (one.checkpoint, two["checkpoint"])]
+    pairs = [(mine["recovery"], other["recovery"]) for mine, other in zip(one.blocks, two["blocks"], strict=True)]
+    pairs += [tuple(entry["recovery"] for entry in entries)] if "recovery" in entries[0] else []
+    assert pairs[0][1]["before"] == pytest.approx(pairs[0][0]["before"], rel=1e-5)
+    assert any(other["epochs"] for _, other in pairs)
+    for mine, other in pairs:
+        assert mine["epochs"] == other["epochs"]
+        assert other["before"] == pytest.approx(mine["before"], rel=0.02)
+        assert other["after"] == pytest.approx(mine["after"], rel=0.02)
 
 
 @no_forks
@@ -215,6 +240,24 @@ def test_zero_shot_answers_are_those_of_one_worker(models: dict[str, Path]) -> N
     assert [b if a == unscored else a for a, b in zip(*halves, strict=True)] == one
 
 
+def test_what_a_run_is_has_no_node_and_the_number_of_workers_only_where_sums_depend_on_it(
+    models: dict[str, Path], configure: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on from the blocks on disk, on other machines and with more workers, where that changes no byte."""
+    model = StreamedModel(Checkpoint(models["llama"]), torch.device("cpu"), torch.float32)
+
+    def identity(*overrides: str) -> dict[str, Any]:
+        return prune_checkpoint.identity_of(configure(f"model.path={models['llama']}", *overrides), model, None)
+
+    alone, trained = identity("metric=ace"), identity("metric=ace", "recover=blocks")
+    for variable, value in (("WORLD_SIZE", "2"), ("HOSTNAME", "another"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert identity("metric=ace") == alone
+    assert identity("metric=ace", "recover=blocks") == {**trained, "device": "2 x cpu"}
+
+
 # --- planned, where nothing runs ------------------------------------------------------------------------------------
 
 
@@ -228,7 +271,9 @@ def planned(models: dict[str, Path], configure: Any, *overrides: str, tokens: in
     model = pipeline._open(config, torch.device("cpu"), NOBODY)
     model.device = torch.device("cuda")
     patterns = {slot.name: config.pattern for block in model.blocks for slot in block.slots}
-    plan = make_plan(model, patterns, Demand(tokens=tokens, statistics=config.statistics))
+    training = config.recover.forwards()
+    demand = Demand(tokens=tokens, statistics=config.statistics, training_forwards=training)
+    plan = make_plan(model, patterns, demand)
     return at_scale(config, model, plan, rates_of(config.hardware), config.workers, config.hardware.link)
 
 
@@ -248,6 +293,18 @@ def test_a_plan_shares_rows_and_experts_and_nothing_else(models: dict[str, Path]
     assert whole[0] == whole[1]
     assert four.seconds == pytest.approx(max(four.parts["read"] + four.parts["write"], sum(
         seconds for name, seconds in four.parts.items() if name not in ("read", "write"))))  # fmt: skip
+
+
+def test_a_plan_shares_the_training(models: dict[str, Path], configure: Any) -> None:
+    one, four = (
+        planned(models, configure, "metric=wanda", "recover=blocks", "calib.seq_len=128", f"workers={count}")
+        for count in (1, 4)
+    )
+    assert four.parts["recovery"] == pytest.approx(one.parts["recovery"] / 4)
+    assert four.parts["forward"] == one.parts["forward"]
+    long = planned(models, configure, "metric=wanda", "recover=blocks", "calib.seq_len=512", "workers=4")
+    assert long.parts["recovery"] == one.parts["recovery"], "a step of one window has nothing to share"
+    assert four.traffic > one.traffic == 0
 
 
 def test_a_plan_shares_the_statistics_of_many_tokens(models: dict[str, Path], configure: Any) -> None:

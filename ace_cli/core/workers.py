@@ -63,6 +63,11 @@ class Workers:
         """Which of ``count`` things are for this worker, or for number ``rank``: every ``size``-th one."""
         return range(self.rank if rank is None else rank, count, self.size)
 
+    def part(self, whole: range) -> range:
+        """This worker's neighbours in ``whole``; none where there are fewer than workers."""
+        bounds = [len(whole) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return whole[slice(*bounds)]
+
     def pieces(self, rows: int, device: str) -> list[list[slice]]:
         """Rows 0 to ``rows`` in pieces, for each worker those that it computes: neighbours.
 
@@ -110,6 +115,19 @@ class Workers:
                 if part.numel()
             ]
             for work in works:
+                work.wait()
+
+    def add_up(self, parts: Sequence[Tensor]) -> None:
+        """Each tensor becomes the sum of what all workers have in its place: the same bytes for everyone.
+
+        In what order they are summed depends on how many workers there are.
+        """
+        if not self.several:
+            return
+        from torch import distributed
+
+        with _reachable():
+            for work in [distributed.all_reduce(part, async_op=True) for part in parts]:
                 work.wait()
 
     def agree(self, what: str, held: dict[str, Any]) -> None:

@@ -161,22 +161,19 @@ class StreamedModel:
         A batch is of about ``tokens`` tokens, ``batch_tokens`` if not said; the first ``again`` windows come once more,
         as a last batch of their own.
         """
-        step = self.windows_at_once(windows_NL.shape[1], tokens)
+        pieces = torch.split(windows_NL, self.windows_at_once(windows_NL.shape[1], tokens))
+        return self.embedded((*pieces, windows_NL[:again]) if again else pieces)
+
+    def embedded(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
+        """Batches of any shapes, each token ids (B, L), ready for block 0."""
         first: Batch | None = None
         with self._stem_loaded(head=False):
-            pieces = torch.split(windows_NL.to(self.device), step)
-            for ids_BL in (*pieces, windows_NL[:again].to(self.device)) if again else pieces:
-                batch = self._capture(ids_BL)
+            for ids_BL in batches:
+                batch = self._capture(ids_BL.to(self.device))
                 if first is not None and first.ids_BL.shape == ids_BL.shape:
                     batch.calls = [_share(call, old) for call, old in zip(batch.calls, first.calls, strict=True)]
                 first = first or batch
                 yield batch
-
-    def embedded(self, batches: Iterable[Tensor]) -> Iterator[Batch]:
-        """Batches of any shapes, each token ids (B, L), ready for block 0."""
-        with self._stem_loaded(head=False):
-            for ids_BL in batches:
-                yield self._capture(ids_BL.to(self.device))
 
     def read(self, block: Block) -> dict[str, Tensor]:
         """The block's tensors by their names in the files, as stored, on the CPU. May run on another thread.

@@ -5,9 +5,13 @@ Shapes: B windows, L tokens, H hidden size.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.slot_pruner import SlotPruner
 from ace_cli.recovery.base import Recovery, RecoveryFacts
@@ -16,35 +20,45 @@ from ace_cli.recovery.base import Recovery, RecoveryFacts
 class Recovering:
     """Trains each block of ``model`` after it is pruned.
 
-    ``steps`` are the calibration windows as training takes them, in batches of their own, embedded; the engine's own
-    batches hold the same windows in the same order. ``dense``: the same once more, to be carried through the dense
-    model, where its states are the targets. Both are taken over.
+    ``steps``: which of the calibration windows each step of the training takes; of ``workers`` each has some of every
+    step. ``dense`` blocks are finished: if it is not None, states of the dense model, behind them, are the targets.
     """
 
-    def __init__(self, model: StreamedModel, recovery: Recovery, steps: list[Batch], dense: list[Batch]) -> None:
+    def __init__(
+        self, model: StreamedModel, recovery: Recovery, windows_NL: Tensor, steps: Iterable[range],
+        dense: int | None = None, workers: Workers = ONE,
+    ) -> None:  # fmt: skip
         self._model = model
         self._recovery = recovery
-        self._steps = steps
-        self._dense = dense
+        self._workers = workers
+        self._rows = [workers.part(step) for step in steps]
+        embedded = iter([*model.embedded(windows_NL[rows.start : rows.stop] for rows in self._rows if rows)])
+        self._steps = [next(embedded) if rows else None for rows in self._rows]
+        self._dense = [copy.copy(step) for step in self._steps if step is not None] if dense is not None else []
+        with torch.no_grad():
+            for index in model.one_by_one(dense or 0):
+                model.advance(index, self._dense)
         self._inputs: list[Tensor] = []
-        self._targets: list[Tensor] = []
+        self._targets: list[Tensor | None] = []
 
     def before(self, index: int, batches: list[Batch]) -> None:
         """The loaded block is still dense; ``batches`` hold its inputs."""
         self._inputs = [batch.hidden_BLH for batch in batches]
-        hidden = torch.split(torch.cat(self._inputs), [len(step.ids_BL) for step in self._steps])
-        for step, hidden_BLH in zip(self._steps, hidden, strict=True):
-            step.hidden_BLH = hidden_BLH
+        hidden_NLH = torch.cat(self._inputs)
+        mine = [(step, rows) for step, rows in zip(self._steps, self._rows, strict=True) if step is not None]
+        for step, rows in mine:
+            step.hidden_BLH = hidden_NLH[rows.start : rows.stop]
         if self._dense:
             self._model.advance(index, self._dense)
-            self._targets = [batch.hidden_BLH for batch in self._dense]
+            found = iter([batch.hidden_BLH for batch in self._dense])
         else:
-            self._targets = [self._model.forward(index, step) for step in self._steps]
+            found = iter([self._model.forward(index, step) for step, _ in mine])
+        self._targets = [None if step is None else next(found) for step in self._steps]
 
     def after(self, index: int, batches: list[Batch], pruner: SlotPruner) -> RecoveryFacts:
         """The loaded block is pruned: train it, and put its inputs back into ``batches``."""
         keep = trainable(self._model, index)
-        facts = self._recovery.recover(self._model, index, self._steps, self._targets, keep)
+        facts = self._recovery.recover(self._model, index, self._steps, self._targets, keep, self._workers)
         if facts.epochs:
             pruner.take_loaded(keep)
         for batch, hidden_BLH in zip(batches, self._inputs, strict=True):

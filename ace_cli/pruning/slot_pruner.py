@@ -72,7 +72,7 @@ class SlotPruner:
 
         Raises AceError, by name, where that does not do.
         """
-        self.facts += [self._prune(slot, seen.pop(slot.name), routed) for slot in slots]
+        self.facts += [self._prune(slot, self._gathered(slot, seen.pop(slot.name)), routed) for slot in slots]
         for slot in slots:  # only now: a producer may be pruned after its consumer
             if slot.name in self.orders:
                 self._reorder_producers(self._links[slot.name], self.orders[slot.name])
@@ -120,8 +120,6 @@ class SlotPruner:
     def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
-        with self._clock("gather"):
-            seen.gather(own_rows=not self._goes_by_rows(slot) and self._goes_in_pieces(slot))
         tokens = max((statistic.tokens for statistic in seen), default=0)
         if metric.needs() and not tokens:
             raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
@@ -133,6 +131,14 @@ class SlotPruner:
         if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
             self._activations[slot.name] = seen[self._looked_at]
         return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, notes, seconds, routed)
+
+    def _gathered(self, slot: Slot, seen: Seen) -> Seen:
+        """With what other workers computed of it, as far as it is needed here."""
+        if self.workers.several:
+            of_rows = slot.name in self._recipe.patterns and not self._goes_by_rows(slot)
+            with self._clock("gather"):
+                seen.gather(own_rows=of_rows and self._goes_in_pieces(slot))
+        return seen
 
     def _goes_by_rows(self, slot: Slot) -> bool:
         """Whether the choices, the device and the slot's links let every row be pruned before the next is scored."""

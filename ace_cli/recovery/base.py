@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ace_cli.core.workers import ONE, Workers
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -56,11 +58,13 @@ class Recovery:
         return 0
 
     def recover(
-        self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor], keep: Mapping[str, Tensor]
-    ) -> RecoveryFacts:
+        self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
+        keep: Mapping[str, Tensor], workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
         """Train the loaded block ``index`` in place until it makes ``targets`` (B, L, H) of ``batches``.
 
         ``keep``: name inside the block of every parameter that is trained -> bool of its shape, what may change.
+        ``workers``: all train it, each on its windows of every step; None where it has none.
         """
         raise NotImplementedError
 
@@ -69,10 +73,12 @@ class Recovery:
         return 0
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress
-    ) -> RecoveryFacts:
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
+        workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
         """Train the whole model of the finished folder ``pruned``; its weight files, anew, in the folder ``target``.
 
         ``windows_NL``: token ids, int64. What an interrupted training left in ``target`` is continued.
+        ``workers``: all train it, each on its windows of every step; the first one writes.
         """
         raise NotImplementedError

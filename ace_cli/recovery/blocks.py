@@ -18,11 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
 from ace_cli.core.torch_api import own_parameters
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import adam, half_precision, rate, split, training_faults, training_forwards
+from ace_cli.recovery.training import (
+    adam,
+    half_precision,
+    rate,
+    split,
+    training_faults,
+    training_forwards,
+    with_gradients_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -67,15 +76,16 @@ class Blocks(Recovery):
         return 4 + 4 + 8 + 4 + 1  # master copy, gradient, two moments, the best so far; what may change
 
     def recover(
-        self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor], keep: Mapping[str, Tensor]
-    ) -> RecoveryFacts:
+        self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
+        keep: Mapping[str, Tensor], workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
         import torch
 
         training, held = split(len(batches), self.held_out)
         module = model.blocks[index].module
         loaded = dict(module.named_parameters())
         masters = _masters(module, keep)
-        step = _Step(model, index, batches, targets)
+        step = _Step(model, index, batches, targets, workers)
         optimiser = adam(masters.values(), self.lr, model.device)
         steps = self.epochs * len(training)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
@@ -85,6 +95,7 @@ class Blocks(Recovery):
         for epoch in range(1, self.epochs + 1):
             for number in torch.randperm(len(training), generator=generator).tolist():
                 step.backward(training[number])
+                with_gradients_of(masters.values(), workers)
                 for name, master in masters.items():
                     assert master.grad is not None
                     master.grad.mul_(keep[name])  # a fifth of the time of masked_fill_
@@ -101,34 +112,45 @@ class Blocks(Recovery):
 
 
 class _Step:
-    """One batch through the block, with its error against the target."""
+    """One batch through the block, with its error against the target: this worker's share of both."""
 
-    def __init__(self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor]) -> None:
-        self._model, self._index = model, index
+    def __init__(
+        self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
+        workers: Workers,
+    ) -> None:  # fmt: skip
+        self._model, self._index, self._workers = model, index, workers
         self._batches, self._targets = batches, targets
+        windows = [0 if batch is None else len(batch.ids_BL) for batch in batches]
+        everyone = zip(*workers.told(windows), strict=True)
+        self._shares = [mine / max(1, sum(each)) for mine, each in zip(windows, everyone, strict=True)]
 
     def backward(self, number: int) -> None:
         """Adds the gradients of one batch's error."""
         import torch
 
-        with torch.enable_grad():
-            self._loss(number).backward()  # type: ignore[no-untyped-call]
+        if (batch := self._batches[number]) is not None:
+            with torch.enable_grad():
+                self._loss(number, batch).backward()  # type: ignore[no-untyped-call]
 
     def error(self, numbers: list[int]) -> float:
-        """Mean over the batches, without gradients."""
+        """Mean over the batches, without gradients; of all workers."""
         import torch
 
         with torch.no_grad():
-            return sum(float(self._loss(number)) for number in numbers) / len(numbers)
+            mine = [(number, batch) for number in numbers if (batch := self._batches[number]) is not None]
+            error = sum(float(self._loss(number, batch)) for number, batch in mine)
+        return sum(self._workers.told(error)) / len(numbers)
 
-    def _loss(self, number: int) -> Tensor:
-        batch, target_BLH = self._batches[number], self._targets[number].float()
+    def _loss(self, number: int, batch: Batch) -> Tensor:
+        target_BLH = self._targets[number]
+        assert target_BLH is not None
         call, calls = batch.calls[self._index], [*batch.calls]
         calls[self._index] = replace(call, args=_in_float32(call.args), kwargs=_in_float32(call.kwargs))
         batch = replace(batch, hidden_BLH=batch.hidden_BLH.float(), calls=calls)
         with half_precision(self._model.device):
             out_BLH = self._model.forward(self._index, batch)
-        return relative_error(out_BLH.float(), target_BLH)
+        error: Tensor = relative_error(out_BLH.float(), target_BLH.float()) * self._shares[number]
+        return error
 
 
 def relative_error(out_BLH: Tensor, target_BLH: Tensor) -> Tensor:

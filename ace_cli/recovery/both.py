@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 from ace_cli.recovery.blocks import Blocks
 from ace_cli.recovery.distill import Distill
 from ace_cli.recovery.training import training_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -64,11 +65,13 @@ class Both(Recovery):
         return self._distill.whole_bytes(parameters, trained)
 
     def recover(
-        self, model: StreamedModel, index: int, batches: list[Batch], targets: list[Tensor], keep: Mapping[str, Tensor]
-    ) -> RecoveryFacts:
-        return self._blocks.recover(model, index, batches, targets, keep)
+        self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
+        keep: Mapping[str, Tensor], workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
+        return self._blocks.recover(model, index, batches, targets, keep, workers)
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress
-    ) -> RecoveryFacts:
-        return self._distill.recover_model(dense, pruned, windows_NL, target, progress)
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
+        workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
+        return self._distill.recover_model(dense, pruned, windows_NL, target, progress, workers)

@@ -16,8 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.registry import register
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import adam, half_precision, rate, split, training_faults, training_forwards
+from ace_cli.recovery.training import (
+    adam,
+    half_precision,
+    rate,
+    split,
+    training_faults,
+    training_forwards,
+    training_steps,
+    with_gradients_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,24 +74,46 @@ class Distill(Recovery):
         return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress
-    ) -> RecoveryFacts:
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
+        workers: Workers = ONE,
+    ) -> RecoveryFacts:  # fmt: skip
         import torch
 
         from ace_cli.data.generation import whole_model
         from ace_cli.model.streamed import StreamedModel
 
         streamed = StreamedModel(pruned, dense.device, torch.float32)
-        states_NLH = _last_states(dense, windows_NL, progress)
+        steps = _steps(windows_NL, self.batch, workers)
+        own_NL = windows_NL[[window for step in steps for window in step.windows]]
+        states_NLH = _last_states(dense, own_NL, progress) if len(own_NL) else torch.empty(0)
         hint = "Use recover=blocks, which needs one block at a time in memory."
         student = whole_model(pruned, torch.float32, dense.device, hint)
         trained = _trained(streamed, student)
-        teacher = _Teacher(dense, student, windows_NL, states_NLH)
-        fit = _Fit(self, student, trained, teacher, target / _STATE)
+        teacher = _Teacher(dense, student, own_NL, states_NLH)
+        fit = _Fit(self, student, trained, teacher, steps, target / _STATE, workers)
         with dense.head_loaded():
             facts = fit.run(progress)
-        _write(streamed, pruned, {name: fit.best[name] for name in trained}, target)
+        if workers.first:
+            _write(streamed, pruned, {name: fit.best[name] for name in trained}, target)
         return facts
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step: this worker's windows, as numbered in all and in its ``own``; ``count``: of all workers together."""
+
+    windows: range
+    own: range
+    count: int
+
+
+def _steps(windows_NL: Tensor, tokens: int, workers: Workers) -> list[_Step]:
+    found, before = list[_Step](), 0
+    for step in training_steps(windows_NL, tokens):
+        mine = workers.part(step)
+        found.append(_Step(mine, range(before, before + len(mine)), len(step)))
+        before += len(mine)
+    return found
 
 
 def _last_states(dense: StreamedModel, windows_NL: Tensor, progress: Progress) -> Tensor:
@@ -123,13 +155,16 @@ class _Teacher:
         self._windows_NL, self._states_NLH = windows_NL, states_NLH
         vocabulary = dense.skeleton.get_input_embeddings().weight.shape[0]
         self._at_once = max(1, LOGITS // (4 * vocabulary * windows_NL.shape[1]))
-        self.count, self.length = windows_NL.shape
+        self._length = windows_NL.shape[1]
 
-    def divergence(self, windows: range, backward: bool) -> float:
-        """Mean over the tokens of these windows of KL(dense || student), nats; adds its gradient if ``backward``."""
+    def divergence(self, windows: range, count: int, backward: bool) -> float:
+        """What these of ``count`` windows add to the mean over tokens of KL(dense || student), nats.
+
+        Adds its gradient if ``backward``.
+        """
         import torch
 
-        total, tokens = 0.0, len(windows) * self.length
+        total, tokens = 0.0, count * self._length
         for first in range(windows.start, windows.stop, self._at_once):
             rows = slice(first, min(first + self._at_once, windows.stop))
             with torch.set_grad_enabled(backward):
@@ -154,17 +189,16 @@ class _Fit:
     """The training: epochs, the best of them, and what an interrupted one left on disk."""
 
     def __init__(
-        self, options: Distill, student: nn.Module, keep: dict[str, Tensor], teacher: _Teacher, folder: Path
-    ) -> None:
+        self, options: Distill, student: nn.Module, keep: dict[str, Tensor], teacher: _Teacher, steps: list[_Step],
+        folder: Path, workers: Workers,
+    ) -> None:  # fmt: skip
         self._options, self._keep, self._teacher, self._folder = options, keep, teacher, folder
+        self._workers = workers
         parameters = dict(student.named_parameters())
         self._weights = {name: parameters[name].requires_grad_(True) for name in keep}
         device = next(iter(self._weights.values())).device
-        per_step = max(1, options.batch // teacher.length)
-        starts = range(0, teacher.count, per_step)
-        batches = [range(start, min(start + per_step, teacher.count)) for start in starts]
-        training, held = split(len(batches), options.held_out)
-        self._training, self._held = [batches[i] for i in training], [batches[i] for i in held]
+        training, held = split(len(steps), options.held_out)
+        self._training, self._held = [steps[i] for i in training], [steps[i] for i in held]
         self._optimiser = adam(self._weights.values(), options.lr, device)
         self._done = 0
         self._errors: list[float] = []
@@ -173,13 +207,17 @@ class _Fit:
     def run(self, progress: Progress) -> RecoveryFacts:
         """All epochs, or those that are left."""
         self._load()
+        self._workers.agree("before it is trained", {"finished epochs": self._done, "their errors": self._errors})
         if not self._errors:
             self._errors.append(self._error())
         steps = len(self._training)
         with progress("learning from the dense model", self._options.epochs * steps, self._done * steps) as step:
             while self._done < self._options.epochs:
                 self._epoch(step)
-                self._save()
+                if self._workers.several:
+                    self._workers.agree("after an epoch", self._weights_alike())
+                if self._workers.first:
+                    self._save()
         best = min(range(len(self._errors)), key=self._errors.__getitem__)
         return RecoveryFacts(self._errors[0], self._errors[best], best)
 
@@ -190,7 +228,9 @@ class _Fit:
         generator = torch.Generator().manual_seed(options.seed + self._done)
         for done, number in enumerate(torch.randperm(steps, generator=generator).tolist(), self._done * steps):
             self._optimiser.param_groups[0]["lr"] = options.lr * rate(done, options.epochs * steps)
-            self._teacher.divergence(self._training[number], backward=True)
+            windows = self._training[number]
+            self._teacher.divergence(windows.own, windows.count, backward=True)
+            with_gradients_of(self._weights.values(), self._workers)
             for name, weight in self._weights.items():
                 if weight.grad is not None:
                     weight.grad.mul_(self._keep[name])  # a fifth of the time of masked_fill_
@@ -204,9 +244,15 @@ class _Fit:
         self._done += 1
 
     def _error(self) -> float:
-        windows = sum(len(held) for held in self._held)
-        error = sum(self._teacher.divergence(held, backward=False) * len(held) for held in self._held) / windows
+        windows = sum(held.count for held in self._held)
+        means = [self._teacher.divergence(held.own, held.count, backward=False) * held.count for held in self._held]
+        error = sum(self._workers.told(sum(means))) / windows
         return error if error == error else float("inf")
+
+    def _weights_alike(self) -> dict[str, str]:
+        from ace_cli.model.files import hash_of_tensor
+
+        return {name: hash_of_tensor(weight.detach().cpu()) for name, weight in self._weights.items()}
 
     # --- on disk -------------------------------------------------------------------------------------------------
 

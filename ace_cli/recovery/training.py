@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ace_cli.core.workers import Workers
+
 
 def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: int) -> list[str]:
     """What is wrong with the knobs that all of them share, one line each."""
@@ -41,10 +43,30 @@ def adam(weights: Iterable[Tensor], lr: float, device: torch.device) -> torch.op
     return torch.optim.Adam(weights, lr=lr, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
 
 
+def with_gradients_of(weights: Iterable[Tensor], workers: Workers) -> None:
+    """The gradient of each weight becomes the sum of all workers'; of one that had no windows it is 0."""
+    import torch
+
+    if not workers.several:
+        return
+    gradients = []
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients.append(weight.grad)
+    workers.add_up(gradients)
+
+
 def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     """Numbers of the batches to train on, and of those held out: the last ones. Of a single batch, both."""
     held = min(count - 1, max(1, round(count * held_out)))
     return (list(range(count - held)), list(range(count - held, count))) if held else ([0], [0])
+
+
+def training_steps(windows_NL: Tensor, tokens: int) -> list[range]:
+    """Which windows each step takes: about so many ``tokens`` of them, neighbours."""
+    count, length = windows_NL.shape
+    at_once = max(1, tokens // length)
+    return [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 
 
 def rate(done: int, steps: int) -> float:

@@ -63,22 +63,27 @@ def at_scale(
             if workers > 1 and (dealt or shared):
                 width = model.checkpoint.tensors[slot.key]
                 traffic += slot.shape[0] * slot.shape[1] * width.nbytes / width.numel * (workers - 1) / workers
+    forward, training = _forwards(config, model, plan, workers)
+    if config.recover.acts and workers > 1:
+        traffic += _gradients(config, plan) * 2 * (workers - 1) / workers
     float32 = rates.float32 or rates.matmul
     parts = {
         "read": plan.bytes_source / rates.read,
-        "forward": plan.flops * plan.forwards / rates.matmul / PRODUCT_SHARE,
+        "forward": plan.flops * forward / rates.matmul / PRODUCT_SHARE,
         "statistics": statistics / float32,
         "exchanges and repairs": method / float32,
         "traffic": traffic / link,
         "write": plan.bytes_source / rates.write,
     }
+    if config.recover.acts:
+        parts["recovery"] = plan.flops * training / rates.matmul / PRODUCT_SHARE
     if isinstance(config.eval, Evaluation) and config.eval.max_windows is not None:
         parts["evaluation"] = _evaluation(config.eval, model, plan, rates, workers, config.eval.max_windows)
     return AtScale(workers, parts, round(traffic))
 
 
 def _together(config: RunConfig) -> bool:
-    """Whether workers prune together: units are the first one's."""
+    """Whether workers share the rows of a weight, or experts: of weights that are cut or replaced everyone does all."""
     return not (config.unit.cuts or config.unit.ranks)
 
 
@@ -95,11 +100,23 @@ def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) 
     return flops, apart and flops > 0
 
 
+def _forwards(config: RunConfig, model: StreamedModel, plan: Plan, workers: int) -> tuple[float, float]:
+    """Forwards of all tokens that pruning takes, and those that training takes of a worker."""
+    training = config.recover.forwards()
+    together = min(workers, max(1, config.recover.batch // config.calib.length))
+    return plan.forwards - training, training / together
+
+
+def _gradients(config: RunConfig, plan: Plan) -> float:
+    """Bytes of all gradients of all steps: a step is three forwards of its tokens."""
+    return 4 * plan.slot_weights * config.recover.forwards() / 3 * plan.tokens / config.recover.batch
+
+
 def _statistics(config: RunConfig, slot: Slot, tokens: int, workers: int, rows_shared: bool) -> tuple[float, float]:
     """Operations of a worker, and the bytes that it is sent."""
     flops = sent = 0.0
     for each in config.statistics:
-        together = workers if each.shared and tokens >= SHARED_TOKENS and _together(config) else 1
+        together = workers if each.shared and tokens >= SHARED_TOKENS and not config.unit.ranks else 1
         flops += each.flops(tokens, *slot.shape) / together
         if not (each.of_rows and rows_shared):
             sent += each.sent(*slot.shape) * (together - 1) / together

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ace_cli.core import workers as group
 from ace_cli.core.errors import AceError, TransientError
+from ace_cli.core.typed_json import typed
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
@@ -43,6 +44,7 @@ from ace_cli.pruning.recovering import Recovering
 from ace_cli.pruning.sensitivity import sensitivities
 from ace_cli.pruning.survey import survey
 from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.recovery.training import training_steps
 from ace_cli.report.card import card_of, model_card
 from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import summary_of, versions, with_options
@@ -53,7 +55,7 @@ from ace_cli.run.cut import check_loads, settle, smaller, with_new_hashes
 from ace_cli.run.forecast import PRUNING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
-from ace_cli.run.recover_checkpoint import forget_training, recorded, recover_checkpoint
+from ace_cli.run.recover_checkpoint import forget_training, help_training, recorded, recover_checkpoint
 from ace_cli.run.slice import check_sliced, sliced, write_sliced
 
 
@@ -74,7 +76,7 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
-        "device": _device(model.device),
+        "device": _device(config, model.device),
         "dtype": str(model.dtype),
         "threads": _threads(config),
         "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
@@ -82,9 +84,10 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
     }
 
 
-def _device(device: torch.device) -> str:
-    """With the number of workers where that decides how products are rounded, but not which GPU this one has."""
-    return str(device) if group.size() == 1 or device.type == "cpu" else f"{group.size()} x {device.type}"
+def _device(config: RunConfig, device: torch.device) -> str:
+    """With the number of workers where that decides how sums are rounded, but not which GPU this one has."""
+    alike = group.size() == 1 or (device.type == "cpu" and not config.recover.acts)
+    return str(device) if alike else f"{group.size()} x {device.type}"
 
 
 def _threads(config: RunConfig) -> int | str:
@@ -95,8 +98,8 @@ def _threads(config: RunConfig) -> int | str:
 def prune_checkpoint(run: RunContext, work: Work) -> None:
     """Prune into ``checkpoint.partial``, verify what was written, and rename it into place.
 
-    Workers share the blocks. Recovery of the whole, a cut of units, products of thinner weights and a narrower stream
-    are made by the first one, while the others wait.
+    Workers share the blocks, and the training of the whole. Products of thinner weights and a narrower stream are made
+    by the first one, while the others wait.
     """
     if work.news:
         run.terminal.say(work.news)
@@ -106,8 +109,10 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         _publish(run, work)
         run.workers.done(f"pruned {run.folder}")
         return
-    if run.cutting is None and run.slicer is None and not run.config.unit.ranks:
-        _prune(run, work)
+    if run.slicer is None and not run.config.unit.ranks:
+        (_prune if run.cutting is None else _cut)(run, work)
+    if (windows_NL := _whole_windows(run)) is not None:
+        help_training(run, work, windows_NL)
     run.workers.await_first(f"pruned {run.folder}")
 
 
@@ -128,9 +133,8 @@ def _publish(run: RunContext, work: Work) -> None:
 def _prune(run: RunContext, work: Work) -> None:
     model, clock = run.model, run.inner
     workers = run.workers
-    with clock("write"):
-        writer = _writer(model, work, run.terminal) if workers.first else NoWriter(model.checkpoint)
-    done = workers.from_first(lambda: len(work.finished))
+    writer = _begin(run, work)
+    done = len(work.finished)
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = dataclasses.replace(_recipe(run, patterns), gradients=_gradients(run, model))
@@ -188,8 +192,7 @@ def _cut(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     gradients = _gradients(run, cutting.model)
     settle(run, cutting, batches, gradients)
-    with clock("write"):
-        writer = _writer(model, work, run.terminal, cutting.entries())
+    writer = _begin(run, work, cutting.entries())
     done = len(work.finished)
     recipe = dataclasses.replace(_recipe(run, {}), cutting=cutting, gradients=gradients)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
@@ -199,7 +202,10 @@ def _cut(run: RunContext, work: Work) -> None:
         with clock("replay"):
             dense = recipe.propagate is Propagate.dense
             cutting.replay(batches, work.finished, Checkpoint(work.partial, bare=True), dense)
-    _stream(run, work, done, batches, recipe, writer, compared, recovering)
+    if not run.workers.first:
+        _stream(run, work, done, batches, recipe, writer, None, recovering, workers=run.workers)
+        return
+    _stream(run, work, done, batches, recipe, writer, compared, recovering, workers=run.workers)
     _describe_cut(run, work, writer.entries, recorded(work))
     if (windows_NL := _whole_windows(run)) is not None:
         with clock("recover"):
@@ -333,11 +339,9 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
     recovery, windows_NL = run.config.recover, run.texts.windows_NL
     if not (recovery.acts and recovery.in_stream) or windows_NL is None:
         return None
+    steps = training_steps(windows_NL, recovery.batch)
     with run.inner("embed"):
-        steps = list(model.batches(windows_NL, tokens=recovery.batch))
-    dense = [copy.copy(step) for step in steps] if recovery.carries_dense else []
-    replay(model, dense, done if dense else 0, run.inner)
-    return Recovering(model, recovery, steps, dense)
+        return Recovering(model, recovery, windows_NL, steps, done if recovery.carries_dense else None, run.workers)
 
 
 def _gradients(run: RunContext, model: StreamedModel) -> dict[str, Seen]:
@@ -357,6 +361,20 @@ def _recipe(run: RunContext, patterns: dict[str, Pattern]) -> Recipe:
         config.metric, patterns, repair, config.propagate, config.permute is not Permute.none,
         config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
     )  # fmt: skip
+
+
+def _begin(run: RunContext, work: Work, entries: Mapping[str, TensorEntry] | None = None) -> CheckpointWriter:
+    """What writes the new checkpoint; of a worker that is not the first one it writes nothing.
+
+    Every worker then knows the blocks that are finished.
+    """
+    workers, source = run.workers, run.model.checkpoint
+    with run.inner("write"):
+        writer = _writer(run.model, work, run.terminal, entries) if workers.first else NoWriter(source)
+    if workers.several:
+        told = workers.from_first(lambda: [dataclasses.asdict(block) for block in work.finished])
+        work.finished = [typed(BlockFacts, each, "finished blocks") for each in told]
+    return writer
 
 
 def _writer(

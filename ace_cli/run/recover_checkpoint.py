@@ -22,24 +22,37 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
     """Replace the weight files of the finished ``checkpoint.partial`` by trained ones; what the training did.
 
     Trained files go to ``checkpoint.training``, with the state of the training after every epoch. When all are there, a
-    file says so, and one after the other is renamed into ``checkpoint.partial``.
+    file says so, and one after the other is renamed into ``checkpoint.partial``. The other workers ``help_training``.
     """
-    if (before := recorded(work)) is not None:
+    before, done = recorded(work), work.training / TRAINED
+    run.workers.done(_blocks_done(run))
+    if run.workers.from_first(lambda: before is None and not done.is_file()):
+        work.training.mkdir(exist_ok=True)
+        write_whole(done, json.dumps(dataclasses.asdict(_train(run, work, windows_NL))))
+    if before is not None:
         return before
-    training = work.training
-    training.mkdir(exist_ok=True)
-    done = training / TRAINED
-    if not done.is_file():
-        facts = run.config.recover.recover_model(
-            run.model, Checkpoint(work.partial), windows_NL, training, run.terminal.progress
-        )
-        write_whole(done, json.dumps(dataclasses.asdict(facts)))
     facts = RecoveryFacts(**read_object(done))
     if facts.epochs:  # else nothing got better: the files are those that are there
         for file in sorted({entry.file.name for entry in Checkpoint(work.partial).tensors.values()}):
-            if (training / file).exists():
-                _move(training / file, work.partial / file)
+            if (work.training / file).exists():
+                _move(work.training / file, work.partial / file)
     return facts
+
+
+def help_training(run: RunContext, work: Work, windows_NL: Tensor) -> None:
+    """What a worker does that is not the first one, when that one is in ``recover_checkpoint``."""
+    run.workers.await_first(_blocks_done(run))
+    if run.workers.from_first(lambda: False):
+        _train(run, work, windows_NL)
+
+
+def _train(run: RunContext, work: Work, windows_NL: Tensor) -> RecoveryFacts:
+    pruned, progress = Checkpoint(work.partial), run.terminal.progress
+    return run.config.recover.recover_model(run.model, pruned, windows_NL, work.training, progress, run.workers)
+
+
+def _blocks_done(run: RunContext) -> str:
+    return f"blocks of {run.folder}"
 
 
 def _move(file: Path, target: Path) -> None:
