@@ -20,10 +20,14 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from ace_cli.core.errors import AceError
+from ace_cli.evaluation.speed.engines import no_llama_cpp
 from ace_cli.export.gguf import FILE, Gguf, fault
 from ace_cli.export.gguf_families import NoForm, frequency_factors
 from ace_cli.export.gguf_tokenizer import vocabulary_of
+from ace_cli.model.packed import PackedCheckpoint
+from ace_cli.model.quantised import QuantisedCheckpoint
 from ace_cli.model.source import open_model
+from ace_cli.model.uneven import class_of
 
 #: What transformers takes for granted when it reads a file of the family, and the tiny models have otherwise.
 SIX = ["sliding_attention"] * 5 + ["full_attention"]
@@ -276,6 +280,75 @@ def test_a_run_refuses_before_work(llama: Path, tmp_path: Path, prune_here: Any)
     with pytest.raises(AceError, match="GGUF has no form for a tokenizer of the type WordLevel"):
         prune_here(llama, tmp_path / "out", "metric=magnitude", "export=gguf")
     assert not (tmp_path / "out").exists()
+
+
+# --- blocks that differ in width -------------------------------------------------------------------------------------
+
+UNEVEN = ("unit=channel", "unit.multiple=8", "unit.uneven=true", "allocation=angular", "sparsity=40%")
+
+
+def cut_unevenly(tmp_path: Path, prune_here: Any) -> Path:
+    """A run's folder: of a Llama with a tokenizer of bytes, exported."""
+    source = byte_level(make(tmp_path / "plain", "llama", vocab_size=310, bos_token_id=0, eos_token_id=1))
+    report = prune_here(source, tmp_path / "out", *UNEVEN, "export=gguf")
+    assert report.stages["gguf"]["architecture"] == "deci"
+    return tmp_path / "out"
+
+
+def test_uneven_widths_are_told_for_each_block(tmp_path: Path, prune_here: Any) -> None:
+    out = cut_unevenly(tmp_path, prune_here)
+    reader, stored = GGUFReader(out / "gguf" / FILE), weights(out / "checkpoint")
+    widths = [len(stored[f"model.layers.{block}.mlp.up_proj.weight"]) for block in (0, 1)]
+    assert sum(widths) == 2 * 56 and widths[0] != widths[1]
+    told = {name.removeprefix("deci."): field.contents() for name, field in reader.fields.items()}
+    assert told["feed_forward_length"] == widths
+    assert (told["attention.head_count"], told["attention.head_count_kv"]) == ([4, 4], [2, 2])
+    for tensor in reader.tensors:
+        if tensor.name == "blk.1.ffn_down.weight":
+            assert numpy.array_equal(tensor.data, stored["model.layers.1.mlp.down_proj.weight"].numpy())
+
+
+@pytest.mark.skipif(no_llama_cpp() != "", reason="llama.cpp is not installed")
+def test_llama_cpp_computes_with_uneven_widths(tmp_path: Path, prune_here: Any) -> None:
+    xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
+    out = cut_unevenly(tmp_path, prune_here)
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.cpuparams.n_threads = str(out / "gguf" / FILE), 64, 1
+    ids = list(range(40, 60))
+    asked = {"prompt": ids, "max_tokens": 12, "temperature": 0, "top_k": 1, "ignore_eos": True}
+    told = xllamacpp.Server(params).handle_completions(asked)
+    config = AutoConfig.from_pretrained(out / "checkpoint", trust_remote_code=False)
+    model = class_of(config).from_pretrained(out / "checkpoint", config=config, dtype=torch.float32)
+    wanted = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, suppress_tokens=[1])[0, len(ids) :]
+    assert told["choices"][0]["text"] == AutoTokenizer.from_pretrained(out / "checkpoint").decode(wanted)
+
+
+def test_other_shapes_have_no_uneven_form(tmp_path: Path, prune_here: Any) -> None:
+    source = make(tmp_path / "plain", "qwen2")
+    with pytest.raises(AceError, match="no form for a qwen2 whose blocks differ in width"):
+        prune_here(source, tmp_path / "out", *UNEVEN, "export=gguf")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(AceError, match="changes its basis"):
+        prune_here(source, tmp_path / "out", "unit=hidden", "export=gguf")
+    report = prune_here(source, tmp_path / "hidden", "unit=hidden")
+    assert "changes its basis between the blocks" in (Gguf().refusal(Path(report.checkpoint)) or "")
+    report = prune_here(source, tmp_path / "even", *UNEVEN[:2], "sparsity=40%", "export=gguf")
+    assert report.stages["gguf"]["architecture"] == "qwen2"
+
+
+def test_one_run_rounds_packs_and_exports(tmp_path: Path, prune_here: Any) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    source = make(tmp_path / "plain", "qwen2", torch.bfloat16)
+    options = ["metric=magnitude", "quantize=int4", "quantize.group=32", "quantize.rounding=nearest", "pack=true"]
+    report = prune_here(source, tmp_path / "out", *options, "export=gguf")
+    assert list(report.stages) == ["quantised", "packed", "gguf"]
+    assert {stage["made"] for stage in report.stages.values()} == {True}
+    stored = weights(tmp_path / "out" / "checkpoint")
+    read = read_back(tmp_path / "out" / "gguf" / FILE).state_dict()
+    dense, packed = QuantisedCheckpoint(tmp_path / "out" / "quantised"), PackedCheckpoint(tmp_path / "out" / "packed")
+    for name, value in stored.items():
+        assert torch.equal(read[name], value.float())
+        assert torch.equal(dense.read(name), value) and torch.equal(packed.read(name), value)
 
 
 @pytest.mark.real

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import edit, make, weights
+from tiny_models import add_tokenizer, edit, make, weights
 from transformers import AutoModelForCausalLM
 
 from ace_cli.core.errors import AceError
 from ace_cli.export import packed as export
 from ace_cli.export.packed import pack_folder
 from ace_cli.kernels import bitmask
-from ace_cli.kernels.bitmask import bits_of, pack, packed_bytes, unpack
+from ace_cli.kernels.bitmask import Bitmask, bits_of, pack, packed_bytes, unpack, with_scales
+from ace_cli.methods.grids import SMALLEST_HALF, Grid
 from ace_cli.model import files
 from ace_cli.model.packed import PACKED, PackedCheckpoint, unpack_folder
 from ace_cli.model.pruned import Violation, verify
@@ -66,6 +67,37 @@ def test_packs_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
     room = torch.ones(weight.numel() + 9, dtype=dtype)
     assert torch.equal(bits_of(unpack(packed, room)), bits_of(weight))
     assert room[weight.numel() :].tolist() == [1] * 9
+
+
+def rounded(rows: int, columns: int, group: int | None, dtype: torch.dtype) -> tuple[torch.Tensor, Bitmask]:
+    """A sparse matrix on a grid of 8 bits, and its codes packed."""
+    grid = Grid(8, group, SMALLEST_HALF)
+    weight = random_matrix(rows, columns, torch.float32)
+    values = grid.rounded(weight, grid.scales(weight)).to(dtype)
+    scales = grid.scales_of(values)
+    return values, with_scales(pack(grid.codes(values, scales)), scales.bfloat16(), dtype)
+
+
+@pytest.mark.usefixtures("both_ways")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [16, 24, 32, 64, 96, 128, None], ids=str)
+def test_codes_unpack_to_the_weights_they_stand_for(group: int | None, dtype: torch.dtype) -> None:
+    values, packed = rounded(37, 96 if group is None else 2 * group, group, dtype)
+    assert packed.values.dtype == torch.int8 and packed.dtype == dtype
+    assert torch.equal(bits_of(unpack(packed)), bits_of(values))
+    assert torch.equal(unpack(packed.rows(30, 40)), values[30:])
+    assert packed.compiled == (group not in (24, 96))
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    codes = pack(torch.ones(4, 64, dtype=torch.int8))
+    for other, scales in (
+        (codes, torch.ones(4, 5)),
+        (codes, torch.ones(3, 4)),
+        (pack(torch.ones(4, 64)), torch.ones(4, 4)),
+    ):
+        with pytest.raises(ValueError, match="do not fit a 4 x 64 matrix"):
+            with_scales(other, scales.bfloat16(), torch.float32)
 
 
 def test_half_of_bfloat16_takes_nine_sixteenths() -> None:
@@ -240,6 +272,25 @@ def test_a_run_packs_its_checkpoint(llama: Path, tmp_path: Path, prune_here: Any
     assert not (tmp_path / "again" / "stage.json").exists()
 
 
+@pytest.mark.parametrize("zstd", [False, True], ids=["plain", "zstd"])
+def test_a_run_packs_codes_of_what_it_rounded(tmp_path: Path, prune_here: Any, zstd: bool) -> None:
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    if zstd:
+        pytest.importorskip("zstandard")
+    source, out = add_tokenizer(make(tmp_path / "model", "llama", torch.bfloat16)), tmp_path / "out"
+    options = ["metric=magnitude", "quantize=int8", "quantize.group=32", "quantize.rounding=nearest"]
+    report = prune_here(source, out, *options, f"pack={'zstd' if zstd else 'true'}")
+    facts, packed = report.stages["packed"], PackedCheckpoint(out / "packed")
+    assert facts["matrices"] == facts["of_codes"] == 14
+    assert "codes of 8 bits" in facts["summary"]
+    # one bit of mask, four of codes at a half, and sixteen for 32 inputs; room behind each of the small matrices
+    assert facts["packed_matrix_bytes"] < (1 if zstd else 0.40) * facts["dense_matrix_bytes"]
+    assert all(packed.bitmask(name).values.dtype == torch.int8 for name in packed.tensors if packed.holds_codes(name))
+    unpack_folder(out / "packed", tmp_path / "again")
+    assert same_bits(weights(out / "checkpoint"), weights(tmp_path / "again"))
+    assert verify(out / "packed") == 14
+
+
 def test_a_run_that_is_stopped_while_packing_goes_on_there(
     llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +316,7 @@ def test_a_run_that_is_stopped_while_packing_goes_on_there(
     [
         (["pack=gzip"], "pack=gzip: must be true, false or zstd"),
         (["pack=true", "sparsity=0.05"], "pack: at sparsity=0.05 a bit mask takes more than the zeros did"),
+        (["pack=true", "sparsity=0.1", "quantize=int8"], "pack: at sparsity=0.1 a bit mask takes more"),
     ],
 )
 def test_what_packing_cannot_do_is_said_before_work(options: list[str], words: str, configure: Any) -> None:

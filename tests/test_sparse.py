@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_packed import DTYPES, SHAPES, make_sparse, random_matrix
+from test_packed import DTYPES, SHAPES, make_sparse, random_matrix, rounded
+from tiny_models import add_tokenizer, make
 from tiny_models import load as load_dense
 
 from ace_cli import sparse
@@ -40,6 +41,16 @@ def test_the_product_is_the_sum_it_stands_for(shape: tuple[int, int], dtype: tor
 
 
 @compiled
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", [16, 32, 64, 128, None], ids=str)
+def test_a_product_of_codes_is_that_of_their_weights(group: int | None, dtype: torch.dtype, tokens: int) -> None:
+    values, packed = rounded(67, 96 if group is None else 3 * group, group, dtype)
+    x, bias = random_matrix(tokens, values.shape[1], dtype, zeros=0), random_matrix(1, 67, dtype)[0]
+    assert torch.equal(product(packed, x, bias), product(pack(values), x, bias))
+
+
+@compiled
 def test_threads_do_not_change_a_bit() -> None:
     packed, x = pack(random_matrix(300, 200, torch.bfloat16)), random_matrix(3, 200, torch.bfloat16, zeros=0)
     before = torch.get_num_threads()
@@ -64,6 +75,9 @@ def test_the_kernel_for_older_processors_agrees(tmp_path: Path, monkeypatch: pyt
             weight, x = random_matrix(65, 130, dtype), random_matrix(3, 130, dtype, zeros=0)
             wanted = x.double() @ weight.double().T
             assert torch.equal(unpack(pack(weight)), weight)
+            values, codes = rounded(65, 96, 32, dtype)
+            assert torch.equal(unpack(codes), values)
+            assert torch.equal(product(codes, x[:, :96]), product(pack(values), x[:, :96]))
             assert (product(pack(weight), x).double() - wanted).abs().max() <= ROUNDING[dtype] * wanted.abs().max()
     finally:
         for function in (native.library, bitmask._library, bitmask._x_is_bfloat16):
@@ -141,6 +155,26 @@ def test_a_packed_model_writes_what_the_dense_one_does(family: str, dtype: torch
         assert packed.dtype == packed.config.dtype == dtype
         same_model(dense, packed, dtype)
         assert any(isinstance(module, PackedLinear) for module in packed.modules()) or why_slow(dtype)
+
+
+@compiled
+@pytest.mark.parametrize("group", [32, 48])
+def test_a_rounded_model_computes_from_its_codes(group: int, tmp_path: Path, prune_here: Any) -> None:
+    """Where the compiled code knows such groups; else from the weights that they stand for."""
+    pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
+    source = make(tmp_path / "model", "llama", torch.bfloat16, hidden_size=96, num_attention_heads=6, head_dim=16)
+    options = ["metric=magnitude", "quantize=int8", f"quantize.group={group}", "quantize.rounding=nearest", "pack=true"]
+    prune_here(add_tokenizer(source), tmp_path / "out", *options)
+    model, dense = sparse.load(tmp_path / "out" / "packed"), load_dense(tmp_path / "out" / "checkpoint", torch.bfloat16)
+    same_model(dense, model, torch.bfloat16)
+    layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    assert len(layers) == 14
+    assert {layer.values.dtype for layer in layers} == {torch.int8 if group == 32 else torch.bfloat16}
+    with torch.inference_mode():
+        ids = torch.arange(5, 9)[None]
+        wanted = sparse.load(tmp_path / "out" / "checkpoint")(ids).logits
+        assert torch.equal(model(ids).logits, wanted)
+        assert torch.allclose(model.float()(ids).logits, dense.float()(ids).logits, atol=1e-3)
 
 
 def test_the_head_is_not_copied_for_a_prompts_last_token(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ FAMILIES: dict[str, tuple[list[str], str, str]] = {
     "hidden": (["unit=hidden"], "checkpoint", "sparsity=0.5"),
     "rank": (["unit=rank", "unit.factors=true"], "factors", "sparsity=0.4"),
     "packed": (["pack=true", "metric=magnitude"], "packed", "sparsity=0.4"),
+    "codes": (
+        ["pack=true", "quantize=int8", "quantize.group=32", "metric=magnitude", "quantize.rounding=nearest"], "packed",
+        "sparsity=0.4",
+    ),
     "bits": (["quantize.group=32", "metric=magnitude", "quantize.rounding=nearest"], "quantised", "quantize=int5"),
 }  # fmt: skip
 
@@ -54,7 +58,7 @@ def test_the_choice_that_loses_least_meets_the_size_to_the_byte(
     family: str, llama: Path, mixture: Path, tmp_path: Path, prune_here: Prune
 ) -> None:
     options, form, setting = FAMILIES[family]
-    if form == "quantised":
+    if family in ("codes", "bits"):
         pytest.importorskip("compressed_tensors", reason="pip install compressed-tensors")
     source = mixture if family == "expert" else llama
     name, value = setting.split("=")

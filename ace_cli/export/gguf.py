@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ace_cli import __version__
 from ace_cli.core.errors import AceError
 from ace_cli.core.stage import Progress, Stage
-from ace_cli.export.gguf_families import Family, NoForm, family_of, frequency_factors, keys_of, laid_out
+from ace_cli.export.gguf_families import (
+    Family,
+    NoForm,
+    family_of,
+    frequency_factors,
+    keys_of,
+    laid_out,
+    uneven_family,
+    uneven_keys,
+)
 from ace_cli.export.gguf_tokenizer import vocabulary_of
 from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
@@ -45,17 +54,23 @@ def fault(kind: str) -> str:
 
 @dataclass(frozen=True)
 class Gguf(Stage):
-    """One GGUF file whose matrices are of the type ``kind``; "stored": as the checkpoint has them."""
+    """One GGUF file whose matrices are of the type ``kind``; "stored": as the checkpoint has them.
+
+    ``uneven``: blocks may differ in width, once the source has been cut.
+    """
 
     name: ClassVar[str] = "gguf"
     kind: str = "stored"
+    uneven: bool = False
 
     def identity(self) -> dict[str, Any]:
         return {"kind": self.kind}
 
     def refusal(self, source: Path) -> str | None:
         try:
-            _Source(source, self.kind)
+            found = _Source(source, self.kind)
+            if self.uneven:
+                uneven_family(found.config)
         except NoForm as reason:
             return f"export=gguf: {source} cannot be exported, GGUF has no form for {reason}."
         return None
@@ -107,9 +122,12 @@ class _Source:
     def __init__(self, folder: Path, kind: str) -> None:
         self.checkpoint, self.kind = Checkpoint(folder), kind
         self.config = transformers_config(folder)
-        self.family: Family = family_of(self.config)
+        uneven = _differ_in_width(self.config)
+        self.family: Family = uneven_family(self.config) if uneven else family_of(self.config)
         self.keys = keys_of(self.config, self.family)
         self.names = self._names()
+        if uneven:
+            self.keys |= uneven_keys(self.config, {n: self.checkpoint.tensors[k].shape for n, k in self.names.items()})
         self.vocabulary = vocabulary_of(folder, self.config.vocab_size)
 
     def _head_is_tied(self) -> bool:
@@ -202,9 +220,22 @@ class _Source:
         writer.add_file_type(LlamaFileType[names.get(kind) or f"MOSTLY_{kind.upper()}"])
         writer.add_quantization_version(2)
         for key, value in self.keys.items():
-            add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
+            add = {
+                int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array,
+            }[type(value)]  # fmt: skip
             add(f"{self.family.arch}.{key}", value)
         self.vocabulary.add_to(writer, self.checkpoint.folder)
+
+
+def _differ_in_width(config: Any) -> bool:
+    """Whether blocks do. Raises NoForm where the stream between them is another one than the class has."""
+    from ace_cli.model.sliced import SHORTCUTS
+    from ace_cli.model.uneven import shapes_of
+
+    shapes = shapes_of(config)
+    if shapes and SHORTCUTS in config.pruning:
+        raise NoForm("a residual stream that changes its basis between the blocks")
+    return bool(shapes)
 
 
 def _encoded(value: NDArray[Any], kind: GGMLQuantizationType) -> NDArray[Any]:

@@ -7,14 +7,14 @@ Names of tensors are gguf's own ``TensorNameMap``; keys are those of https://git
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Keys = dict[str, int | float | str]
+Keys = dict[str, int | float | str | list[int]]
 
 
 class NoForm(Exception):
@@ -94,10 +94,36 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def uneven_family(config: Any) -> Family:
+    """The row of a model whose blocks differ in width: only Llama's shape has one. Raises NoForm."""
+    family = family_of(config)
+    if family.arch != "llama":
+        raise NoForm(f"a {config.model_type} whose blocks differ in width (deci has Llama's shape)")
+    return replace(family, arch="deci")
+
+
+def uneven_keys(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> Keys:
+    """The keys that have a number for each block. ``shapes``: of the tensors by their names in GGUF."""
+
+    def rows(leaf: str) -> list[int]:
+        return [shapes[f"blk.{index}.{leaf}.weight"][0] for index in range(config.num_hidden_layers)]
+
+    head = head_width(config)
+    return {
+        "feed_forward_length": rows("ffn_gate"),
+        "attention.head_count": [width // head for width in rows("attn_q")],
+        "attention.head_count_kv": [width // head for width in rows("attn_k")],
+    }
+
+
+def head_width(config: Any) -> int:
+    """Outputs of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def keys_of(config: Any, family: Family) -> Keys:
     """What the file says of the model's shape, without the prefix of the architecture. Raises NoForm."""
-    heads = config.num_attention_heads
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    heads, head = config.num_attention_heads, head_width(config)
     return {
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
@@ -146,7 +172,7 @@ def frequency_factors(config: Any) -> list[float] | None:
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_width(config)
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     found = []
     for index in range(0, head, 2):
@@ -162,6 +188,6 @@ def laid_out(name: str, tensor: Tensor, config: Any, family: Family) -> Tensor:
         return tensor.float() + family.norm_offset
     leaf = name.split(".")[-2]
     if family.interleaved and leaf in ("attn_q", "attn_k"):
-        heads = config.num_attention_heads if leaf == "attn_q" else config.num_key_value_heads
+        heads = len(tensor) // head_width(config)
         return tensor.view(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
     return tensor

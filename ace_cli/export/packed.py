@@ -1,7 +1,8 @@
 """``pack=true``: a checkpoint with many zeros in fewer bytes, exact to unpack.
 
-Every matrix that takes fewer bytes as a bit mask and values is stored so, every other tensor as it is. What was
-written is read again and compared bit for bit before it gets its name.
+Every matrix that takes fewer bytes as a bit mask and values is stored so, every other tensor as it is. Of weights that
+``quantize=`` rounded the values are codes of 8 bits, with a scale for each group. What was written is read again and
+compared bit for bit before it gets its name.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.stage import Progress, Stage
+from ace_cli.export.quantised import scales_in
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint, shard_plan
 from ace_cli.model.header import DTYPES, TensorEntry
@@ -24,6 +26,8 @@ from ace_cli.model.plain_again import check_reads_back, copy_beside
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ace_cli.methods.grids import Grid
 
 _PACKABLE = ("BF16", "F16", "F32")
 
@@ -36,7 +40,7 @@ class Pack(Stage):
     zstd: bool = False
 
     def identity(self) -> dict[str, Any]:
-        return {"zstd": self.zstd}
+        return {"zstd": self.zstd, "codes": True}
 
     def refusal(self, source: Path) -> str | None:
         if self.zstd:
@@ -48,10 +52,10 @@ class Pack(Stage):
 
     def run(self, source: Path, target: Path, progress: Progress) -> dict[str, Any]:
         checkpoint = Checkpoint(source)
+        parts = _Parts(checkpoint, self.zstd, grids_of(source))
         with progress("packing", len(checkpoint.tensors)) as step:
             for file, entries in shard_plan(checkpoint.tensors).items():
-                name = file.replace("model", "packed", 1)
-                _write_shard(checkpoint, entries, target / name, self.zstd, step)
+                _write_shard(parts, entries, target / file.replace("model", "packed", 1), step)
         _write_rest(checkpoint, target)
         return _facts(checkpoint, target, self.zstd)
 
@@ -59,7 +63,7 @@ class Pack(Stage):
         files, matrices = (facts[f"packed_{of}"] / max(1, facts[f"dense_{of}"]) for of in ("bytes", "matrix_bytes"))
         return (
             f"{facts['packed_bytes'] / 1e9:.2f} GB, {files:.3f} of the dense files; its {facts['matrices']} packed "
-            f"matrices take {matrices:.3f} of their dense bytes"
+            f"matrices take {matrices:.3f} of their dense bytes{', as codes of 8 bits' if facts['of_codes'] else ''}"
         )
 
     def verify(self, source: Path, target: Path) -> None:
@@ -105,19 +109,25 @@ def _check(source: Path, target: Path) -> None:
         )
 
 
-def _write_shard(
-    checkpoint: Checkpoint, entries: list[TensorEntry], file: Path, zstd: bool, step: Callable[[], None]
-) -> None:
+def grids_of(source: Path) -> dict[str, Grid]:
+    """Tensor -> the grid that its values were rounded to, of a checkpoint that was pruned here."""
+    from ace_cli.model.pruned import MANIFEST, read_manifest
+
+    manifest = read_manifest(source) if (source / MANIFEST).is_file() else None
+    return {} if manifest is None or manifest.grid is None else dict.fromkeys(manifest.slots, manifest.grid)
+
+
+def _write_shard(parts: _Parts, entries: list[TensorEntry], file: Path, step: Callable[[], None]) -> None:
     """One safetensors file of these tensors, packed.
 
     Its header, which tells where each tensor ends, comes before them: room is left for the longest that it can be.
     """
-    start = _start(entries)
+    start = _start(entries, parts.grids)
     stored = []
     with open(file, "wb") as stream:
         stream.seek(start)
         for entry in entries:
-            for end, tensor in _parts(checkpoint, entry, zstd):
+            for end, tensor in parts.of(entry):
                 raw = _bytes(tensor)
                 stored.append((f"{entry.name}{end}", _dtype_name(tensor), tuple(tensor.shape), len(raw)))
                 stream.write(raw)
@@ -129,43 +139,62 @@ def _write_shard(
         os.fsync(stream.fileno())
 
 
-def packed_file_bytes(tensors: Mapping[str, TensorEntry], nonzeros: Mapping[str, int]) -> int:
-    """Bytes of the packed files of tensors of which some have so many values that are not zero."""
+def packed_file_bytes(
+    tensors: Mapping[str, TensorEntry], nonzeros: Mapping[str, int], grids: Mapping[str, Grid]
+) -> int:
+    """Bytes of the packed files of tensors of which some have so many values that are not zero, some on a grid."""
     return sum(
-        _start(entries) + sum(_stored_bytes(entry, nonzeros.get(entry.name)) for entry in entries)
+        _start(entries, grids)
+        + sum(_stored_bytes(entry, nonzeros.get(entry.name), grids.get(entry.name)) for entry in entries)
         for entries in shard_plan(tensors).values()
     )
 
 
-def _stored_bytes(entry: TensorEntry, nonzeros: int | None) -> int:
+def _stored_bytes(entry: TensorEntry, nonzeros: int | None, grid: Grid | None) -> int:
+    """Of a tensor with so many values, None: one that is not pruned."""
     from ace_cli.kernels.bitmask import packed_bytes
 
     if nonzeros is None or entry.dtype not in _PACKABLE:
         return entry.nbytes
-    columns = entry.shape[-1]
-    return min(entry.nbytes, packed_bytes((entry.numel // columns, columns), nonzeros, DTYPES[entry.dtype][1]))
+    rows, columns = entry.numel // entry.shape[-1], entry.shape[-1]
+    scales = 0 if grid is None else 2 * rows * (columns // grid.width(columns))
+    width = DTYPES[entry.dtype][1] if grid is None else 1
+    return min(entry.nbytes, packed_bytes((rows, columns), nonzeros, width) + scales)
 
 
-def _start(entries: list[TensorEntry]) -> int:
+def _start(entries: list[TensorEntry], grids: Mapping[str, Grid]) -> int:
     """Where data starts in a file: behind the longest header that it can have."""
-    parts = [f"{entry.name}{end}" for entry in entries for end in (".bitmask", ".values")]
+    ends = (".bitmask", ".values", ".scales")
+    parts = [f"{entry.name}{end}" for entry in entries for end in (ends if entry.name in grids else ends[:2])]
     longest = _header((part, "BF16", (*[10**12] * 8,), 10**12) for part in parts)
     return -(-len(longest) // disk.PAGE) * disk.PAGE
 
 
-def _parts(checkpoint: Checkpoint, entry: TensorEntry, zstd: bool) -> Iterable[tuple[str, Tensor]]:
-    """What is stored of a tensor: the end of its name -> the part."""
-    from ace_cli.kernels.bitmask import bits_of, pack, packed_bytes
+@dataclass(frozen=True)
+class _Parts:
+    """What is stored of the tensors of ``checkpoint``; ``grids``: of those that were rounded."""
 
-    tensor = checkpoint.read(entry.name)
-    if entry.dtype not in _PACKABLE or len(entry.shape) < 2 or not entry.numel:
-        return [("", tensor)]
-    matrix = tensor.view(-1, entry.shape[-1])
-    nonzeros, width = int(bits_of(matrix).count_nonzero()), DTYPES[entry.dtype][1]
-    if packed_bytes(matrix.shape, nonzeros, width) >= entry.nbytes:
-        return [(".zstd", compressed(tensor))] if zstd else [("", tensor)]
-    packed = pack(matrix)
-    return [(".bitmask", packed.mask), (".zstd", compressed(packed.values)) if zstd else (".values", packed.values)]
+    checkpoint: Checkpoint
+    zstd: bool
+    grids: Mapping[str, Grid]
+
+    def of(self, entry: TensorEntry) -> Iterable[tuple[str, Tensor]]:
+        """The end of its name -> the part."""
+        from ace_cli.kernels.bitmask import bits_of, pack
+
+        tensor = self.checkpoint.read(entry.name)
+        if entry.dtype not in _PACKABLE or len(entry.shape) < 2 or not entry.numel:
+            return [("", tensor)]
+        matrix, scales = tensor.view(-1, entry.shape[-1]), []
+        grid = self.grids.get(entry.name)
+        if _stored_bytes(entry, int(bits_of(matrix).count_nonzero()), grid) >= entry.nbytes:
+            return [(".zstd", compressed(tensor))] if self.zstd else [("", tensor)]
+        if grid is not None:
+            scale_OG = scales_in(self.checkpoint, entry.name, tensor, grid)
+            matrix, scales = grid.codes(matrix, scale_OG), [(".scales", scale_OG.bfloat16())]
+        packed = pack(matrix)
+        values = (".zstd", compressed(packed.values)) if self.zstd else (".values", packed.values)
+        return [(".bitmask", packed.mask), values, *scales]
 
 
 def _header(stored: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
@@ -197,21 +226,23 @@ def _write_rest(checkpoint: Checkpoint, target: Path) -> None:
 
 _CARD = """# A packed checkpoint
 
-Matrices are stored as a bit mask and the values that are not zero (packed.json tells which). No other engine reads
-this folder: `ace_cli.sparse.load(FOLDER)` gives a transformers model that computes with the packed matrices,
-`ace_cli.model.packed.unpack_folder(FOLDER, NEW_FOLDER)` the plain checkpoint, bit for bit.
+Matrices are stored as a bit mask and the values that are not zero (packed.json tells which); rounded ones as codes of
+8 bits with scales. No other engine reads this folder: `ace_cli.sparse.load(FOLDER)` gives a transformers model that
+computes with the packed matrices, `ace_cli.model.packed.unpack_folder(FOLDER, NEW_FOLDER)` the plain checkpoint, bit
+for bit.
 """
 
 
 def _facts(checkpoint: Checkpoint, target: Path, zstd: bool) -> dict[str, Any]:
     packed = PackedCheckpoint(target)
     names = [name for name in packed.tensors if packed.holds_packed(name)]
-    ends = (".bitmask", ".zstd" if zstd else ".values")
+    parts = [f"{name}{end}" for name in names for end in (".bitmask", ".zstd", ".values", ".scales")]
     return {
         "matrices": len(names),
+        "of_codes": sum(map(packed.holds_codes, names)),
         "dense_bytes": checkpoint.file_bytes,
         "packed_bytes": packed.file_bytes,
         "dense_matrix_bytes": sum(packed.tensors[name].nbytes for name in names),
-        "packed_matrix_bytes": sum(packed.stored[f"{name}{end}"].nbytes for name in names for end in ends),
+        "packed_matrix_bytes": sum(packed.stored[part].nbytes for part in parts if part in packed.stored),
         "zstd": zstd,
     }

@@ -81,10 +81,7 @@ class Quantised(Stage):
         import torch
 
         values_OI, grid = checkpoint.read(name), self._grid
-        try:
-            scale_OG = grid.scales_of(values_OI)
-        except ValueError as fault:
-            raise AceError(f"{checkpoint.folder}: {name}: {fault}.", "Prune and quantise the model again.") from None
+        scale_OG = scales_in(checkpoint, name, values_OI, grid)
         codes_OI = grid.codes(values_OI, scale_OG)
         dtype = getattr(torch, DTYPES[_scale_dtype(checkpoint.tensors[name])][0])
         return (
@@ -103,6 +100,14 @@ class Quantised(Stage):
         for file, text in ((QUANTISED, json.dumps(content, indent=1)), ("config.json", json.dumps(config, indent=2))):
             (target / file).write_text(text + "\n", encoding="utf-8")
         (target / "README.md").write_text(_CARD.format(bits=self.bits), encoding="utf-8")
+
+
+def scales_in(checkpoint: Checkpoint, name: str, values_OI: Tensor, grid: Grid) -> Tensor:
+    """The scales (O, G), float32, of values of ``checkpoint`` on a grid; AceError if they are on none."""
+    try:
+        return grid.scales_of(values_OI)
+    except ValueError as fault:
+        raise AceError(f"{checkpoint.folder}: {name}: {fault}.", "Prune and quantise the model again.") from None
 
 
 def stored_entries(tensors: Mapping[str, TensorEntry], names: list[str], grid: Grid) -> dict[str, TensorEntry]:

@@ -1,7 +1,8 @@
 """Matrices with many zeros as a bit mask and the values that are not zero, exactly.
 
 Of a bfloat16 matrix with half of its weights zero 0.5625 of the bytes are left. A CPU that decodes one token at a time
-waits for weights, so it gains as much: ``product`` reads the packed form. O outputs, I inputs, T tokens.
+waits for weights, so it gains as much: ``product`` reads the packed form. Of weights that are codes of 8 bits times a
+scale the codes are kept. O outputs, I inputs, T tokens, G groups of a row that share a scale.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy
@@ -19,11 +20,13 @@ from torch import Tensor
 from ace_cli.kernels import native
 
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_INTEGERS = {2: torch.int16, 4: torch.int32}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 #: Bytes that follow the last value, rounded up to as many: whole vectors are read.
 _ROOM = 64
 #: Rows that a thread takes at once.
 _CHUNK = 32
+#: By how many bits the number of 16 columns is shifted to that of its scale, where a row has one.
+_ALL = 62
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,50 @@ class Bitmask:
 
     ``mask`` is uint8 (O, 8 ceil(I / 64)): bit b of byte k of a row stands for column 8 k + b. ``values`` are those of
     row 0, then row 1, ...; then room. ``starts`` (O,) is where each row begins in them.
+
+    With ``scales``, bfloat16 (O, G), values are codes, int8: a weight is code * scale, rounded to ``rounded_to``.
     """
 
     shape: tuple[int, int]
     mask: Tensor
     values: Tensor
     starts: Tensor
+    scales: Tensor | None = None
+    rounded_to: torch.dtype | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrix."""
+        return self.rounded_to or self.values.dtype
 
     @property
     def nbytes(self) -> int:
         """Bytes that a product reads."""
-        return self.mask.nbytes + self.values.nbytes + self.starts.nbytes
+        parts = (self.mask, self.values, self.starts, self.scales)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled code knows such groups: a row, or a power of two of columns from 16 on."""
+        groups = 1 if self.scales is None else self.scales.shape[1]
+        width = self.shape[1] // groups
+        return groups == 1 or (width >= 16 and not width & (width - 1))
 
     def rows(self, first: int, last: int) -> Bitmask:
         """Some of its rows, in the same memory."""
         shape = (min(last, self.shape[0]) - first, self.shape[1])
-        return Bitmask(shape, self.mask[first:last], self.values, self.starts[first:last])
+        scales = None if self.scales is None else self.scales[first:last]
+        return replace(self, shape=shape, mask=self.mask[first:last], starts=self.starts[first:last], scales=scales)
 
 
 def packed_bytes(shape: Sequence[int], nonzeros: int, width: int) -> int:
-    """Bytes of mask and values of a matrix (O, I) whose elements take ``width`` bytes."""
+    """Bytes of mask and values of a matrix (O, I) whose elements, or codes, take ``width`` bytes."""
     rows, columns = shape
     return rows * 8 * -(-columns // 64) + _with_room(nonzeros, width) * width
 
 
 def pack(weight_OI: Tensor) -> Bitmask:
-    """Exactly ``weight_OI`` (bfloat16, float16 or float32, on the CPU), bits and all."""
+    """Exactly ``weight_OI`` (bfloat16, float16, float32 or int8, on the CPU), bits and all."""
     rows, columns = weight_OI.shape
     bits_OI = bits_of(weight_OI.contiguous())
     nonzeros = int(bits_OI.count_nonzero())
@@ -72,6 +93,15 @@ def pack(weight_OI: Tensor) -> Bitmask:
         packed = numpy.packbits(keep_OI, axis=1, bitorder="little")
         mask.copy_(torch.from_numpy(numpy.pad(packed, ((0, 0), (0, mask.shape[1] - packed.shape[1])))))
     return from_parts((rows, columns), mask, values.view(weight_OI.dtype))
+
+
+def with_scales(codes: Bitmask, scales: Tensor, dtype: torch.dtype) -> Bitmask:
+    """The matrix code * scale, rounded to ``dtype``; scales bfloat16 (O, G). ValueError where they do not fit."""
+    rows, columns = codes.shape
+    fits = codes.values.dtype == torch.int8 and scales.dim() == 2 and len(scales) == rows and scales.shape[1] > 0
+    if not fits or columns % scales.shape[1]:
+        raise ValueError(f"scales {tuple(scales.shape)} do not fit a {rows} x {columns} matrix")
+    return replace(codes, scales=scales.contiguous(), rounded_to=dtype)
 
 
 def from_parts(shape: tuple[int, int], mask: Tensor, values: Tensor) -> Bitmask:
@@ -94,8 +124,8 @@ def bits_of(tensor: Tensor) -> Tensor:
 def unpack(packed: Bitmask, out: Tensor | None = None) -> Tensor:
     """The matrix (O, I) again, bit for bit; in the memory of ``out`` (at least O I, flat, of its dtype) if given."""
     rows, columns = packed.shape
-    room = packed.values.new_empty(rows * columns) if out is None else out[: rows * columns]
-    if (lib := _library()) is None or packed.mask.device.type != "cpu":
+    room = packed.mask.new_empty(rows * columns, dtype=packed.dtype) if out is None else out[: rows * columns]
+    if (lib := _library()) is None or packed.mask.device.type != "cpu" or not packed.compiled:
         return _unpack_slowly(packed, room.view(rows, columns))
     job = _job(packed, None, None, room, 1)
     lib.ace_unpack(ctypes.byref(job), *_threads())
@@ -120,14 +150,17 @@ def why_slow(dtype: torch.dtype) -> str:
 
 
 def product(packed: Bitmask, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x W^T + b -> (T, O), summed in float32, in the dtype of the values. On a CPU, where ``why_slow`` is empty."""
+    """x W^T + b -> (T, O), summed in float32, in the dtype of W. If ``compiled``, on a CPU where ``why_slow`` is empty.
+
+    Of codes as of the weights that they stand for, bit for bit but for the smallest bfloat16 (below 2^-126).
+    """
     lib = _library()
-    assert lib is not None
-    x_TI = x_TI.to(torch.bfloat16 if packed.values.dtype == torch.bfloat16 and _x_is_bfloat16() else torch.float32)
+    assert lib is not None and packed.compiled
+    x_TI = x_TI.to(torch.bfloat16 if packed.dtype == torch.bfloat16 and _x_is_bfloat16() else torch.float32)
     if x_TI.shape[1] % 64:
         x_TI = torch.nn.functional.pad(x_TI, (0, -x_TI.shape[1] % 64))
     x_TI = x_TI.contiguous()
-    out_TO = packed.values.new_empty(len(x_TI), packed.shape[0])
+    out_TO = packed.mask.new_empty(len(x_TI), packed.shape[0], dtype=packed.dtype)
     job = _job(packed, x_TI, bias_O, out_TO, len(x_TI))
     lib.ace_product(ctypes.byref(job), *_threads())
     return out_TO
@@ -140,8 +173,8 @@ class _Job(ctypes.Structure):
     """As packed.c has it."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("mask", "values", "starts", "x", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "words", "columns", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("mask", "values", "starts", "x", "bias", "y", "scales")),
+        *((name, ctypes.c_int64) for name in ("rows", "words", "columns", "tokens", "groups", "shift")),
         ("type", ctypes.c_int32), ("chunk", ctypes.c_int32), ("next", ctypes.c_int64),
     ]  # fmt: skip
 
@@ -167,11 +200,13 @@ def _x_is_bfloat16() -> bool:
 
 
 def _job(packed: Bitmask, x: Tensor | None, bias: Tensor | None, out: Tensor, tokens: int) -> _Job:
-    pointers = (packed.mask, packed.values, packed.starts, x, bias, out)
+    pointers = (packed.mask, packed.values, packed.starts, x, bias, out, packed.scales)
     (rows, columns), words = packed.shape, packed.mask.shape[1] // 8
+    groups = 1 if packed.scales is None else packed.scales.shape[1]
+    shift = _ALL if groups == 1 else (columns // groups // 16).bit_length() - 1
     return _Job(
         *(None if tensor is None else tensor.data_ptr() for tensor in pointers),
-        rows, words, columns, tokens, _TYPES[packed.values.dtype], _CHUNK, 0,
+        rows, words, columns, tokens, groups, shift, _TYPES[packed.dtype], _CHUNK, 0,
     )  # fmt: skip
 
 
@@ -184,7 +219,11 @@ def _unpack_slowly(packed: Bitmask, out_OI: Tensor) -> Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=mask.device)
     keep_OI = ((mask[:, :, None] >> bits) & 1).bool().view(rows, -1)[:, :columns]
     first = int(packed.starts[0]) if rows else 0
-    out_OI.zero_()[keep_OI] = packed.values[first : first + int(keep_OI.sum())]
+    values = packed.values[first : first + int(keep_OI.sum())]
+    if packed.scales is not None:
+        scale_OI = packed.scales.float().repeat_interleave(columns // packed.scales.shape[1], dim=1)
+        values = (values * scale_OI[keep_OI]).to(packed.dtype)
+    out_OI.zero_()[keep_OI] = values
     return out_OI
 
 

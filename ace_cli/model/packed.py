@@ -2,7 +2,8 @@
 
 A Hugging Face folder but for its weights: ``packed*.safetensors``, a name that no other loader takes for a model's
 (one that did would leave the packed matrices random). A matrix W is there as ``W.bitmask`` and ``W.values``, as
-``ace_cli.kernels.bitmask`` has them; another tensor as it was. Values compressed further are ``W.zstd``.
+``ace_cli.kernels.bitmask`` has them; another tensor as it was. Of a matrix on a grid the values are codes, int8, and
+``W.scales`` (O, G) is there as well. Values compressed further are ``W.zstd``.
 packed.json tells the shape and dtype of every tensor.
 """
 
@@ -78,14 +79,24 @@ class PackedCheckpoint(Checkpoint):
         """Whether the tensor is a packed matrix."""
         return f"{name}.bitmask" in self.stored
 
+    def holds_codes(self, name: str) -> bool:
+        """Whether the tensor is a packed matrix of codes and scales."""
+        return f"{name}.scales" in self.stored
+
     def bitmask(self, name: str) -> Bitmask:
         """The packed matrix ``name``, all axes but the last being rows. Raises AceError where its parts do not fit."""
-        from ace_cli.kernels.bitmask import from_parts
+        import torch
+
+        from ace_cli.kernels.bitmask import from_parts, with_scales
 
         *rows, columns = self.tensors[name].shape
         mask = self._raw(f"{name}.bitmask")
         try:
-            return from_parts((math.prod(rows), columns), mask, self._values(name))
+            packed = from_parts((math.prod(rows), columns), mask, self._values(name))
+            if not self.holds_codes(name):
+                return packed
+            dtype = getattr(torch, DTYPES[self.tensors[name].dtype][0])
+            return with_scales(packed, self._raw(f"{name}.scales").bfloat16(), dtype)
         except ValueError as fault:
             raise AceError(f"{self.folder}: {name} is damaged: {fault}.", "Pack the checkpoint again.") from None
 
@@ -111,7 +122,7 @@ class PackedCheckpoint(Checkpoint):
     def _values(self, name: str) -> Tensor:
         if f"{name}.values" in self.stored:
             return self._raw(f"{name}.values")
-        return decompressed(self._raw(f"{name}.zstd"), self.tensors[name].dtype)
+        return decompressed(self._raw(f"{name}.zstd"), "I8" if self.holds_codes(name) else self.tensors[name].dtype)
 
     def _read_fingerprint(self) -> str:
         told = (self.folder / PACKED).read_bytes()

@@ -316,7 +316,7 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
     if parts.recover.acts and parts.propagate is Propagate.dense:
         faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
     faults += _misfits_of_quantize(parts)
-    if parts.pack and 16 * pattern.pruned(1, 9216) <= 9216:
+    if parts.pack and (8 if parts.quantize.acts else 16) * pattern.pruned(1, 9216) <= 9216:
         faults.append(f"pack: at sparsity={pattern} a bit mask takes more than the zeros did")
     return faults
 
@@ -341,7 +341,7 @@ def _stages(parts: Any) -> tuple[Stage, ...]:
     factored = [Factors()] if parts.unit.ranks and parts.unit.factors else []
     codes = [Quantised(parts.quantize.bits, parts.quantize.group)] if parts.quantize.acts else []
     packed = [Pack(parts.pack == "zstd")] if parts.pack else []
-    return (*factored, *codes, *packed, *([Gguf(_gguf_kind(parts.export))] if parts.export else []))
+    return (*factored, *codes, *packed, *([Gguf(_gguf_kind(parts.export), parts.unit.uneven)] if parts.export else []))
 
 
 def _gguf_kind(export: str) -> str:
@@ -408,6 +408,8 @@ def _misfits_of_slices(parts: Any, pattern: Pattern) -> list[str]:
             faults.append(f"{name} means nothing for unit=hidden: give the share that goes")
     if parts.pack:
         faults.append("pack keeps zeros small: unit=hidden makes none")
+    if parts.export:
+        faults.append("export=gguf: GGUF has no form for a residual stream that changes its basis (unit=hidden)")
     return faults
 
 

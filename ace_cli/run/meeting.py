@@ -170,14 +170,17 @@ def _ranks(config: RunConfig, model: StreamedModel, target: Target) -> Iterator[
 def _packed(config: RunConfig, model: StreamedModel) -> Iterator[Way]:
     """From the sparsity on at which masks take less than the zeros did."""
     slots, tensors = slots_of(model), model.checkpoint.tensors
+    if config.quantize.acts:
+        check_grid(config.quantize, model)
+    grids = dict.fromkeys((slot.key for slot in slots), config.quantize.grid()) if config.quantize.acts else {}
 
     def size(pattern: Ratio) -> int:
         nonzeros = {slot.key: tensors[slot.key].numel for slot in slots}
         for slot in slots:
             nonzeros[slot.key] -= pattern.pruned(*slot.shape)
-        return packed_file_bytes(tensors, nonzeros)
+        return packed_file_bytes(tensors, nonzeros, grids)
 
-    for step in range(_STEPS // 16 + 1, _STEPS):
+    for step in range(_STEPS // (8 if grids else 16) + 1, _STEPS):
         if tried := _pruning(config, Fraction(step, _STEPS)):
             yield _way(tried, partial(size, tried.pattern))  # type: ignore[arg-type]
 
