@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,10 +49,14 @@ def layer(seed: int = 0, n_out: int = 12, n_in: int = 64, n_tokens: int = 200) -
     return torch.randn(n_out, n_in, generator=gen), (x_TI.T @ x_TI).double()
 
 
-def run(repair: Repair, weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern = HALF) -> Repaired:
+def seen_of(gram: Tensor) -> Seen:
     seen = Seen((Gram(),))
     seen[Gram()].total_II, seen[Gram()].tokens = gram, 200
-    return repair.repair(weight, keep, seen, pattern)
+    return seen
+
+
+def run(repair: Repair, weight: Tensor, keep: Tensor, gram: Tensor, pattern: Pattern = HALF) -> Repaired:
+    return repair.repair(weight, keep, seen_of(gram), pattern)
 
 
 def slow_scale(weights: list[float], costs: list[float], grid: Grid) -> float:
@@ -109,9 +114,11 @@ def test_the_joint_sweep_is_the_published_one(pattern: Pattern, group: int | Non
         gram = Factors(gram, 200).damped(0.0).double()
     grid, adaptive, keep = Grid(bits, group), bool(pattern.group_width), pattern.keep(weight.abs())
     slow, mask = slow_sweep(weight, gram, pattern, 0.05, grid, keep, adaptive)
-    of = Damping.unit if unit else Damping.mean
-    sweep = SparseGPT(damping=0.05, damping_of=of, block_columns=20, adaptive=adaptive)
-    done = run(Quantised(sweep, grid, Rounding.joint, None), weight, keep, gram, pattern)
+    sweep = SparseGPT(damping=0.05, damping_of=Damping.mean, block_columns=20, adaptive=adaptive)
+    if unit:  # the damping is that of the rounding
+        done = run(Quantised(replace(sweep, damping=9.0), grid, Rounding.joint, 0.05), weight, keep, gram, pattern)
+    else:
+        done = sweep.repair(weight, keep, seen_of(gram), pattern, grid)
     assert torch.equal(done.keep_OI, mask)
     torch.testing.assert_close(done.weight_OI.double(), slow, rtol=1e-5, atol=1e-6)
     assert not bool(done.weight_OI[~mask].any()) and not bool(done.weight_OI.signbit()[done.weight_OI == 0].any())
