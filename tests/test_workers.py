@@ -20,6 +20,7 @@ import torch
 import working
 from tiny_models import add_tokenizer, make
 
+from ace_cli.cli import evaluate
 from ace_cli.core import workers
 from ace_cli.core.steps import NOBODY
 from ace_cli.core.workers import Workers
@@ -45,6 +46,7 @@ CELLS = {
     "statistics by parts": ("wide", "metric=ace", "metric.sweeps=2", "sparsity=0.5", *LONG),
     "statistics of all rows": ("wide", "metric=ace", "metric.sweeps=2", "permute=ria", "sparsity=2:4", *LONG),
     "channels": ("llama", "unit=channel", "metric=sobp", "sparsity=0.25"),
+    "channels of experts": ("mixtral", "unit=channel", "sparsity=0.25"),
     "blocks that go": ("llama", "unit=block", "keep=1"),
     "products": ("llama", "unit=rank", "sparsity=40%"),
 }
@@ -170,6 +172,35 @@ def test_what_can_be_mended_is_said_once(models: dict[str, Path], tmp_path: Path
     assert "Worker 1 does not hold what worker 0 does" in lines[0]
     assert start(working.command, log, [*arguments, "metric=nonsense"]) == [2, 2]
     assert log.read_text().count("nonsense") == 1
+
+
+@no_forks
+def test_ace_eval_by_two_workers_says_once_what_one_says(
+    models: dict[str, Path], documents: Path, tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [str(models["llama"]), "--tasks", "none", "--text", str(documents), "--seq-len", "128",
+                 "--max-windows", "20", "--device", "cpu", "--json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["ace-eval", *arguments, str(tmp_path / "one.json")])
+    evaluate.main()
+    log = tmp_path / "log"
+    assert start(working.evaluate, log, [*arguments, str(tmp_path / "two.json")]) == [0, 0], log.read_text()
+    assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+    assert log.read_text().count("Scores: ") == 1
+    assert start(working.evaluate, log, [str(tmp_path / "nothing"), *arguments[1:], "x"]) == [2, 2], log.read_text()
+    assert log.read_text().count("ace-eval: ") == 1
+
+
+@pytest.mark.parametrize("many", ["-m", "hydra.mode=MULTIRUN"])
+def test_many_models_are_for_launchers(
+    models: dict[str, Path], tmp_path: Path, here: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, many: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "sweep"
+    refused = here(many, f"model.path={models['llama']}", "sparsity=0.1,0.2", f"output_dir={out}")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert "Several workers make one model, -m makes many" in refused.stderr
+    monkeypatch.setenv("RANK", "1")
+    assert here(many, f"model.path={models['llama']}", "sparsity=0.1,0.2", f"output_dir={out}").stderr == ""
 
 
 def test_pieces_do_not_depend_on_the_number_of_workers() -> None:

@@ -54,6 +54,15 @@ def unlike(rank: int, size: int, port: int, log: Path, arguments: list[str]) -> 
     command(rank, size, port, log, arguments)
 
 
+def evaluate(rank: int, size: int, port: int, log: Path, arguments: list[str]) -> None:
+    """ace-eval as torchrun starts it."""
+    set_up(rank, size, port, log)
+    from ace_cli.cli.evaluate import main
+
+    sys.argv = ["ace-eval", *arguments]
+    main()
+
+
 def jobs(rank: int, size: int, port: int, log: Path, each: list[list[str]], results: Path) -> None:
     """Several runs by the same workers; the first one leaves its reports in ``results``."""
     set_up(rank, size, port, log)

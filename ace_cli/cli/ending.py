@@ -17,7 +17,7 @@ from ace_cli.core import workers
 from ace_cli.core.console import unwritten
 from ace_cli.core.errors import AceError, first_line
 
-MEND = 2
+LOST, MEND = 1, 2
 #: What takes every command that computes its first seconds.
 LOADING = "loading torch and transformers"
 #: Files of ours, and what files of models have in their path.
@@ -31,12 +31,16 @@ def command(program: str) -> Callable[[Callable[P, None]], Callable[P, None]]:
     def make(main: Callable[P, None]) -> Callable[P, None]:
         @functools.wraps(main)
         def start(*args: P.args, **kwargs: P.kwargs) -> None:
+            if (code := workers.ended()) is not None:
+                sys.exit(code)
             try:
                 _check_working_folder()
                 try:
                     main(*args, **kwargs)
                 finally:
                     _flush()  # here at the latest a reader that went away, or a full disk, shows
+            except workers.LostWorker as fault:
+                sys.exit(lost(program, fault))
             except AceError as fault:
                 sys.exit(mend(program, fault))
             except OSError as fault:
@@ -82,6 +86,15 @@ def mend(program: str, fault: AceError) -> int:
         print(f"{program}: {fault}", file=sys.stderr)
     workers.remember_end(MEND)
     return MEND
+
+
+def lost(program: str, fault: workers.LostWorker) -> int:
+    """Others ended. If one of them said why, that is all; otherwise starting again goes on from what is finished."""
+    if workers.another_spoke():
+        workers.remember_end(MEND)
+        return MEND
+    print(f"{program}: {fault}", file=sys.stderr)
+    return LOST
 
 
 def of_system(fault: OSError) -> AceError:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.cli.ending import LOADING, command, stopping_at_once
 from ace_cli.cli.flags import Flags, computing_faults
+from ace_cli.core import workers
 from ace_cli.core.device import Dtype, choose_device, choose_dtype
 from ace_cli.core.errors import AceError, wider_than
 from ace_cli.core.memory import lack_in_one_line, lasting
@@ -40,6 +41,8 @@ def measure(words: list[str]) -> facts.Comparison:
         models = {name: named_model(name) for name in arguments.models}
         with lack_in_one_line("Lower --seq-len, or use --dtype bfloat16 or --device cpu."):
             return _evaluate(arguments, models, options, texts)
+    except workers.LostWorker:
+        raise
     except AceError as fault:
         raise AceError(_in_flags(fault.problem), _in_flags(fault.hint)) from fault
 
@@ -101,7 +104,7 @@ def _evaluate(
 ) -> facts.Comparison:
     from ace_cli.report.terminal import Terminal, quiet_libraries
 
-    terminal = Terminal()
+    terminal = Terminal(quiet=workers.size() > 1)
     # torch and transformers take seconds to import; --help and faults must not wait for them
     with terminal.waiting(LOADING), lasting(), stopping_at_once("ace-eval"):
         import dataclasses
@@ -115,6 +118,8 @@ def _evaluate(
 
     quiet_libraries()
     device = choose_device(arguments.device)
+    group = workers.join(device.type)
+    terminal = Terminal(quiet=not group.first)
     with terminal.waiting("data of the zero-shot tasks") as steps:
         tasks = harness.load(options, steps=steps)
     opened: dict[str, StreamedModel] = {}
@@ -124,20 +129,26 @@ def _evaluate(
         opened[name] = StreamedModel(source, device, choose_dtype(Dtype(arguments.dtype), device, source))
         opened[name].check_complete()
         load_tokenizer(source)
+    held = {name: repr(model.checkpoint.fingerprint()) for name, model in opened.items()}
+    group.agree("before they are measured", {**held, "tasks": tasks.protocol if tasks else ""})
     comparison = facts.Comparison(
         models=list(models),
-        perplexity=[row for text in texts for row in _perplexities(opened, text, terminal)],
-        zero_shot=harness.compare(tasks, opened, terminal) if tasks else None,
+        perplexity=[row for text in texts for row in _perplexities(opened, text, terminal, group)],
+        zero_shot=harness.compare(tasks, opened, terminal, workers=group) if tasks else None,
     )
+    workers.leave()
     terminal.comparison(comparison)
-    if arguments.json:
+    if arguments.json and group.first:
         facts.write_whole(arguments.json, json.dumps(dataclasses.asdict(comparison), indent=1, allow_nan=False) + "\n")
         terminal.say(f"Scores: {arguments.json}")
     return comparison
 
 
-def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal) -> list[facts.TextScores]:
+def _perplexities(
+    models: dict[str, StreamedModel], text: Evaluation, terminal: Terminal, group: workers.Workers
+) -> list[facts.TextScores]:
     """One entry for each protocol: models that split the text into other tokens, or compute otherwise, stand apart."""
+    from ace_cli.data.documents import fingerprint
     from ace_cli.data.token_ids import check_ids
     from ace_cli.evaluation.perplexity import perplexity, window_losses
     from ace_cli.model.spill import Spill
@@ -151,13 +162,14 @@ def _perplexities(models: dict[str, StreamedModel], text: Evaluation, terminal: 
         with terminal.waiting(f"windows of {text.dataset}") as steps:
             windows = text.windows(model.checkpoint, str(model.device), steps)
         check_ids(windows.ids_NL, model.vocabulary, model.checkpoint, text.dataset)
+        group.agree(f"of {text.dataset}", {"the windows": fingerprint(windows.ids_NL)})
         protocol = protocol_of(text.dataset, windows, model.dtype)
         entry = found.setdefault(repr(protocol), facts.TextScores(protocol, {}))
         count, length = windows.ids_NL.shape
         fits = room_to_evaluate(model, length, count, memory_budget(None, model.device))
         spill = None if fits else Spill(Path.cwd())
         with terminal.progress(f"perplexity on {text.dataset}, {name}", len(model.blocks)) as step:
-            losses = window_losses(model, windows.ids_NL, lambda _, step=step: step(), spill=spill)  # type: ignore[misc]
+            losses = window_losses(model, windows.ids_NL, lambda _, step=step: step(), spill=spill, workers=group)  # type: ignore[misc]
         entry.models[name] = perplexity(losses)
         if not 0 < entry.models[name] < float("inf"):
             raise AceError(f"{name}: perplexity is not finite.", wider_than(model.dtype, "--dtype "))

@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
-from ace_cli.cli.ending import LOADING, MEND, mend, of_model, of_system, stopping_at_once
+from ace_cli.cli.ending import LOADING, lost, mend, of_model, of_system, stopping_at_once
 from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
@@ -69,7 +69,7 @@ def _alone(config: DictConfig) -> None:
         parsed = parse(config, Path(config.output_dir), given)
         report = _run(parsed, None)
     except workers.LostWorker as fault:
-        sys.exit(_lost(fault))
+        sys.exit(lost("ace-prune", fault))
     except Exception as fault:
         if (line := known(fault)) is not None:
             sys.exit(mend("ace-prune", line))
@@ -79,15 +79,6 @@ def _alone(config: DictConfig) -> None:
         print(f"ace-prune: {objection}", file=sys.stderr)
         workers.remember_end(WORSE)
         sys.exit(WORSE)
-
-
-def _lost(fault: workers.LostWorker) -> int:
-    """Others ended. If one of them said why, that is all; otherwise starting again goes on from the finished blocks."""
-    if workers.another_spoke():
-        workers.remember_end(MEND)
-        return MEND
-    print(f"ace-prune: {fault}", file=sys.stderr)
-    return BUG
 
 
 def _of_many(config: DictConfig) -> float | None:

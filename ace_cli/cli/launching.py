@@ -17,6 +17,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 
 from ace_cli.cli.arguments import as_typed
+from ace_cli.core import workers
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import locked
 from ace_cli.report import sweep
@@ -46,7 +47,10 @@ class Launched:
             yield
 
     def begin(self, config: DictConfig, overrides: Sequence[Sequence[str]], first: int) -> None:
-        """Note jobs that are about to be launched. AceError where another sweep works in the folder."""
+        """Note jobs that are about to be launched. AceError where another sweep works there, or many workers would."""
+        if workers.size() > 1:
+            hint = "Use a launcher of Hydra's, or leave -m out."
+            raise AceError("Several workers make one model, -m makes many", hint)
         if self.folder is None:
             folder = Path(str(config.hydra.sweep.dir)).absolute()
             folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,6 @@ from ace_cli.cli.ending import command, mend
 from ace_cli.cli.help import BRIEFLY, show
 from ace_cli.cli.job import WORSE, job, known, prepare
 from ace_cli.cli.launching import Launched
-from ace_cli.core import workers
 from ace_cli.core.errors import AceError
 from ace_cli.run.config import config_folder, explain, store_schemas
 
@@ -31,10 +30,6 @@ def main() -> None:
     if (told := _told(sys.argv[1:])) is not None:
         print(told)
         return
-    if (code := workers.ended()) is not None:
-        sys.exit(code)
-    if workers.size() > 1 and {"-m", "--multirun"} & {*sys.argv}:
-        raise AceError("Several workers make one model, -m makes many", "Use a launcher of Hydra's, or leave -m out.")
     _work()
 
 

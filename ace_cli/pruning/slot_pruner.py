@@ -81,10 +81,11 @@ class SlotPruner:
     def dealt(self, parts: list[list[Slot]]) -> Iterator[Iterable[int]]:
         """Which of ``parts`` this worker is to prune inside this context, each whole; afterwards all workers have all.
 
-        Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared.
+        Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared; and where units
+        are cut: more comes of that than weights.
         """
         linked = any(slot.name in self._links for slots in parts for slot in slots)
-        if not self.workers.several or len(parts) < self.workers.size or linked:
+        if not self.workers.several or len(parts) < self.workers.size or linked or self._recipe.cutting is not None:
             yield range(len(parts))
             return
         workers, self.workers, begun = self.workers, ONE, len(self.facts)
