@@ -140,6 +140,9 @@ def test_in_a_browser(finished: Path, tmp_path: Path) -> None:
             assert papers[0] > 200
             assert papers[1] < 60
             assert (tmp_path / f"{width}dark.png").stat().st_size > 20_000
+        session.execute_script("document.querySelector('.load button').click()")
+        assert session.execute_script("return getSelection().toString()").startswith("from transformers import")
+        assert session.execute_script("return document.querySelector('.load button').textContent") == "copied"
 
 
 def brightness(colour: str) -> float:

@@ -130,6 +130,13 @@ def _() -> bool:
     return "hf_quantizer" in saving and '"_weight_conversions"' in loading
 
 
+@contract("transformers: tqdm is what a GGUF file's tensors are counted by, used by telling")
+def _() -> bool:
+    from transformers import modeling_gguf_pytorch_utils
+
+    return "in tqdm(reader.tensors" in inspect.getsource(modeling_gguf_pytorch_utils.load_gguf_checkpoint)
+
+
 # --- torch ----------------------------------------------------------------------------------------------------------
 
 

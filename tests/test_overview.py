@@ -294,6 +294,16 @@ def test_a_name_covers_no_point_and_no_other_name() -> None:
     assert not [name for name, box in boxes.items() if any(box.contains(*place) for place in places)]
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["wanda", "wanda sparsegpt damping=0.01 allocation=owl seq_len=128"])
+def test_long_names_leave_room_for_bars(name: str) -> None:
+    groups = {of: {f"{name} {n}": 20.0 * (n + 2) for n in range(3)} for of in ("0.5", "2:4")}
+    with plots._style(plots._INK):
+        figure = plots._figure(plots.grouped(groups, 19.0), plots.grouped_height(groups), plots.WIDTH)
+        figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().width > 0.55 * figure.bbox.width
+
+
 def test_each_run_of_a_sweep_is_shown_beside_the_others(one: dict[str, Any], tmp_path: Path) -> None:
     folder = variants(one, tmp_path, **{"0.5": 0.5, "0.6": 0.6})
     stranger = copy.deepcopy(one)

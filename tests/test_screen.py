@@ -56,6 +56,7 @@ def test_help_names_every_option_with_a_line_of_its_own() -> None:
     text = show([])
     assert max(map(len, text.splitlines())) <= 80
     assert [name for name in named if not re.search(rf"^  {name} ", text, re.M)] == []
+    assert "\n" + " " * 18 + "[c4], self" in text, "choices stand below their comment"
     for default in ("[ace]", "[smollm2]", "[uniform]", "[wikitext2]", "[sublayer]", "gate.max_ppl_ratio=null"):
         assert default in text
 
@@ -290,6 +291,16 @@ def test_without_a_screen_a_wait_that_is_not_short_has_a_line_every_ten_per_cent
             for _ in range(30):
                 steps()
         assert [line.partition(",")[0] for line in capsys.readouterr().out.splitlines()] == lines
+
+
+def test_a_long_detail_of_the_plan_goes_on_below_where_it_began(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal = Terminal()
+    terminal._screen = Console(width=40, force_terminal=True, highlight=False)  # type: ignore[assignment]
+    terminal._pairs({"from": "/a/very/long/path/" + "x" * 40, "needs": "memory"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("from         /a/very")
+    assert lines[1].startswith(" " * 13 + "x")
+    assert "".join(line[13:].strip() for line in lines) == "/a/very/long/path/" + "x" * 40 + "memory"
 
 
 def test_durations() -> None:

@@ -17,6 +17,7 @@ from tiny_models import load, make, weights
 
 from ace_cli.core.cache import cache_folder
 from ace_cli.core.errors import AceError
+from ace_cli.core.steps import Steps
 from ace_cli.model import source
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.source import ImportDtype, ModelConfig, open_model
@@ -273,7 +274,18 @@ def test_gguf_of_other_families(tmp_path: Path, family: str) -> None:
 
 
 def test_gguf_files_are_imported_once(gguf_file: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = open_model(ModelConfig(path=str(gguf_file)))
+    heard: list[int] = []
+
+    class Heard(Steps):
+        def of(self, total: int) -> None:
+            heard.append(total)
+
+        def __call__(self) -> None:
+            heard.append(1)
+
+    checkpoint = open_model(ModelConfig(path=str(gguf_file)), Heard())
+    assert heard == [heard[0], *[1] * heard[0]], "every tensor is a step"
+    assert heard[0] >= len(checkpoint.tensors)
     assert own_cache in checkpoint.folder.parents
     original = weights(gguf_file.parent / "source")
     for name in ("model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"):

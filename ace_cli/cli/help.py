@@ -128,7 +128,7 @@ def _first_comment(group: str, name: str) -> str:
 def _wrapped(name: str, words: str) -> list[str]:
     width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 110))
     first = f"  {name}".ljust(_INDENT)
-    if len(first) >= _INDENT:
+    if name and not first.endswith(" "):
         first += " "
     return textwrap.wrap(
         words, width, initial_indent=first, subsequent_indent=" " * _INDENT, break_long_words=False,

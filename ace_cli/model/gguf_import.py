@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ace_cli.core.errors import AceError, first_line
-from ace_cli.model.transformers_api import save_as_plain
+from ace_cli.core.steps import NOBODY, Steps
+from ace_cli.model.transformers_api import save_as_plain, telling
 
 _WHOLE = "Is it a whole GGUF file of a decoder model?"
 #: Type of a value in the header -> its letter in ``struct``; strings and lists are 8 and 9.
@@ -35,8 +36,8 @@ class Header:
     data: int = 0
 
 
-def import_gguf(path: Path, dtype: str, folder: Path) -> None:
-    """Write the model and the tokenizer of ``path`` into ``folder``, in the torch dtype of this name.
+def import_gguf(path: Path, dtype: str, folder: Path, steps: Steps = NOBODY) -> None:
+    """Write the model and the tokenizer of ``path`` into ``folder``, in this torch dtype; a step is a tensor.
 
     Raises AceError if the file is damaged, lacks weights, or is of a kind that transformers does not read.
     """
@@ -48,13 +49,14 @@ def import_gguf(path: Path, dtype: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as alone:
         (Path(alone) / "model.gguf").symlink_to(path.resolve())
         try:
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                alone,
-                gguf_file="model.gguf",
-                dtype=getattr(torch, dtype),
-                output_loading_info=True,
-                trust_remote_code=False,
-            )
+            with telling(steps):
+                model, loading = AutoModelForCausalLM.from_pretrained(
+                    alone,
+                    gguf_file="model.gguf",
+                    dtype=getattr(torch, dtype),
+                    output_loading_info=True,
+                    trust_remote_code=False,
+                )
             tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
         except Exception as fault:  # damaged or unsupported files fail in many layers of two libraries
             raise AceError(f"{path} cannot be imported: {first_line(fault)}", _WHOLE) from fault

@@ -103,7 +103,7 @@ def _found(config: ModelConfig) -> Found:
     path = _package_file(config) if config.path.startswith("package:") else Path(config.path).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         dtype = config.import_dtype.value
-        return Found(path, {path.name: path}, dtype, lambda to, steps: import_gguf(path, dtype, to))
+        return Found(path, {path.name: path}, dtype, lambda to, steps: import_gguf(path, dtype, to, steps))
     if not path.is_dir():
         path = _download(config)
     check_folder(path)

@@ -7,9 +7,13 @@ one line what broke; the range of releases in pyproject.toml is the range that p
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+from ace_cli.core.steps import Steps
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +126,21 @@ def save_as_plain(model: Any) -> None:
     model._weight_conversions = None  # those of the GGUF file: save under the names that the family has elsewhere
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+@contextmanager
+def telling(steps: Steps) -> Iterator[None]:
+    """While inside, ``steps`` hears of every tensor of a GGUF file that transformers reads, in place of its own bar."""
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    def bar(tensors: list[Any], **_: Any) -> Iterator[Any]:
+        steps.of(len(tensors))
+        for tensor in tensors:
+            yield tensor
+            steps()
+
+    with patch.object(reading, "tqdm", bar):
+        yield
 
 
 def class_for(auto: Any, config: Any) -> Any:

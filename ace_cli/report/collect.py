@@ -368,7 +368,15 @@ def _order(row: Row) -> tuple[bool, float, str]:
 def _name(row: Row, names: Iterable[str]) -> str:
     """What a picture calls a run."""
     shown = [(name, value) for name in names if (value := row.choices.get(name, "none")) not in ("none", "")]
-    return " ".join(value if name in _BARE else f"{name}={value}" for name, value in shown)
+    return " ".join(value if name in _BARE else f"{name.rpartition('.')[2]}={_short(value)}" for name, value in shown)
+
+
+def _short(value: str) -> str:
+    """Numbers to four digits, of paths the last part."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value.rpartition("/")[2]
 
 
 def _beats(other: Iterable[float], point: tuple[float, float]) -> bool:

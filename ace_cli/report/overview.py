@@ -66,10 +66,10 @@ def _pictures(group: Group, trials: bool) -> list[Picture]:
     if lines := group.lengths():
         pictures.append(Picture("length", "Perplexity against calibration length", plots.length_plot(lines)))
     bars = group.methods("perplexity")
-    if 1 < (count := sum(map(len, bars.values()))) <= MOST_BARS:
+    if not trials and 1 < sum(map(len, bars.values())) <= MOST_BARS:
         dense = next((value for row in group.rows if (value := row.numbers["dense"]) is not None), None)
-        height = 0.7 + 0.21 * (count + len(bars))
-        pictures.append(Picture("bars", "Perplexity by pattern and method", plots.grouped(bars, dense), height))
+        height, title = plots.grouped_height(bars), "Perplexity by pattern and method"
+        pictures.append(Picture("bars", title, plots.grouped(bars, dense), height))
     ratios = group.methods("ratio")
     if len(ratios) > 1:
         pictures.append(Picture("sparsity", "Quality against sparsity", plots.against_sparsity(ratios)))

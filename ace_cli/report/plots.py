@@ -230,21 +230,23 @@ def front_plot(points: Sequence[Point], label: str) -> Draw:
 
 def grouped(groups: Mapping[str, Mapping[str, float]], dense: float | None) -> Draw:
     """Bars for each pattern, one for each method: perplexity, on a logarithmic axis from the dense one."""
-    methods = _methods(groups)
+    methods, above = _methods(groups), _names_above(groups)
     values = [value for of in groups.values() for value in of.values()]
     base = dense if dense is not None and dense < min(values) else min(values) / 1.1
 
     def draw(axes: Any) -> None:
-        row, ticks, names = 0, [], []
+        row, ticks, names = 0.0, [], []
+        words = {"xycoords": ("axes fraction", "data"), "va": "center"}
         for pattern, of_pattern in groups.items():
-            axes.annotate(
-                pattern, (0.01, row - 0.85), xycoords=("axes fraction", "data"), fontweight="bold", va="center"
-            )
+            axes.annotate(pattern, (0.01, row - 0.85), fontweight="bold", **words)
             for name, value in of_pattern.items():
+                row += above
+                if above:
+                    axes.annotate(name, (0.01, row - 0.75), fontsize=7.5, **words)
                 drawn = axes.barh(row, value - base, left=base, height=0.8, color=_colour(name, methods))
                 axes.bar_label(drawn, [f"{value:.4g}"], padding=3)
                 ticks.append(row)
-                names.append(name)
+                names.append("" if above else name)
                 row += 1
             row += 1
         axes.set_yticks(ticks, names)
@@ -255,6 +257,17 @@ def grouped(groups: Mapping[str, Mapping[str, float]], dense: float | None) -> D
         axes.set_xlabel("perplexity" + (", bars begin at the dense model's" if base == dense else ""))
 
     return draw
+
+
+def grouped_height(groups: Mapping[str, Mapping[str, float]]) -> float:
+    """Inches for ``grouped``."""
+    bars = sum(map(len, groups.values()))
+    return 0.7 + 0.21 * (bars * (1 + _names_above(groups)) + len(groups))
+
+
+def _names_above(groups: Mapping[str, Mapping[str, float]]) -> float:
+    """Rows that names take above their bars, where they are too long to stand beside them."""
+    return 0.8 if max(map(len, _methods(groups))) > _LONGEST_BESIDE else 0.0
 
 
 def against_sparsity(lines: Mapping[str, Mapping[str, float]]) -> Draw:
@@ -309,6 +322,8 @@ def _over_patterns(axes: Any, lines: Mapping[str, Mapping[str, float]]) -> None:
     axes.set_ylabel("perplexity, times dense")
 
 
+#: Letters that leave room for bars.
+_LONGEST_BESIDE = 20
 #: Of patterns, where colours are methods.
 _MARKS, _DASHES = ("o", "s", "^", "D", "v", "P"), ("-", "--", "-.", ":")
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
 
 from ace_cli.core.console import unwritten
 from ace_cli.core.steps import Steps
@@ -118,8 +120,17 @@ class Terminal:
             size += f" -> {plan.parameters_left / 1e6:,.1f} M parameters"
         needs = f"needs {gigabytes(plan.host_bytes)} memory, {gigabytes(plan.disk_bytes)} disk"
         (self.aside if not details else self.say)(f"{chosen}: {size}; {needs}.")
+        self._pairs(details)
+
+    def _pairs(self, details: Mapping[str, str]) -> None:
+        """A line for each; on a screen what does not fit goes on below where it began."""
+        if self._screen.is_terminal:
+            grid = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 1, 0, 0))
+            for name, value in details.items():
+                grid.add_row(f"{name:12}", Text(value))
+            self._screen.print(grid)
         for name, value in details.items():
-            self.say(f"{name:12} {value}")
+            (self.note if self._screen.is_terminal else self.say)(f"{name:12} {value}")
 
     def expect(self, spans: Mapping[str, Span]) -> None:
         """What the bars to come will probably take, in seconds: the time that is left of the run is told by them."""
