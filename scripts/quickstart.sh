@@ -12,6 +12,10 @@ if [ $# -gt 0 ]; then
     exit
 fi
 out=outputs/quickstart
+echo "1 of 2: half of the weights go, as Wanda ranks them."
 prune metric=wanda sparsity=0.5 output_dir=$out/wanda
+echo
+echo "2 of 2: the same text, but the weights that stay are refitted."
 prune experiment=best sparsity=0.5 output_dir=$out/best
+echo
 "$root/.venv/bin/ace-report" $out --out $out/overview

@@ -43,7 +43,7 @@ def test_a_run_goes_to_the_hub_with_a_card_that_machines_read(
     (index,) = data["model-index"]
     assert index["name"] == "small"
     assert index["results"][0]["metrics"][0]["value"] == report.perplexity.pruned
-    assert index["results"][0]["dataset"]["type"] == "sampled-from-the-dense-model"
+    assert index["results"][0]["dataset"]["type"] == "text-sampled-from-the-dense-model"
     assert 'from_pretrained("me/small")' in card
     assert "https://hub/me/small" in capfd.readouterr().out
     from huggingface_hub import ModelCard

@@ -85,6 +85,7 @@ def test_the_configuration_says_which_choice_its_options_belong_to(here: Command
 def test_presets(preset: str, metric: str, repair: str) -> None:
     config = composed(f"preset={preset}", "output_dir=/given")
     words = chosen(config).split()
+    assert not [word for word in words if "None" in word], "as one would type it"
     assert f"metric={metric}" in words
     assert (f"repair={repair}" in words) == (repair != "none")
 

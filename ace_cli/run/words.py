@@ -92,6 +92,8 @@ def _short(value: Any) -> str:
         return str(value.value)
     if isinstance(value, bool):
         return str(value).lower()
+    if value is None:
+        return "null"
     text = str(value)
     return Path(text).name if "/" in text else text
 

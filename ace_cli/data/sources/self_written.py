@@ -26,7 +26,7 @@ class SelfWritten(TextSource):
 
     defaults = {"eval": {"seq_len": 128, "max_windows": 32}}
     endless = True
-    dataset = "sampled from the dense model"
+    dataset = "text sampled from the dense model"
 
     def faults(self, group: str) -> list[str]:
         return [f"{group}.seed={self.seed}: must not be negative"] if self.seed < 0 else []
