@@ -5,6 +5,7 @@ python scripts/make_synthetic.py FOLDER --shape 70b --blocks 4    the first four
 python scripts/make_synthetic.py FOLDER --shape 8x7b --blocks 3   9.2 GB, the first three blocks of Mixtral-8x7B
 python scripts/make_synthetic.py FOLDER --shape 405b --holes      all of it for a plan: zeros that take no disk
 python scripts/make_synthetic.py FOLDER --shape deepseek_v3 --holes    the same, 671B parameters
+python scripts/make_synthetic.py FOLDER --shape 405b --part 8 --blocks 2    two blocks of an eighth of the width
 
 Beside the weights lie a tokenizer of made-up words and pages.jsonl, documents of them: calib=text
 calib.path=FOLDER/pages.jsonl.
@@ -39,6 +40,9 @@ SHAPES = {
     "8x7b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
              "num_key_value_heads": 8, "vocab_size": 32000, "num_local_experts": 8, "num_experts_per_tok": 2},
 }  # fmt: skip
+#: What ``--part`` divides. Heads keep their width.
+DIVIDED = ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
+           "vocab_size", "n_routed_experts", "q_lora_rank", "kv_lora_rank")  # fmt: skip
 
 
 def main() -> None:
@@ -48,12 +52,21 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, help="write only so many decoder blocks")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--holes", action="store_true", help="zeros that take no room on the disk")
+    parser.add_argument("--part", type=int, default=1, help="widths, heads, experts and words divided by so many")
     options = parser.parse_args()
-    shape = dict(SHAPES[options.shape])
-    if options.blocks:
-        shape["num_hidden_layers"] = options.blocks
+    shape = part_of(SHAPES[options.shape], options.part, options.blocks)
     write(options.folder, shape, getattr(torch, options.dtype), options.holes)
     write_texts(options.folder, shape["vocab_size"])
+
+
+def part_of(shape: dict[str, int], part: int, blocks: int | None = None) -> dict[str, int]:
+    """Narrower, with ``blocks`` blocks; of those that differ from the rest, one stays."""
+    found = {key: max(1, value // part) if key in DIVIDED else value for key, value in shape.items()}
+    if blocks:
+        found["num_hidden_layers"] = blocks
+    if "first_k_dense_replace" in found:
+        found["first_k_dense_replace"] = min(found["first_k_dense_replace"], max(1, found["num_hidden_layers"] // 2))
+    return found
 
 
 def write(folder: Path, shape: dict[str, int], dtype: torch.dtype, holes: bool = False) -> None:

@@ -34,9 +34,14 @@ def needs(package: str, extra: str) -> pytest.MarkDecorator:
 JOBLIB = needs("hydra_joblib_launcher", "sweeps-joblib")
 OPTUNA = needs("hydra_optuna_sweeper", "search")
 #: joblib keeps its processes, in the folder where the first was started: output_dir is absolute in tests of it.
+RAY = [
+    needs("hydra_ray_launcher", "sweeps-ray"),
+    pytest.mark.skipif(not os.environ.get("ACE_TEST_RAY"), reason="Ray takes long to start: set ACE_TEST_RAY=1"),
+]
 LAUNCHERS = [
     pytest.param((), id="basic"),
     pytest.param(("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"), id="joblib", marks=JOBLIB),
+    pytest.param(("hydra/launcher=ray",), id="ray", marks=RAY),
 ]
 
 

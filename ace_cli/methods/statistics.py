@@ -453,7 +453,7 @@ class CosineTerm(Statistic):
 
 
 #: Rows of a product: one of fewer takes longer.
-_ROWS = 512
+ROWS = 512
 
 
 def _row_pieces(workers: Workers, y_TO: Tensor) -> list[slice]:
@@ -462,7 +462,7 @@ def _row_pieces(workers: Workers, y_TO: Tensor) -> list[slice]:
     mine = workers.pieces(count, device)[workers.rank]
     if not mine:
         return []
-    first, last, step = mine[0].start, mine[-1].stop, _ROWS if device == "cpu" else count
+    first, last, step = mine[0].start, mine[-1].stop, ROWS if device == "cpu" else count
     if device == "cpu":
         first, last = first // step * step, min(count, -(-last // step) * step)
     return [slice(start, min(start + step, last)) for start in range(first, last, step)]

@@ -95,9 +95,10 @@ class Slot:
         else:
             self.weight_OI.copy_(weight_OI)
 
-    def output(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O), in the dtype of the weight: some models keep a router in float32."""
-        return linear(x.to(self.weight_OI.dtype), self.weight_OI, self.bias_O)
+    def output(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """(..., I) -> (..., O), or ``rows`` of it, in the dtype of the weight: some models keep a router in float32."""
+        weight_OI, bias_O = self.weight_OI[rows], self.bias_O
+        return linear(x.to(weight_OI.dtype), weight_OI, None if bias_O is None else bias_O[rows])
 
 
 @dataclass(frozen=True)

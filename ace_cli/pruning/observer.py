@@ -12,6 +12,7 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
+from ace_cli.pruning.shares import outputs
 
 
 @dataclass
@@ -69,8 +70,12 @@ def observe_expert(
     ``workers`` all look at it, and share what takes long.
     """
     observer = Observer({slot.name: Seen(wanted) for slot in stage}, workers)
+
+    def note(slot: Slot, x: Tensor) -> None:
+        observer.update(slot, x, lambda: outputs(workers, slot, x))
+
     for call in calls:
-        experts.show(call, expert, everyone, stage, lambda slot, x: observer.update(slot, x, lambda: slot.output(x)))
+        experts.show(call, expert, everyone, stage, note)
     return observer.seen
 
 

@@ -19,6 +19,7 @@ from ace_cli.model.streamed import Batch, Block, StreamedModel
 from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
 from ace_cli.pruning.recipe import Propagate, Recipe
+from ace_cli.pruning.shares import outputs
 from ace_cli.pruning.slot_pruner import SlotPruner
 
 
@@ -100,7 +101,7 @@ class Order:
                 self.model.advance(self.index, self.batches)
 
     def _note(self, slot: Slot, x: Tensor) -> None:
-        self._observer.update(slot, x, lambda: slot.output(x))
+        self._observer.update(slot, x, lambda: outputs(self.pruner.workers, slot, x))
 
 
 class AllAtOnce(Order):

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ace_cli.core.workers import Workers
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.methods.repair.base import Repaired
+from ace_cli.methods.statistics import ROWS, SHARED_TOKENS
 from ace_cli.model.files import hash_of_tensor
+from ace_cli.model.slots import Slot
 
 if TYPE_CHECKING:
     from ace_cli.model.streamed import Batch
@@ -39,6 +41,27 @@ def by_pieces(workers: Workers, new_OI: Tensor, work: Callable[[slice], tuple[Te
     notes = list(dict.fromkeys(note for each in every for note in each[3]))
     nothing = new_OI.new_empty(0)
     return Repaired(nothing, nothing, notes, before, after, None if swapped is None else int(swapped))
+
+
+def outputs(workers: Workers, slot: Slot, x: Tensor) -> Tensor:
+    """What ``slot`` makes of x (..., I): (..., O). ``workers`` read the same x; each computes some rows of the weight.
+
+    On a CPU products have ``ROWS`` rows for any number of them. Where that pays they send each other what they made:
+    T O numbers, for T O I multiplications that they share.
+    """
+    count, tokens, device = slot.shape[0], x.numel() // x.shape[-1], x.device.type
+    step = ROWS if device == "cpu" else -(-count // workers.size)
+    pieces = [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    together = workers if len(pieces) > 1 and tokens >= SHARED_TOKENS else ONE
+    owners = [number * together.size // len(pieces) for number in range(len(pieces))]
+    parts = [
+        slot.output(x, rows)
+        if owner == together.rank
+        else x.new_empty((*x.shape[:-1], rows.stop - rows.start), dtype=slot.weight_OI.dtype)
+        for rows, owner in zip(pieces, owners, strict=True)
+    ]
+    together.spread(list(zip(parts, owners, strict=True)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _sum(numbers: Sequence[float | str | list[str] | None]) -> float | None:
