@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,20 @@ def test_two_jobs_that_would_have_one_repository_are_refused(
     done = here("-m", f"model.path={llama}", "exclude='*a*','*.a.*'", "push_to_hub=me/small", "output_dir=sweep")
     assert (done.returncode, done.stderr.count("\n"), Hub.calls) == (2, 1, [])
     assert "two jobs would be called me/small-a" in done.stderr
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason='pip install "ace-prune[search]"'
+)
+def test_a_search_does_not_upload_its_trials(
+    here: Callable[..., Any], llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    Hub.calls = []
+    options = ["metric=ria", "metric.alpha=interval(0.1,0.9)", "hydra.sweeper.n_trials=2", "eval=self", "calib=self"]
+    done = here("-m", "experiment=search", f"model.path={llama}", *options, "push_to_hub=me/x", "output_dir=search")
+    assert (done.returncode, Hub.calls) == (2, [])
+    assert "every trial" in done.stderr.splitlines()[-1]
 
 
 def test_names_of_jobs() -> None:
