@@ -104,6 +104,11 @@ def test_kinds_of_weights_are_shown_by_what_they_lose(report: dict[str, Any], pa
     assert f"{max(found):.1%}".replace("%", " %") in page
 
 
+def test_the_title_says_what_was_done(report: dict[str, Any]) -> None:
+    report["method"] |= {"metric": "wanda", "repair": "sparsegpt", "recover": "blocks"}
+    assert "pruned to 2:4 with wanda and sparsegpt and blocks</h1>" in render(report)
+
+
 def test_a_model_is_called_by_its_name() -> None:
     assert [model_name(path) for path in ("org/Model-1.5B", "/x/small.Q4.gguf")] == ["Model-1.5B", "small.Q4"]
 

@@ -34,6 +34,7 @@ def render(report: dict[str, Any], near: str = "") -> str:
         name=model_name(report["model"]["path"]),
         near=framed(near),
         errors=error_rows(report),
+        method=method_words(report["method"]),
         verdict=verdict(report),
         word=found.word,
         level=found.level,
@@ -82,6 +83,12 @@ def framed(near: str) -> str:
 def model_name(path: str) -> str:
     """What a model is called: the last part of its path, without the ending of a file."""
     return Path(path).name.removesuffix(".gguf")
+
+
+def method_words(method: dict[str, Any]) -> str:
+    """What was done, in short: "wanda and sparsegpt"."""
+    parts = [method["metric"], *(method.get(group, "none") for group in ("repair", "quantize", "recover"))]
+    return " and ".join(part for part in parts if part != "none")
 
 
 def error_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
