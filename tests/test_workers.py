@@ -10,7 +10,6 @@ import platform
 import socket
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -263,7 +262,7 @@ def test_zero_shot_answers_are_those_of_one_worker(models: dict[str, Path]) -> N
     requests: list[Any] = [(("", ""), [1 + i % 5] * (3 + i % 7), [3 + i, 4]) for i in range(20)]
 
     def scored(workers: Workers) -> list[tuple[float, bool]]:
-        return StreamedLM(model, lambda _: nullcontext(lambda: None), workers).score_tokens(requests)
+        return StreamedLM(model, workers=workers).score_tokens(requests)
 
     one, halves = scored(Workers()), [scored(Apart(rank, 2)) for rank in range(2)]
     unscored = (0.0, False)

@@ -19,7 +19,8 @@ UNSURE = 2.0
 _STEP = 1e-3
 
 #: Names of bars.
-PRUNING, DENSE, PRUNED = "pruning", "evaluating dense", "evaluating pruned"
+PRUNING, VERIFYING = "pruning", "reading again what was written"
+DENSE, PRUNED = "evaluating dense", "evaluating pruned"
 DENSE_WRITES, PRUNED_WRITES = "dense writes on", "pruned writes on"
 
 

@@ -52,7 +52,7 @@ from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
 from ace_cli.run.context import RunContext
 from ace_cli.run.cut import check_loads, settle, smaller, with_new_hashes
-from ace_cli.run.forecast import PRUNING
+from ace_cli.run.forecast import PRUNING, VERIFYING
 from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
 from ace_cli.run.recover_checkpoint import forget_training, help_training, recorded, recover_checkpoint
@@ -155,14 +155,14 @@ def _prune(run: RunContext, work: Work) -> None:
             written.check(slot.name for slot in block.slots)
 
         _stream(run, work, done, batches, recipe, writer, compared, recovering, on_disk, workers)
-        with clock("verify"):
+        with clock("verify"), run.terminal.waiting(VERIFYING):
             zeros = written.zeros()
     recovered = recorded(work)
     _describe(run, work, pruned, patterns, zeros, recovered)
     if (windows_NL := _whole_windows(run)) is not None:
         with clock("recover"):
             recovered = recover_checkpoint(run, work, windows_NL)
-        with clock("verify"):
+        with clock("verify"), run.terminal.waiting(VERIFYING):
             zeros = count_zeros(Checkpoint(work.partial), pruned)
         _describe(run, work, pruned, patterns, zeros, recovered)
         forget_training(work)
@@ -231,7 +231,7 @@ def _describe_cut(
         base = run.config.model
         card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
         write_metadata(source, work.partial, summary, [], card, work.digest, smaller(cutting, entries, manifest))
-    with run.inner("verify"):
+    with run.inner("verify"), run.terminal.waiting(VERIFYING):
         verify(work.partial)
         check_loads(run.model, work.partial, run.plan.host_bytes)
 
@@ -264,7 +264,7 @@ def _factor(run: RunContext, work: Work) -> None:
         card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
         same = Smaller(writer.entries, source.config(), {}, {}, cuts)
         write_metadata(source, work.partial, summary, [], card, work.digest, same)
-    with clock("verify"):
+    with clock("verify"), run.terminal.waiting(VERIFYING):
         verify(work.partial)
 
 
@@ -289,7 +289,7 @@ def _slice(run: RunContext, work: Work) -> None:
         base = run.config.model
         card = model_card(base.name, base.on_hub, summary["command"], summary, card_of(source.folder))
         write_metadata(source, work.partial, summary, [], card, work.digest, sliced(slicer, writer))
-    with clock("verify"):
+    with clock("verify"), run.terminal.waiting(VERIFYING):
         verify(work.partial)
         check_sliced(slicer, work.partial, end)
         check_loads(model, work.partial, run.plan.host_bytes)

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,8 +165,9 @@ def _measure(
 
     from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
 
-    lm = StreamedLM(model, partial(terminal.progress, f"zero-shot tasks, {label}"), workers)
-    found = evaluate(lm=lm, task_dict=tasks.loaded, limit=tasks.options.limit, bootstrap_iters=1000, log_samples=False)
+    with terminal.waiting(f"zero-shot tasks, {label}") as steps:  # texts are made before the first step
+        lm, limit = StreamedLM(model, steps, workers), tasks.options.limit
+        found = evaluate(lm=lm, task_dict=tasks.loaded, limit=limit, bootstrap_iters=1000, log_samples=False)
     scores = {name: _scores(found["results"][name]) for name in tasks.loaded["tasks"]}
     if lost := [name for name, task in scores.items() if not all(math.isfinite(s.value) for s in task.values())]:
         raise AceError(f"{label}: the scores of {', '.join(lost)} are not finite.", wider_than(model.dtype))

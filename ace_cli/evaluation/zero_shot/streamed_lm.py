@@ -5,14 +5,14 @@ Names of dimensions: B rows, L tokens, H hidden, P scored positions, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ace_cli.core.memory import Trimmer
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.token_ids import check_ids
@@ -28,7 +28,6 @@ BATCH_TOKENS = 8192
 LOGIT_ROWS = 256
 
 #: Opens a progress bar of so many steps and gives the function to call after each.
-Progress = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
 
 @dataclass
@@ -46,10 +45,10 @@ class StreamedLM(TokenModel):
     likelihoods are computed; tasks that write text are refused before (``harness.load``).
     """
 
-    def __init__(self, model: StreamedModel, progress: Progress, workers: Workers = ONE) -> None:
+    def __init__(self, model: StreamedModel, steps: Steps = NOBODY, workers: Workers = ONE) -> None:
         super().__init__(model.skeleton, load_tokenizer(model.checkpoint), model.device)
         self._streamed = model
-        self._progress = progress
+        self._steps = steps
         self._workers = workers
         self._batch_tokens = min(BATCH_TOKENS, model.plain_tokens)
 
@@ -59,12 +58,12 @@ class StreamedLM(TokenModel):
         check_ids(torch.tensor([*used, 0]), self._streamed.vocabulary, self._streamed.checkpoint, "the tasks")
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         parts = list(self._parts(_rows(requests, self.max_length)))
-        with self._progress(len(parts) * len(self._streamed.blocks)) as step:
-            for part in parts:
-                mine = [part[number] for number in self._workers.dealt(len(part))]
-                for of_worker in self._workers.told(list(self._score(mine, step)) if mine else []):
-                    for number, (total, greedy) in of_worker:
-                        results[number] = total, greedy
+        self._steps.of(len(parts) * len(self._streamed.blocks))
+        for part in parts:
+            mine = [part[number] for number in self._workers.dealt(len(part))]
+            for of_worker in self._workers.told(list(self._score(mine)) if mine else []):
+                for number, (total, greedy) in of_worker:
+                    results[number] = total, greedy
         return results
 
     def _parts(self, rows: list[_Row]) -> Iterator[list[list[_Row]]]:
@@ -83,10 +82,10 @@ class StreamedLM(TokenModel):
         if part:
             yield part
 
-    def _score(self, part: list[list[_Row]], step: Callable[[], None]) -> Iterator[tuple[int, tuple[float, bool]]]:
+    def _score(self, part: list[list[_Row]]) -> Iterator[tuple[int, tuple[float, bool]]]:
         model, trimmer = self._streamed, Trimmer()
         batches = list(model.embedded(_padded(rows) for rows in part))
-        model.run(batches, lambda _: step())
+        model.run(batches, lambda _: self._steps())
         with torch.inference_mode(), model.head_loaded():
             for rows, batch in zip(part, batches, strict=True):
                 yield from self._read_off(rows, batch)
