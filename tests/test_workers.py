@@ -342,7 +342,8 @@ def test_a_plan_shares_the_statistics_of_many_tokens(models: dict[str, Path], co
     assert four.parts["statistics"] == pytest.approx(one.parts["statistics"] / 4)
     few = planned(models, configure, "metric=ace", "workers=4", tokens=SHARED_TOKENS - 1)
     grams = 2 * (6 * 128**2 + 224**2) * 2  # bytes of halves of the matrices, in two blocks
-    assert four.traffic - few.traffic == grams * 3 // 4
+    outputs = 2 * (3 * 128 + 2 * 64 + 2 * 224) * SHARED_TOKENS * 4
+    assert four.traffic - few.traffic == (grams + outputs) * 3 // 4
 
 
 def test_plans_at_scale_are_said_and_their_faults_too(

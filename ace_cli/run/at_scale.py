@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.base import Evaluation
-from ace_cli.methods.statistics import SHARED_TOKENS
+from ace_cli.methods.statistics import ROWS, SHARED_TOKENS
+from ace_cli.pruning.recipe import Propagate
 from ace_cli.run.machine_limit import Rates
 from ace_cli.run.plan import PRODUCT_SHARE, Plan, share_of
 
@@ -48,7 +49,7 @@ def at_scale(
     config: RunConfig, model: StreamedModel, plan: Plan, rates: Rates, workers: int, link: float = math.inf
 ) -> AtScale:
     """The estimate for so many workers, each computing at ``rates``; ``link``: bytes a second that one is sent."""
-    statistics = method = traffic = 0.0
+    statistics = outputs = method = traffic = 0.0
     for block in model.blocks:
         counts = {id(each.module): each.count for each in block.experts}
         for slot in block.slots:
@@ -58,7 +59,9 @@ def at_scale(
             share, shared = _of_rows(config, model, slot, 1 if dealt else workers)
             tokens = round(plan.tokens * share_of(model, slot))
             flops, sent = _statistics(config, slot, tokens, 1 if dealt else workers, shared)
-            statistics, traffic = statistics + some * flops, traffic + sent
+            looked_at, sent_too = _outputs(config, model, slot, tokens, 1 if dealt else workers)
+            statistics, outputs = statistics + some * flops, outputs + some * looked_at
+            traffic += sent + sent_too
             method += some * share
             if workers > 1 and (dealt or shared):
                 width = model.checkpoint.tensors[slot.key]
@@ -70,7 +73,7 @@ def at_scale(
     parts = {
         "read": plan.bytes_source / rates.read,
         "forward": plan.flops * forward / rates.matmul / PRODUCT_SHARE,
-        "statistics": statistics / float32,
+        "statistics": statistics / float32 + outputs / rates.matmul / PRODUCT_SHARE,
         "exchanges and repairs": method / float32,
         "traffic": traffic / link,
         "write": plan.bytes_source / rates.write,
@@ -121,6 +124,16 @@ def _statistics(config: RunConfig, slot: Slot, tokens: int, workers: int, rows_s
         if not (each.of_rows and rows_shared):
             sent += each.sent(*slot.shape) * (together - 1) / together
     return flops, sent
+
+
+def _outputs(config: RunConfig, model: StreamedModel, slot: Slot, tokens: int, workers: int) -> tuple[float, float]:
+    """The same of the outputs that statistics look at, where these are computed beside the forward."""
+    rows, columns = slot.shape
+    if config.propagate is not Propagate.sublayer or not any(each.needs_output for each in config.statistics):
+        return 0.0, 0.0
+    several = tokens >= SHARED_TOKENS and (rows > ROWS or model.device.type != "cpu")
+    together = workers if several and not config.unit.ranks else 1
+    return 2 * tokens * rows * columns / together, tokens * rows * model.dtype.itemsize * (together - 1) / together
 
 
 def _evaluation(
