@@ -338,12 +338,20 @@ def test_a_plan_shares_the_training(models: dict[str, Path], configure: Any) -> 
 
 
 def test_a_plan_shares_the_statistics_of_many_tokens(models: dict[str, Path], configure: Any) -> None:
-    one, four = (planned(models, configure, "metric=ace", f"workers={count}", tokens=SHARED_TOKENS) for count in (1, 4))
-    assert four.parts["statistics"] == pytest.approx(one.parts["statistics"] / 4)
-    few = planned(models, configure, "metric=ace", "workers=4", tokens=SHARED_TOKENS - 1)
-    grams = 2 * (6 * 128**2 + 224**2) * 2  # bytes of halves of the matrices, in two blocks
-    outputs = 2 * (3 * 128 + 2 * 64 + 2 * 224) * SHARED_TOKENS * 4
-    assert four.traffic - few.traffic == (grams + outputs) * 3 // 4
+    """On GPUs rows of what CosP multiplies sooner than x xT, which must be sent."""
+
+    def parts(workers: int, tokens: int) -> AtScale:
+        return planned(models, configure, "metric=ace", f"workers={workers}", tokens=tokens)
+
+    def saved(tokens: int) -> float:
+        return parts(1, tokens).parts["statistics"] - parts(4, tokens).parts["statistics"]
+
+    weights, grams = 2 * (2 * 128**2 + 2 * 64 * 128 + 3 * 224 * 128), 2 * (6 * 128**2 + 224**2)
+    assert saved(SHARED_TOKENS - 1) == 0
+    assert saved(SHARED_TOKENS) == pytest.approx(SHARED_TOKENS * 2 * weights * 0.75 / 4e13)
+    assert saved(8192) == pytest.approx(8192 * (2 * weights + grams) * 0.75 / 4e13)
+    few, several, many = (parts(4, tokens).traffic for tokens in (1, SHARED_TOKENS, 8192))
+    assert (several - few, many - few) == (0, 2 * grams * 3 // 4)  # bytes of halves of the matrices
 
 
 def test_plans_at_scale_are_said_and_their_faults_too(

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 #: Workers share a sum of matrix products from so many tokens of a call on: of each token a number takes two operations,
-#: and to be sent 4 bytes, which take as long as 150 tokens on a core, 600 on a GPU across a fast network (counted).
-SHARED_TOKENS = 1024
+#: and to be sent 4 bytes, which take as long as 150 tokens on a core, 3,200 on a GPU across a fast network (counted).
+SHARED_TOKENS, _ON_GPUS = 1024, 8192
 
 
 def accumulated(axes: str, join: Callable[[Any, Any], Any] = operator.add) -> Any:
@@ -56,7 +56,7 @@ class Statistic:
     def share_with(self, workers: Workers) -> None:
         """Before the first update: ``workers`` see the same tokens, and each is to compute a part until ``gather``.
 
-        A statistic that is not ``shared``, or that sees less than ``SHARED_TOKENS`` at first, is computed by all.
+        A statistic that is not ``shared``, or that sees too few tokens at first, is computed by all.
         """
         if self.shared and not self.tokens:
             self.workers = workers
@@ -70,9 +70,13 @@ class Statistic:
     def _gather(self, workers: Workers) -> None:
         raise NotImplementedError
 
-    def _sharing(self, tokens: int) -> Workers:
-        """Who shares it, as the first call of so many tokens decides."""
-        if not self.tokens and tokens < SHARED_TOKENS:
+    def pays(self, tokens: int, device: str) -> bool:
+        """Whether the parts of others are sent sooner than computed, of so many tokens on a cpu or cuda ``device``."""
+        return tokens >= SHARED_TOKENS
+
+    def _sharing(self, x_TI: Tensor) -> Workers:
+        """Who shares it, as the first call decides."""
+        if not self.tokens and not self.pays(len(x_TI), x_TI.device.type):
             self.workers = ONE
         return self.workers
 
@@ -417,7 +421,7 @@ class CosineTerm(Statistic):
             rows = 1 if self.kind == "token" else y_TO.shape[1]
             dtype = torch.float64 if self.kind == "exact" else torch.float32
             self.total_OI = x_TI.new_zeros((rows, x_TI.shape[1]), dtype=dtype)
-        pieces = _row_pieces(self._sharing(len(x_TI)), y_TO)
+        pieces = _row_pieces(self._sharing(x_TI), y_TO)
         self.tokens += len(x_TI)
         factor_T1 = (1 / A_T1).masked_fill_(~has_direction_T1, 0.0)
         for first in range(0, len(x_TI), _PRODUCT_TOKENS):
@@ -503,6 +507,9 @@ class Gram(Statistic):
     def sent(self, rows: int, columns: int) -> int:
         return 2 * columns**2
 
+    def pays(self, tokens: int, device: str) -> bool:
+        return tokens >= (SHARED_TOKENS if device == "cpu" else _ON_GPUS)
+
     def reordered(self, order_I: Tensor) -> Self:
         other = super().reordered(order_I)
         other.factors = None  # of the old order
@@ -517,7 +524,7 @@ class Gram(Statistic):
         if self.unit_tokens:
             size_T1 = x_TI.norm(dim=1, keepdim=True)
             x_TI = x_TI / size_T1.masked_fill_(size_T1 == 0, float("inf"))
-        workers = self._sharing(len(x_TI))
+        workers = self._sharing(x_TI)
         self.add(len(x_TI), total_II=_symmetric(x_TI, workers))
         self.factors = None  # of fewer tokens
 

@@ -46,11 +46,11 @@ def by_pieces(workers: Workers, new_OI: Tensor, work: Callable[[slice], tuple[Te
 def outputs(workers: Workers, slot: Slot, x: Tensor) -> Tensor:
     """What ``slot`` makes of x (..., I): (..., O). ``workers`` read the same x; each computes some rows of the weight.
 
-    On a CPU products have ``ROWS`` rows for any number of them. Where that pays they send each other what they made:
-    T O numbers, for T O I multiplications that they share.
+    On a CPU products have ``ROWS`` rows for any number of them, and from ``SHARED_TOKENS`` on they send each other what
+    they made: T O numbers, for T O I multiplications that they share. A GPU computes that sooner.
     """
     count, tokens, device = slot.shape[0], x.numel() // x.shape[-1], x.device.type
-    step = ROWS if device == "cpu" else -(-count // workers.size)
+    step = ROWS if device == "cpu" else count
     pieces = [slice(first, min(first + step, count)) for first in range(0, count, step)]
     together = workers if len(pieces) > 1 and tokens >= SHARED_TOKENS else ONE
     owners = [number * together.size // len(pieces) for number in range(len(pieces))]

@@ -58,7 +58,7 @@ def at_scale(
             some = -(-experts // workers) / experts if dealt else 1.0
             share, shared = _of_rows(config, model, slot, 1 if dealt else workers)
             tokens = round(plan.tokens * share_of(model, slot))
-            flops, sent = _statistics(config, slot, tokens, 1 if dealt else workers, shared)
+            flops, sent = _statistics(config, model.device.type, slot, tokens, 1 if dealt else workers, shared)
             looked_at, sent_too = _outputs(config, model, slot, tokens, 1 if dealt else workers)
             statistics, outputs = statistics + some * flops, outputs + some * looked_at
             traffic += sent + sent_too
@@ -115,11 +115,13 @@ def _gradients(config: RunConfig, plan: Plan) -> float:
     return 4 * plan.slot_weights * config.recover.forwards() / 3 * plan.tokens / config.recover.batch
 
 
-def _statistics(config: RunConfig, slot: Slot, tokens: int, workers: int, rows_shared: bool) -> tuple[float, float]:
+def _statistics(
+    config: RunConfig, device: str, slot: Slot, tokens: int, workers: int, rows_shared: bool
+) -> tuple[float, float]:
     """Operations of a worker, and the bytes that it is sent."""
     flops = sent = 0.0
     for each in config.statistics:
-        together = workers if each.shared and tokens >= SHARED_TOKENS and not config.unit.ranks else 1
+        together = workers if each.shared and each.pays(tokens, device) and not config.unit.ranks else 1
         flops += each.flops(tokens, *slot.shape) / together
         if not (each.of_rows and rows_shared):
             sent += each.sent(*slot.shape) * (together - 1) / together
@@ -131,7 +133,7 @@ def _outputs(config: RunConfig, model: StreamedModel, slot: Slot, tokens: int, w
     rows, columns = slot.shape
     if config.propagate is not Propagate.sublayer or not any(each.needs_output for each in config.statistics):
         return 0.0, 0.0
-    several = tokens >= SHARED_TOKENS and (rows > ROWS or model.device.type != "cpu")
+    several = tokens >= SHARED_TOKENS and rows > ROWS and model.device.type == "cpu"
     together = workers if several and not config.unit.ranks else 1
     return 2 * tokens * rows * columns / together, tokens * rows * model.dtype.itemsize * (together - 1) / together
 
