@@ -150,20 +150,75 @@ def test_the_block_before_the_gap_learns_what_went(deep: Path, tmp_path: Path, p
     assert changed.pop().endswith("mlp.down_proj.weight")
 
 
-def test_killed_and_continued_gives_the_same_bytes(
+LEARNS = ("calib.n_samples=64", "recover.batch=32", "recover.epochs=3", "recover.lr=3e-4")
+
+
+def goes(monkeypatch: pytest.MonkeyPatch, *blocks: int) -> None:
+    monkeypatch.setattr("ace_cli.run.cut.least_important", lambda *_: list(blocks))
+
+
+@pytest.mark.parametrize("repair", ["none", "lstsq"])
+def test_the_block_before_the_gap_is_trained_and_others_stay(
+    repair: str, deep: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes(monkeypatch, 1, 2)
+    report = run(prune_here, deep, tmp_path / "run", "keep=2", f"repair={repair}", "recover=blocks", *LEARNS)
+    first, *others = (block["recovery"] for block in report.blocks)
+    assert first["after"] < first["before"]
+    assert others == [None, None, None]
+    before, after = weights(deep), weights(tmp_path / "run" / "checkpoint")
+    assert not torch.equal(
+        after["model.layers.0.self_attn.q_proj.weight"], before["model.layers.0.self_attn.q_proj.weight"]
+    )
+    kept = [name for name in before if ".layers.3." in name]
+    assert all(torch.equal(after[name.replace(".3.", ".1.")], before[name]) for name in kept)
+    assert verify(tmp_path / "run" / "checkpoint") == 1
+
+
+def test_all_that_stay_learn_the_states_of_the_dense_model(
     deep: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ("sparsity=50%", "unit.choose=one_by_one")
+    """A gap at the front has no block before it: what comes behind it learns."""
+    goes(monkeypatch, 0, 2)
+    options = ("keep=2", "recover=blocks", "recover.target=model", *LEARNS)
+    report = run(prune_here, deep, tmp_path / "run", *options)
+    found = [block["recovery"] for block in report.blocks]
+    assert [each is None for each in found] == [True, False, True, False]
+    assert all(each["after"] < each["before"] for each in found if each)
+
+
+def test_the_dense_model_teaches_one_of_fewer_blocks(deep: Path, tmp_path: Path, prune_here: Any) -> None:
+    report = run(prune_here, deep, tmp_path / "run", "sparsity=25%", "recover=distill", *LEARNS[:3], "recover.lr=1e-4")
+    assert report.recovery["after"] < report.recovery["before"]
+    assert verify(tmp_path / "run" / "checkpoint") == 1
+
+
+@pytest.mark.parametrize(
+    ("where", "options"),
+    [
+        (".3.", ("sparsity=50%", "unit.choose=one_by_one")),
+        (".2.", ("keep=2", "recover=blocks", *LEARNS)),
+        (".3.", ("keep=2", "recover=both", "recover.block_epochs=1", "recover.epochs=1", "recover.batch=32")),
+        (".2.", ("keep=2", "recover=blocks", "recover.target=model", *LEARNS)),
+        (".3.", ("keep=2", "recover=blocks", "recover.target=model", *LEARNS)),
+    ],
+)
+def test_killed_and_continued_gives_the_same_bytes(
+    where: str, options: tuple[str, ...], deep: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inside a gap, and behind it."""
+    if "keep=2" in options:
+        goes(monkeypatch, 1, 2)
     run(prune_here, deep, tmp_path / "whole", *options)
-    copy = CheckpointWriter.copy
+    sync = CheckpointWriter.sync
 
     def failing(self: CheckpointWriter, names: Any) -> None:
-        if any(".3." in name for name in names):
+        if any(where in name for name in names):
             raise KeyboardInterrupt
-        copy(self, names)
+        sync(self, names)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CheckpointWriter, "copy", failing)
+        patch.setattr(CheckpointWriter, "sync", failing)
         run(prune_here, deep, tmp_path / "killed", *options)
     report = run(prune_here, deep, tmp_path / "killed", *options)
     assert any("continued" in warning for warning in report.warnings)
@@ -185,7 +240,6 @@ def test_killed_and_continued_gives_the_same_bytes(
         (["sparsity=2:4"], "sparsity=2:4 means nothing for unit=block"),
         (["metric=wanda"], "metric=wanda does not go with unit=block: it scores no whole blocks"),
         (["repair=obs"], "repair=obs does not go with unit=block"),
-        (["recover=blocks"], "recover=blocks does not follow a cut of blocks"),
         (["propagate=dense"], "propagate=dense means nothing for unit=block"),
         (["unit=channel", "metric=angular"], "metric=angular does not go with unit=channel"),
     ],

@@ -170,6 +170,29 @@ def test_killed_and_continued_gives_the_same_bytes(
     assert found[0] == found[1]
 
 
+def test_the_dense_model_teaches_one_of_fewer_experts(
+    tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first epoch, and before the trained files are put in place."""
+    folder = add_tokenizer(make(tmp_path / "dense", "gpt_oss"))
+    options = ("keep=3", "calib.n_samples=64", "recover=distill", "recover.batch=32", "recover.lr=2e-4")
+    straight = run(prune_here, folder, tmp_path / "whole", *options)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for moment in ("ace_cli.recovery.distill._write", "ace_cli.run.recover_checkpoint._move"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(moment, stop)
+            run(prune_here, folder, tmp_path / "stopped", *options)
+    report = run(prune_here, folder, tmp_path / "stopped", *options)
+    assert report.recovery == straight.recovery
+    assert report.recovery["after"] < report.recovery["before"]
+    found = [(tmp_path / each / "checkpoint" / "model.safetensors").read_bytes() for each in ("whole", "stopped")]
+    assert found[0] == found[1]
+    assert verify(tmp_path / "stopped" / "checkpoint") == 2
+
+
 def test_lots_differ_by_layer_and_seed_and_are_drawn_alike_again() -> None:
     nothing = torch.zeros(16)
     first, again, other, seeded = (
@@ -189,7 +212,11 @@ def test_lots_differ_by_layer_and_seed_and_are_drawn_alike_again() -> None:
         (["sparsity=1%"], "takes none of the 4 experts away"),
         (["metric=wanda"], "metric=wanda does not go with unit=expert: it scores no experts"),
         (["repair=lstsq"], "repair=lstsq does not go with unit=expert"),
-        (["recover=blocks"], "recover=blocks does not follow a cut of experts"),
+        (
+            ["recover=blocks"],
+            "recover=blocks does not follow a cut of experts, it trains blocks as they are: use distill",
+        ),
+        (["recover=both"], "recover=both does not follow a cut of experts"),
     ],
 )
 def test_what_makes_no_sense_is_refused(

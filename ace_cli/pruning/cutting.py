@@ -114,6 +114,17 @@ class Cutting:
         """The model with the weights that read units as its only slots: what is observed, scored and repaired."""
         return self.model.watching({each.name for block in self.couplings for each in block})
 
+    def runs(self, index: int) -> bool:
+        """Whether block ``index`` is part of the smaller model."""
+        return True
+
+    def taught(self, index: int, of_model: bool) -> list[int] | None:
+        """The blocks whose work block ``index`` learns beside its own; None where it has nothing to learn.
+
+        ``of_model``: from the dense model's states, in which errors made before show.
+        """
+        return []
+
     def ask(self, share: Fraction, keep: int | None) -> None:
         """Every block keeps the same number: all but a share of its units, or ``keep``. AceError if that cannot be.
 

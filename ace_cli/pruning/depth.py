@@ -118,6 +118,13 @@ class DepthCutting(Cutting):
         end = next((kept for kept in self.kept if kept > index), len(self.model.blocks))
         return list(range(index + 1, end))
 
+    def runs(self, index: int) -> bool:
+        return index in self.kept
+
+    def taught(self, index: int, of_model: bool) -> list[int] | None:
+        gap = self.gap_behind(index)
+        return gap if index in self.kept and (gap or of_model) else None
+
     @property
     def uneven(self) -> bool:
         return False

@@ -100,7 +100,7 @@ def prune(
                     with clock("recover"):
                         recovered = recovering.after(index, batches, pruner)
                     with clock("forward"):
-                        model.advance(index, batches if not last else [])
+                        model.advance(index, batches if not last and recovering.runs(index) else [])
                 with clock("compare"):
                     moved = recipe.propagate is not Propagate.dense and not last
                     output = comparison.after(index, batches[0].hidden_BLH if moved and batches else None)

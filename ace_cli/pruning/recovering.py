@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,30 +18,40 @@ from ace_cli.model.streamed import Batch, StreamedModel
 from ace_cli.pruning.slot_pruner import SlotPruner
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 
+if TYPE_CHECKING:
+    from ace_cli.pruning.cutting import Cutting
+
 
 class Recovering:
     """Trains each block of ``model`` after it is pruned.
 
     ``steps``: which of the calibration windows each step of the training takes; of ``workers`` each has some of every
     step. ``dense`` blocks are finished: if it is not None, states of the dense model, behind them, are the targets.
+    ``cutting``: of units that are cut out, which may be whole blocks: the one before a gap learns what those in it did.
     """
 
     def __init__(
         self, model: StreamedModel, recovery: Recovery, windows_NL: Tensor, steps: Iterable[range],
-        dense: int | None = None, workers: Workers = ONE,
+        dense: int | None = None, workers: Workers = ONE, cutting: Cutting | None = None,
     ) -> None:  # fmt: skip
         self._model = model
         self._recovery = recovery
         self._workers = workers
+        self._cutting = cutting
         self._rows = [workers.part(step) for step in steps]
         embedded = iter([*model.embedded(windows_NL[rows.start : rows.stop] for rows in self._rows if rows)])
         self._steps = [next(embedded) if rows else None for rows in self._rows]
-        self._dense = [copy.copy(step) for step in self._steps if step is not None] if dense is not None else []
+        self._of_model, self._passed = dense is not None, dense or 0
+        self._dense = [copy.copy(step) for step in self._steps if step is not None] if self._of_model else []
         with torch.no_grad():
-            for index in model.one_by_one(dense or 0):
+            for index in model.one_by_one(self._passed):
                 model.advance(index, self._dense)
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor | None] = []
+
+    def runs(self, index: int) -> bool:
+        """Whether states go through the block, pruned."""
+        return self._cutting is None or self._cutting.runs(index)
 
     def before(self, index: int, batches: list[Batch]) -> None:
         """The loaded block is still dense; ``batches`` hold its inputs."""
@@ -48,19 +60,32 @@ class Recovering:
         mine = [(step, rows) for step, rows in zip(self._steps, self._rows, strict=True) if step is not None]
         for step, rows in mine:
             step.hidden_BLH = hidden_NLH[rows.start : rows.stop]
-        if self._dense:
-            self._model.advance(index, self._dense)
-            found = iter([batch.hidden_BLH for batch in self._dense])
-        else:
-            found = iter([self._model.forward(index, step) for step, _ in mine])
-        self._targets = [None if step is None else next(found) for step in self._steps]
+        gap = [] if self._cutting is None else self._cutting.taught(index, self._of_model)
+        end = index + 1 + len(gap or [])
+        if self._of_model:
+            self._through(index, range(self._passed, end), self._dense)
+            self._passed = max(self._passed, end)
+        if gap is not None:
+            targets = self._dense if self._of_model else [copy.copy(step) for step, _ in mine]
+            if not self._of_model:
+                self._through(index, range(index, end), targets)
+            found = iter([batch.hidden_BLH for batch in targets])
+            self._targets = [None if step is None else next(found) for step in self._steps]
 
-    def after(self, index: int, batches: list[Batch], pruner: SlotPruner) -> RecoveryFacts:
-        """The loaded block is pruned: train it, and put its inputs back into ``batches``."""
-        keep = trainable(self._model, index)
-        facts = self._recovery.recover(self._model, index, self._steps, self._targets, keep, self._workers)
-        if facts.epochs:
-            pruner.take_loaded(keep)
+    def _through(self, loaded: int, blocks: Iterable[int], batches: list[Batch]) -> None:
+        """Take ``batches`` through dense ``blocks``, of which one may be loaded."""
+        for index in blocks:
+            with nullcontext() if index == loaded else self._model.loaded(self._model.blocks[index]):
+                self._model.advance(index, batches)
+
+    def after(self, index: int, batches: list[Batch], pruner: SlotPruner) -> RecoveryFacts | None:
+        """The loaded block is pruned: train it, and put its inputs back into ``batches``. None: nothing to learn."""
+        facts = None
+        if self._targets:
+            keep = trainable(self._model, index)
+            facts = self._recovery.recover(self._model, index, self._steps, self._targets, keep, self._workers)
+            if facts.epochs:
+                pruner.take_loaded(keep)
         for batch, hidden_BLH in zip(batches, self._inputs, strict=True):
             batch.hidden_BLH = hidden_BLH
         self._inputs, self._targets = [], []

@@ -29,8 +29,8 @@ VERDICTS = (
     (3.0, Verdict("much worse than the dense model", "bad")),
     (math.inf, Verdict("badly damaged", "bad")),
 )
-#: Units after whose cutting ``recover`` trains what is left.
-_TRAINED = ("channel", "head")
+#: Units after whose cutting ``recover=blocks`` trains what is left.
+_TRAINED = ("channel", "head", "block")
 _UNKNOWN = Verdict("not measured", "")
 
 

@@ -371,9 +371,9 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         if parts.allocation.units_only:
             faults.append(f"allocation={registry.name_of('allocation', parts.allocation)} is for units: unit=channel")
         return faults
-    if parts.recover.acts and not parts.unit.trains:
+    if parts.recover.acts and parts.recover.in_stream and not parts.unit.trains:
         name = registry.name_of("recover", parts.recover)
-        faults.append(f"recover={name} does not follow a cut of {unit}s: use recover=none")
+        faults.append(f"recover={name} does not follow a cut of {unit}s, it trains blocks as they are: use distill")
     if isinstance(pattern, NofM):
         faults.append(f"sparsity={pattern} means nothing for unit={unit}: give the share that goes (20%), or keep")
     elif not pattern.p and parts.keep is None:  # type: ignore[attr-defined]
@@ -384,7 +384,7 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"allocation={name} gives blocks widths of their own: {hint}")
     if parts.allocation.surveys and parts.keep is not None:
         faults.append("keep is the same number in every block: with an allocation give a sparsity")
-    if parts.propagate is Propagate.dense and not parts.unit.trains:
+    if parts.propagate is Propagate.dense and not parts.unit.dense_inputs:
         faults.append(f"propagate=dense means nothing for unit={unit}: what is left runs without what went")
     reasons = dict.fromkeys(("include", "exclude"), "the weights that make and read units go together")
     for name, reason in {**reasons, "scope": "units of a block are compared"}.items():

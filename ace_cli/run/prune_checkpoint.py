@@ -341,7 +341,8 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
         return None
     steps = training_steps(windows_NL, recovery.batch)
     with run.inner("embed"):
-        return Recovering(model, recovery, windows_NL, steps, done if recovery.carries_dense else None, run.workers)
+        dense = done if recovery.carries_dense else None
+        return Recovering(model, recovery, windows_NL, steps, dense, run.workers, run.cutting)
 
 
 def _gradients(run: RunContext, model: StreamedModel) -> dict[str, Seen]:

@@ -27,8 +27,10 @@ class Unit:
     ranks = False
     #: True if the residual stream gets narrower.
     slices = False
-    #: Whether a recovery trains blocks that it was cut out of.
+    #: Whether a recovery trains single blocks that it was cut out of.
     trains = True
+    #: Whether what comes after may see the dense model.
+    dense_inputs = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
     uneven = False

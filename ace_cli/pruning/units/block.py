@@ -30,7 +30,7 @@ class Depth(Unit):
     dense model go. ``one_by_one``: the lowest goes, the others are scored again without it.
     """
 
-    trains = False
+    dense_inputs = False
     choose: Choose = Choose.at_once
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
