@@ -55,14 +55,27 @@ class UnitPruner(SlotPruner):
             raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
         diagnosis: dict[str, Any] = {**self._recipe.metric.diagnose(seen)}
         keep_U, notes = self._cut(slot, seen, each, diagnosis)
-        self._kept[slot.name] = keep_U
-        for axis in each.axes:
-            self._stored(axis.key)
+        self._keep(slot.name, keep_U)
         if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
             self._activations[slot.name] = seen[self._looked_at]
         words, seconds = f"{cutting.stay[each.name]} of {each.width} {cutting.name}s", time.perf_counter() - start
         kept = keep_U.nonzero().flatten().tolist()
         return SlotFacts(slot.name, slot.shape, words, tokens, diagnosis, notes, seconds, routed, kept=kept)
+
+    def _keep(self, name: str, keep_U: Tensor) -> None:
+        """Of all tensors that hold the units of ``name`` these are to stay."""
+        self._kept[name] = keep_U
+        for axis in self._couplings[name].axes:
+            self._stored(axis.key)
+
+    def _exchanged(self, parts: list[list[Slot]], mine: list[SlotFacts]) -> list[SlotFacts]:
+        facts = super()._exchanged(parts, mine)
+        for fact in facts:
+            each = self._couplings[fact.name]
+            keep_U = torch.zeros(each.regions * each.width, dtype=torch.bool)
+            keep_U[fact.kept or []] = True
+            self._keep(fact.name, keep_U)
+        return facts
 
     @property
     def _cutting(self) -> Cutting:
