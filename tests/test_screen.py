@@ -357,7 +357,8 @@ def test_verdict(ratio: float | None, word: str, level: str) -> None:
     (2.0, {"repair": "sparsegpt", "recover": "blocks"}, 32768, "a lower sparsity"),
     (2.0, {"unit": "channel", "repair": "lstsq", "recover": "none"}, 2048, "recover=blocks"),
     (2.0, {"unit": "channel", "repair": "lstsq", "recover": "blocks"}, 2048, "fewer units"),
-    (2.0, {"unit": "block", "repair": "lstsq", "recover": "none"}, 2048, "fewer units"),
+    (2.0, {"unit": "block", "repair": "lstsq", "recover": "none"}, 2048, "recover=blocks"),
+    (2.0, {"unit": "expert", "repair": "none", "recover": "none"}, 2048, "fewer units"),
     (2.0, {"repair": "sparsegpt", "quantize": "int4", "recover": "none"}, 2048, "experiment=best_long"),
 ])  # fmt: skip
 def test_what_to_try_next_was_not_done_yet(ratio: float, method: dict[str, str], tokens: int, words: str) -> None:

@@ -53,7 +53,7 @@ WINDOWS = token_windows(4, 20)
 FIXED = {"bloom", "mpt"}
 #: Their channels are so many that a product is made in parts, which a narrower one is not.
 WIDE = {"falcon", "bloom", "gptj", "mpt"}
-FEW = ["llama", "phi3", "opt", "gpt2"]
+FEW = ["llama", "phi3", "opt", "gpt2", "qwen3", "gemma2"]
 
 
 def cut_into(
@@ -453,13 +453,13 @@ def test_a_stopped_teaching_of_a_smaller_one_goes_on(
     assert verify(tmp_path / "broken" / "checkpoint") == 2
 
 
-@pytest.mark.parametrize("options", [RUN, UNEVEN, TRAINED], ids=["even", "uneven", "trained"])
+@pytest.mark.parametrize("options", [RUN, UNEVEN, TRAINED, HEADS], ids=["even", "uneven", "trained", "heads"])
 def test_killed_and_continued_gives_the_same_bytes(
     options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any
 ) -> None:
     prune_here(llama, tmp_path / "whole", *options)
     prune_here(llama, tmp_path / "again", *options)
-    with stopped_before(".1.mlp.up_proj"):
+    with stopped_before(".1.self_attn.o_proj" if options[0] == "unit=head" else ".1.mlp.up_proj"):
         prune_here(llama, tmp_path / "killed", *options)
     report = prune_here(llama, tmp_path / "killed", *options)
     assert any("continued" in warning for warning in report.warnings)
@@ -512,7 +512,8 @@ def test_a_model_without_the_key_says_what_to_do(tmp_path: Path, prune_here: Any
 
 #: What their classes can say: queries alone are cut where several share a key-value head.
 HEADS = [("llama", "group"), ("llama", "query"), ("qwen2", "group"), ("qwen3", "query"), ("phi3", "group"),
-         ("phi3", "query"), ("mistral", "group"), ("gemma", "query"), ("starcoder2", "group")]  # fmt: skip
+         ("phi3", "query"), ("mistral", "group"), ("gemma", "query"), ("starcoder2", "group"),
+         ("gemma3_text", "query"), ("glm", "group"), ("mixtral", "query"), ("glm4_moe", "group")]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "of"), HEADS)
