@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -19,9 +20,9 @@ from tiny_models import load
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.gate import Gate
-from ace_cli.evaluation.samples import Samples
+from ace_cli.evaluation.samples import Samples, repeated
 from ace_cli.report.facts import Report
-from ace_cli.report.markdown import render
+from ace_cli.report.markdown import loops_line, render
 
 Prune = Callable[..., Report]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,6 +62,22 @@ def test_the_same_seed_draws_the_same(sampled: Report, llama: Path, tmp_path: Pa
     assert again.samples == sampled.samples
     assert other.samples[:2] == sampled.samples[:2]
     assert other.samples[2:] != sampled.samples[2:]
+
+
+def test_loops_are_runs_of_four_that_stood_there_before(sampled: Report) -> None:
+    assert repeated([1, 2, 3]) == repeated([]) == 0
+    assert repeated([1, 2, 3, 4, 5, 6]) == 0
+    assert repeated([7] * 10) == pytest.approx(6 / 7)
+    assert repeated([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(1 / 5)
+    for sample in sampled.samples:
+        assert sample.loops.keys() == {"dense", "pruned"}
+        assert all(0 <= share < 1 for share in sample.loops.values())
+    known = dataclasses.replace(sampled.samples[0], loops={"dense": 0.25, "pruned": 0.75})
+    line = loops_line({"samples": [dataclasses.asdict(known)]})
+    assert "25 % (dense) and 75 % (pruned)" in line
+    assert "none and none when drawn" in line
+    assert loops_line({"samples": []}) == ""
+    assert loops_line(dataclasses.asdict(sampled)) in render(sampled)
 
 
 def test_samples_are_shown(sampled: Report) -> None:

@@ -206,11 +206,11 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
 ) -> None:
     straight = prune_here(llama, tmp_path / "straight", *TAUGHT)
     epochs = []
-    from ace_cli.recovery.distill import _Fit
+    from ace_cli.recovery.whole import Fit
 
-    original = _Fit._epoch
+    original = Fit._epoch
 
-    def epoch(fit: _Fit, step: Callable[[], None]) -> None:
+    def epoch(fit: Fit, step: Callable[[], None]) -> None:
         if moment == "epoch" and len(epochs) == 1:
             epochs.append("stopped")
             raise KeyboardInterrupt
@@ -220,17 +220,17 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Fit, "_epoch", epoch)
+    monkeypatch.setattr(Fit, "_epoch", epoch)
     if moment == "replacing":
         monkeypatch.setattr("ace_cli.run.recover_checkpoint._move", stop)
     if moment == "described":
         monkeypatch.setattr("ace_cli.run.prune_checkpoint.forget_training", stop)
     if moment != "epoch":
-        monkeypatch.setattr(_Fit, "_save", lambda fit: None)
+        monkeypatch.setattr(Fit, "_save", lambda fit: None)
     with pytest.raises(KeyboardInterrupt):
         prune_here(llama, tmp_path / "broken", *TAUGHT)
     monkeypatch.undo()
-    monkeypatch.setattr(_Fit, "_epoch", epoch)
+    monkeypatch.setattr(Fit, "_epoch", epoch)
     report = prune_here(llama, tmp_path / "broken", *TAUGHT)
     assert digest(tmp_path / "broken") == digest(tmp_path / "straight")
     assert report.recovery == straight.recovery

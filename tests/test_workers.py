@@ -54,6 +54,7 @@ TRAINED = {
     "blocks": ("llama", "metric=wanda", "sparsity=0.5", "recover=blocks"),
     "cut blocks": ("llama", "unit=channel", "sparsity=0.25", "recover=blocks", "recover.target=model"),
     "both": ("llama", "metric=wanda", "sparsity=2:4", "recover=both", "recover.batch=48"),
+    "adapters": ("llama", "metric=wanda", "sparsity=2:4", "recover=lora", "recover.ranks=angular", "recover.batch=48"),
 }
 
 

@@ -65,7 +65,7 @@ class DenseCache:
         def load(facts: Any, _: list[Tensor]) -> Continuations:
             return Continuations(**facts)
 
-        return self._known(("samples", *key), measure, load, lambda found: (dataclasses.asdict(found), []))
+        return self._known(("continuations", *key), measure, load, lambda found: (dataclasses.asdict(found), []))
 
     def _known(
         self,

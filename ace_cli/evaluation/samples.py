@@ -10,6 +10,8 @@ from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.data.generation import draw, whole_model
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from torch import Tensor
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Somebody is to read them.
 MOST_TOKENS = 10_000
+#: Tokens of a run that counts as repeated when it comes again.
+LOOP = 4
 PROMPTS = ("The capital of France is", "Water boils when", "Once upon a time there was a")
 
 
@@ -66,10 +70,21 @@ class Samples:
 
 @dataclass
 class Continuations:
-    """One for each prompt."""
+    """One for each prompt; and of each the share of loops: see ``repeated``."""
 
     greedy: list[str]
     sampled: list[str]
+    greedy_loops: list[float]
+    sampled_loops: list[float]
+
+
+def repeated(tokens: Sequence[int], n: int = LOOP) -> float:
+    """Of the runs of ``n`` tokens, the share that stood in the text before: 0 where nothing repeats, near 1 in a loop.
+
+    Of a text too short to repeat itself 0.
+    """
+    runs = [tuple(tokens[first : first + n]) for first in range(len(tokens) - n + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def write_on(
@@ -108,7 +123,19 @@ def write_on(
             pad_token_id=pad, logits_processor=LogitsProcessorList([choose]),
         )  # fmt: skip
     texts = tokenizer.batch_decode(written_BL[:, longest:], skip_special_tokens=True)
-    return Continuations(texts[: len(options.prompts)], texts[len(options.prompts) :])
+    ends, count = _ends(model.generation_config.eos_token_id), len(options.prompts)
+    loops = [repeated(_before(row, ends)) for row in written_BL[:, longest:].tolist()]
+    return Continuations(texts[:count], texts[count:], loops[:count], loops[count:])
+
+
+def _ends(told: int | list[int] | None) -> set[int]:
+    """Tokens that end a text."""
+    return set() if told is None else {told} if isinstance(told, int) else set(told)
+
+
+def _before(row: list[int], ends: set[int]) -> list[int]:
+    """What was written before the text ended, and padding began."""
+    return row[: next((place for place, token in enumerate(row) if token in ends), len(row))]
 
 
 class _DrawLast:

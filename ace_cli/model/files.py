@@ -39,6 +39,9 @@ class Checkpoint:
     Raises AceError if the folder, a shard or a tensor is missing, or a file is shorter than its header says.
     """
 
+    #: A LoRA adapter that is added to what is read.
+    adapter: Path | None = None
+
     def __init__(self, folder: Path, bare: bool = False) -> None:
         """``bare``: weights alone will do, and may still be written."""
         self.folder = folder

@@ -23,6 +23,7 @@ from ace_cli.kernels.selection import loops_for
 from ace_cli.kernels.threads import LARGEST_PIECE
 from ace_cli.methods.grids import Grid
 from ace_cli.methods.patterns import Pattern, Ratio, Scope, parse_sparsity
+from ace_cli.model.adapted import ADAPTER_FILES
 from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan, write_index
 from ace_cli.model.folder import INDEX, copy_other_files, other_files
 from ace_cli.model.header import TensorEntry
@@ -71,7 +72,8 @@ def write_metadata(
         for name, text in cut.files.items():
             (folder / name).write_text(text, encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    files = checkpoint_files(source, cut)
+    adapter = [name for name in ADAPTER_FILES if (folder / name).is_file()]
+    files = [*checkpoint_files(source, cut), *adapter]
     manifest = {"schema_version": 1, "identity": identity, **summary, "slots": list(slots), "files": files}
     manifest |= {"cuts": cut.manifest} if cut is not None else {}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

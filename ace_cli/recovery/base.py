@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.workers import ONE, Workers
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class RecoveryFacts:
     """What training a block, or the model, did: the error on held-out windows before and after, the epochs kept.
 
-    0 epochs: it did not get better, and keeps the weights it had.
+    0 epochs: training made it no better. Then it keeps the weights it had, or those that training was to start from.
     """
 
     before: float
@@ -68,17 +68,33 @@ class Recovery:
         """
         raise NotImplementedError
 
-    def whole_bytes(self, parameters: int, trained: int) -> int:
-        """Of a recovery of the whole model: the memory it takes where it computes, of so many weights."""
+    def misfits(self, cuts: bool, zeros: bool) -> list[str]:
+        """Why it does not go with a result like this one, one line each: units are cut out, or weights become zeros."""
+        return []
+
+    def check_installed(self) -> None:
+        """AceError if a package is missing that it needs."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What it may put into the checkpoint beside the weights, by the paths in it."""
+        return ()
+
+    def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        """Of a recovery of the whole model: the memory it takes where it computes, of so many weights.
+
+        ``shapes``: (O, I) of every matrix that was pruned.
+        """
         return 0
 
     def recover_model(
         self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
         workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
-        """Train the whole model of the finished folder ``pruned``; its weight files, anew, in the folder ``target``.
+        """Train the whole model of the finished folder ``pruned``.
 
-        ``windows_NL``: token ids, int64. What an interrupted training left in ``target`` is continued.
+        What takes the place of its weight files, or comes beside them, goes into the folder ``target``; nothing where
+        nothing got better. ``windows_NL``: token ids, int64. An interrupted training in ``target`` is continued.
         ``workers``: all train it, each on its windows of every step; the first one writes.
         """
         raise NotImplementedError

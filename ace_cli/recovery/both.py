@@ -17,7 +17,7 @@ from ace_cli.recovery.distill import Distill
 from ace_cli.recovery.training import training_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -61,8 +61,8 @@ class Both(Recovery):
     def bytes_per_weight(self) -> int:
         return self._blocks.bytes_per_weight()
 
-    def whole_bytes(self, parameters: int, trained: int) -> int:
-        return self._distill.whole_bytes(parameters, trained)
+    def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        return self._distill.whole_bytes(parameters, trained, shapes)
 
     def recover(
         self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],

@@ -57,12 +57,16 @@ class Fidelity:
 
 @dataclass
 class Sample:
-    """One prompt as the dense and the pruned model write it on, greedily or ``sampled`` from the same seed."""
+    """One prompt as the dense and the pruned model write it on, greedily or ``sampled`` from the same seed.
+
+    ``loops``: model ("dense", "pruned") -> the share of runs of four tokens that stood in its text before.
+    """
 
     prompt: str
     sampled: bool
     dense: str
     pruned: str
+    loops: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 
 from ace_cli.report import plots
 from ace_cli.report.facts import Speed, SpeedFacts, Spread
-from ace_cli.report.markdown import size_words, target_words
+from ace_cli.report.markdown import loops_line, size_words, target_words
 from ace_cli.report.speed import SPEED_HEAD, speed_lines, speed_rows
 from ace_cli.report.verdict import advice, verdict_of
 
@@ -40,6 +40,7 @@ def render(report: dict[str, Any], near: str = "") -> str:
         level=found.level,
         size=size_words(report),
         target=target_words(report.get("target")),
+        loops=loops_line(report),
         advice=advice(report),
         kept="keep_checkpoint: false" not in report["config"]["yaml"],
         plots=_plots(report),

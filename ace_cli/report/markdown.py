@@ -100,13 +100,7 @@ def windows_line(report: Report) -> str:
 
 def recovery_line(report: Report) -> str:
     """What training gained, in a sentence for each way; empty where nothing was trained."""
-    whole = ""
-    if report.recovery is not None:
-        whole = (
-            f"Trained on the dense model's predictions: KL divergence on held-out windows "
-            f"{report.recovery['before']:.4f} to {report.recovery['after']:.4f} nats, the best after "
-            f"{report.recovery['epochs']} epochs."
-        )
+    whole = _whole_line(report)
     trained = [block["recovery"] for block in report.blocks if block.get("recovery")]
     if not trained:
         return whole
@@ -116,6 +110,30 @@ def recovery_line(report: Report) -> str:
         f"Trained block by block: {better} of {len(trained)} blocks got better; the error on held-out windows fell by "
         f"{gain:.0%} a block. {whole}"
     ).rstrip()
+
+
+def _whole_line(report: Report) -> str:
+    """Of a training of the whole model."""
+    found, told = report.recovery, report.method["recover_options"]
+    if found is None:
+        return ""
+    what, error = "the dense model's predictions", "KL divergence"
+    if told.get("loss") == "lm":
+        what, error = "the text", "loss"
+    line = (
+        f"Trained on {what}: {error} on held-out windows {found['before']:.4f} to {found['after']:.4f} nats, the best "
+        f"after {found['epochs']} epochs."
+    )
+    better = found["after"] < found["before"]
+    if report.method["recover"] == "qlora_groups":
+        return (
+            f"{line} Weights are whole numbers of {told['bits']} bits with a scale and a zero point for "
+            f"{told['group']} inputs each, stored as plain numbers; before and after are both of rounded weights."
+        )
+    if told.get("merge") is False:
+        beside = "peft loads the adapter in adapter/ of the checkpoint; all numbers here are with it."
+        return f"{line} {beside if better else 'No adapter is written.'}"
+    return line
 
 
 def protocol_words(protocol: Mapping[str, Any]) -> str:
@@ -153,7 +171,28 @@ def samples_part(report: Report) -> str:
         ["drawn" if sample.sampled else "greedy", *map(_cell, (sample.prompt, sample.dense, sample.pruned))]
         for sample in report.samples
     ]
-    return "## Samples\n\n" + table(["", "prompt", "dense", "pruned"], rows)
+    shown = table(["", "prompt", "dense", "pruned"], rows)
+    return "\n\n".join(part for part in ("## Samples", shown, loops_line(dataclasses.asdict(report))) if part)
+
+
+def loops_line(report: Mapping[str, Any]) -> str:
+    """How much the samples repeat themselves, in one sentence; empty where nobody counted.
+
+    ``report`` is report.json, parsed.
+    """
+    counted = [sample for sample in report["samples"] if sample.get("loops")]
+    if not counted:
+        return ""
+
+    def mean(model: str, sampled: bool) -> str:
+        shares = [sample["loops"][model] for sample in counted if sample["sampled"] is sampled]
+        return f"{statistics.fmean(shares):.0%}".replace("%", " %") if shares else "none"
+
+    return (
+        f"Loops: of all runs of four tokens in the samples, {mean('dense', False)} (dense) and "
+        f"{mean('pruned', False)} (pruned) had stood there before when written greedily, {mean('dense', True)} and "
+        f"{mean('pruned', True)} when drawn."
+    )
 
 
 def _cell(text: str) -> str:

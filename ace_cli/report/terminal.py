@@ -21,6 +21,7 @@ from ace_cli.report.fitting import fitting
 from ace_cli.report.markdown import (
     fidelity_line,
     gigabytes,
+    loops_line,
     perplexity_rows,
     protocol_line,
     recovery_line,
@@ -219,6 +220,8 @@ class Terminal:
         for line in (*lines, recovery_line(report), fidelity_line(report), *stage_lines(report), target_line(report)):
             if line:
                 self.say(line)
+        if loops := loops_line({"samples": [dataclasses.asdict(sample) for sample in report.samples]}):
+            self.say(loops)
         if report.zero_shot is not None:
             self.tasks(report.zero_shot)
         if report.speed is not None:

@@ -90,9 +90,10 @@ def already_sparse(model: StreamedModel, pattern: Pattern) -> str | None:
 
 
 def check_training(config: RunConfig, plan: Plan) -> None:
-    """AceError if the memory has no room for a whole model in training."""
+    """AceError if the memory has no room for a whole model in training, or a package is missing for it."""
+    config.recover.check_installed()
     trained = plan.parameters if config.unit.cuts else plan.slot_weights
-    needed = config.recover.whole_bytes(plan.parameters, trained)
+    needed = config.recover.whole_bytes(plan.parameters, trained, list(plan.shapes.values()))
     if needed > plan.budget_bytes:
         name = name_of("recover", config.recover)
         raise AceError(

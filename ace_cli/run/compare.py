@@ -16,7 +16,7 @@ from ace_cli.evaluation.dense import Dense, DenseCache
 from ace_cli.evaluation.fidelity import DenseStates, FidelityMeter, looked_at
 from ace_cli.evaluation.perplexity import perplexity, shared_windows, window_losses
 from ace_cli.evaluation.samples import Samples, write_on
-from ace_cli.model.files import Checkpoint
+from ace_cli.model.adapted import with_adapter
 from ace_cli.model.spill import Spill
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
@@ -53,7 +53,7 @@ def evaluate(run: RunContext, folder: Path, windows: Windows) -> tuple[facts.Per
             return Dense(window_losses(model, windows.ids_NL, lambda _: step(), states, spill, workers), states)
 
     dense = run.dense.windows(key, measure)
-    pruned = StreamedModel(Checkpoint(folder), model.device, model.dtype)
+    pruned = StreamedModel(with_adapter(folder), model.device, model.dtype)
     comparison = FidelityMeter(pruned, dense.states) if run.slicer is None else None
     with _evaluating(PRUNED, pruned, terminal) as step:
         watch = comparison or (lambda *_: None)
@@ -82,14 +82,15 @@ def write_samples(
             measure = partial(write_on, model.checkpoint, options, model.device, model.dtype, steps)
             dense = cache.samples(key, measure)
         with terminal.waiting(PRUNED_WRITES) as steps:
-            pruned = write_on(Checkpoint(folder), options, model.device, model.dtype, steps)
+            pruned = write_on(with_adapter(folder), options, model.device, model.dtype, steps)
     except Exception as fault:  # libraries fail in many ways; what was measured so far is worth more than samples
         return [], f"No samples: {first_line(fault)}"
-    pairs = ((False, dense.greedy, pruned.greedy), (True, dense.sampled, pruned.sampled))
+    greedy = zip(dense.greedy, pruned.greedy, dense.greedy_loops, pruned.greedy_loops, strict=True)
+    drawn = zip(dense.sampled, pruned.sampled, dense.sampled_loops, pruned.sampled_loops, strict=True)
     samples = [
-        facts.Sample(prompt, sampled, before, after)
-        for sampled, befores, afters in pairs
-        for prompt, before, after in zip(options.prompts, befores, afters, strict=True)
+        facts.Sample(prompt, sampled, before, after, {"dense": of_dense, "pruned": of_pruned})
+        for sampled, written in ((False, greedy), (True, drawn))
+        for prompt, (before, after, of_dense, of_pruned) in zip(options.prompts, written, strict=True)
     ]
     return samples, None
 

@@ -315,6 +315,8 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
     if parts.recover.acts and parts.propagate is Propagate.dense:
         faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
+    zeros = not parts.unit.cuts and pattern.pruned(9216, 9216) > 0
+    faults += parts.recover.misfits(parts.unit.cuts, zeros)
     faults += _misfits_of_quantize(parts)
     if parts.pack and (8 if parts.quantize.acts else 16) * pattern.pruned(1, 9216) <= 9216:
         faults.append(f"pack: at sparsity={pattern} a bit mask takes more than the zeros did")

@@ -133,6 +133,7 @@ def _run(
         if not alone:
             terminal.say(f"Warning: {run.folder} has no file locks: start no second run in it.", "yellow")
         more = slicer_files(slicer) if slicer else () if cutting is None else own_files(cutting)
+        more = (*more, *config.recover.files)
         work = Work(run.folder, identity, model, config.keep_checkpoint, more)
         try:
             report = _do(run, work)

@@ -31,12 +31,12 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
         write_whole(done, json.dumps(dataclasses.asdict(_train(run, work, windows_NL))))
     if before is not None:
         return before
-    facts = RecoveryFacts(**read_object(done))
-    if facts.epochs:  # else nothing got better: the files are those that are there
-        for file in sorted({entry.file.name for entry in Checkpoint(work.partial).tensors.values()}):
-            if (work.training / file).exists():
-                _move(work.training / file, work.partial / file)
-    return facts
+    weights = {entry.file.name for entry in Checkpoint(work.partial).tensors.values()}
+    for name in (*sorted(weights), *run.config.recover.files):  # none where nothing got better
+        if (work.training / name).exists():
+            (work.partial / name).parent.mkdir(exist_ok=True)
+            _move(work.training / name, work.partial / name)
+    return RecoveryFacts(**read_object(done))
 
 
 def help_training(run: RunContext, work: Work, windows_NL: Tensor) -> None:

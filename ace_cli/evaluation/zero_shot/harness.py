@@ -20,6 +20,7 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.task_options import INSTALL, LOCAL, TaskOptions, lm_eval_index
+from ace_cli.model.adapted import with_adapter
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report import facts
@@ -122,7 +123,7 @@ def dense_and_pruned(
     from ace_cli.model.streamed import StreamedModel
 
     models = {"dense": dense} if tasks.options.tasks_dense else {}
-    pruned = StreamedModel(Checkpoint(folder), dense.device, dense.dtype)  # it may have got smaller
+    pruned = StreamedModel(with_adapter(folder), dense.device, dense.dtype)  # it may have got smaller
     return compare(tasks, {**models, "pruned": pruned}, terminal, known, workers)
 
 

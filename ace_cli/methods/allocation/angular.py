@@ -43,10 +43,14 @@ class Angular(Allocation):
         return 1 - p
 
     def sparsities(self, p: float, sizes: Sequence[int], measures: Sequence[float]) -> list[float]:
-        middle = weighted_mean(measures, sizes)
-        s = [1 / (1 + math.exp(-self.a * _SCALE * (measure - middle))) for measure in measures]
+        s = self.importances(sizes, measures)
         mean = weighted_mean(s, sizes)
         if (1 - p) * max(s) / mean >= 1:
             drawn = mean * (1 / (1 - p) - 1) / (max(s) - mean) / 1.05
             s = [mean + (each - mean) * drawn for each in s]
         return [1 - (1 - p) * each / mean for each in s]
+
+    def importances(self, sizes: Sequence[int], measures: Sequence[float]) -> list[float]:
+        """s_l of every block, between 0 and 1."""
+        middle = weighted_mean(measures, sizes)
+        return [1 / (1 + math.exp(-self.a * _SCALE * (measure - middle))) for measure in measures]
