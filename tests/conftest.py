@@ -148,11 +148,14 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
 def here(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """ace-prune in this process, for faults that are found only after torch is imported."""
+    """ace-prune in this process, for faults that are found only after torch is imported; no page unless asked for."""
 
     def start(*arguments: object) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        if any("=" in word for word in words) and not any(word.startswith("html=") for word in words):
+            words.append("html=false")  # its pictures take most of the time of a tiny model's run
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["ace-prune", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["ace-prune", *words])
         GlobalHydra.instance().clear()
         capfd.readouterr()
         with pytest.raises(SystemExit) as caught:
