@@ -152,8 +152,9 @@ def here(
 
     def start(*arguments: object) -> subprocess.CompletedProcess[str]:
         words = [str(argument) for argument in arguments]
-        if any("=" in word for word in words) and not any(word.startswith("html=") for word in words):
-            words.append("html=false")  # its pictures take most of the time of a tiny model's run
+        options = [word for word in words if "=" in word]
+        if options and not any(word.startswith("html=") for word in words):
+            words.insert(words.index(options[0]), "html=false")  # a tiny model's run takes less time than its pictures
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["ace-prune", *words])
         GlobalHydra.instance().clear()

@@ -23,7 +23,7 @@ from ace_cli.cli import report as overview
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report import html, near, plots
 from ace_cli.report import overview as pages
-from ace_cli.report.collect import Point, Row, find, groups, row, varied
+from ace_cli.report.collect import NUMBERS, Group, Point, Row, find, groups, row, varied
 from ace_cli.report.sweep import Sweep
 from ace_cli.run.config import config_folder
 
@@ -344,3 +344,14 @@ def test_the_first_and_the_last_job_of_each_sweep(name: str, jobs: int) -> None:
     ends = [[f"{option}={values[end]}" for option, values in params.items()] for end in (0, -1)]
     first, last = (composed(f"experiment={name}", "model=smollm2", *overrides) for overrides in ends)
     assert first.text != last.text
+
+
+def test_a_picture_calls_runs_by_the_one_choice_that_decides_the_others() -> None:
+    def run(**choices: str) -> Row:
+        every = {"metric": "wanda", "repair": "none", "sparsity": "0.5", **choices}
+        return Row(every, {**dict.fromkeys(NUMBERS), "perplexity": 2.0}, {}, "p", "m", None, "r", [])
+
+    recipes = [run(recipe="a"), run(recipe="b", repair="admm"), run(recipe="c", metric="ria", repair="admm")]
+    assert list(Group("p", [], recipes).methods("perplexity")["0.5"]) == ["a", "b", "c"]
+    grid = [run(metric=metric, repair=repair) for metric in ("wanda", "ria") for repair in ("none", "admm")]
+    assert list(Group("p", [], grid).methods("perplexity")["0.5"]) == ["wanda", "wanda admm", "ria", "ria admm"]

@@ -46,7 +46,7 @@ _ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples",
 #: What stages call the bytes that they wrote.
 _FORMS = ("packed_bytes", "quantised_bytes", "factored_bytes", "bytes")
 #: Choices whose value says enough beside a picture's line.
-_BARE = ("experiment", "model", *_GROUPS, "sparsity", "calib")
+_BARE = ("experiment", "recipe", "model", *_GROUPS, "sparsity", "calib")
 
 
 @dataclass
@@ -173,8 +173,13 @@ class Group:
         return {of: {name: statistics.fmean(v) for name, v in methods.items()} for of, methods in found.items()}
 
     def _method_names(self) -> list[str]:
-        """The choices that tell methods apart: not the pattern, not a seed."""
-        return [name for name in varied(self.rows) if name not in ("job", "sparsity", "calib.seed")]
+        """The choices that tell methods apart: not the pattern, not a seed; one alone where it decides all others."""
+        names = [name for name in varied(self.rows) if name not in ("job", "sparsity", "calib.seed")]
+        chosen = [[row.choices.get(name, "") for name in names] for row in self.rows]
+        for name, own in zip(names, zip(*chosen, strict=True), strict=True):
+            if len(set(own)) == len(set(map(tuple, chosen))):
+                return [name]
+        return names
 
 
 def find(folders: Iterable[Path], below: bool = True) -> list[Row]:

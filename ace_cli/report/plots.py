@@ -341,8 +341,9 @@ def _log(axis: Any, values: Sequence[float]) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    wide = max(values) > 8 * min(values)
-    axis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0) if wide else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    wide = max(values) / min(values)
+    few, some, many = (1,), (1, 2, 5), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(base=10, subs=few if wide > 1000 else some if wide > 8 else many))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
     axis.set_minor_formatter(NullFormatter())
