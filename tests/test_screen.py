@@ -368,7 +368,8 @@ def test_what_to_try_next_was_not_done_yet(ratio: float, method: dict[str, str],
 
 
 def test_a_run_says_a_line_before_and_the_verdict_after(here: Command, llama: Path, tmp_path: Path) -> None:
-    options = ["metric=magnitude", "eval=self", "eval.seq_len=16", "eval.max_windows=2", "samples.prompts=[]"]
+    options = ["metric=magnitude", "eval=self", "eval.seq_len=16", "eval.max_windows=2", "samples.prompts=[]",
+               "html=true"]  # fmt: skip
     done = here(f"model.path={llama}", *options, f"output_dir={tmp_path / 'out'}")
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"{llama.name} sparsity=0.5 metric=magnitude eval=self eval.seq_len=16")
