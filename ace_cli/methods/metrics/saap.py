@@ -50,9 +50,11 @@ class SAAP(Metric):
     Units whose importance fluctuates most go (the paper's idea, its formula is not known; a reading): M = standard
     deviation over mean of I over the windows, ASI = (M - mean M) / std M over the block's units. ``select=importance``
     keeps the largest mean of I, ``asi`` the steadiest, ``rank_sum`` the largest sum of both ranks, equal ones by
-    importance. Half of SmolLM2's channels gone: 193 by importance, 461 by the ranks' sum, 1.2e5 by steadiness alone, which
-    keeps channels that hardly speak; so importance is the default. ``source=model``: g is of the whole model's loss, as in the paper; ``source=block`` (a reading, for
-    models of any size): of one block's error, against targets that ``seed`` draws around its output.
+    importance. With half of SmolLM2's channels gone, perplexity is 193 by importance, 461 by the sum of ranks, 1.2e5 by
+    steadiness alone, which keeps channels that hardly speak: importance is the default.
+
+    ``source=model``: g is of the whole model's loss, as in the paper; ``source=block`` (a reading, for models of any
+    size): of one block's error, against targets that ``seed`` draws around its output.
     """
 
     fuse: Fuse = Fuse.group
