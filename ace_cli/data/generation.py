@@ -68,7 +68,7 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
 
     ``dtype``: "auto" for the stored one. Raises AceError with ``hint`` when transformers cannot load the folder.
     """
-    from ace_cli.model.adapted import peft
+    from ace_cli.model.adapted import peft, quietly
     from ace_cli.model.auto import auto_class
     from ace_cli.model.configuration import transformers_config
     from ace_cli.model.factored import factor, ranks_of
@@ -89,7 +89,7 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
         else:
             model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         if checkpoint.adapter is not None:
-            model = peft().PeftModel.from_pretrained(model, str(checkpoint.adapter))
+            model = quietly(peft().PeftModel.from_pretrained, model, str(checkpoint.adapter))
         return model.to(device).eval()
     except Exception as fault:  # whatever a damaged folder makes the library raise
         problem = f"{checkpoint.folder} cannot be loaded to write text: {first_line(fault)}"

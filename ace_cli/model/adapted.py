@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -35,6 +37,13 @@ def peft() -> ModuleType:
     except ImportError as fault:
         raise AceError(f"recover=lora needs the package peft: {fault}.", 'pip install "ace-prune[recovery]"') from None
     return peft  # type: ignore[no-any-return]
+
+
+def quietly(function: Callable[..., Any], *given: Any) -> Any:
+    """What a function of peft gives, without transformers' remarks about the way peft asks it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return function(*given)
 
 
 def is_transposed(module: nn.Module) -> bool:

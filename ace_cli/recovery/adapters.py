@@ -6,12 +6,11 @@ Shapes: O outputs, I inputs, R rank.
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
-from ace_cli.model.adapted import is_transposed, peft, write_adapter
+from ace_cli.model.adapted import is_transposed, peft, quietly, write_adapter
 from ace_cli.recovery.whole import slot_parameters
 
 if TYPE_CHECKING:
@@ -48,9 +47,7 @@ class Adapters:
             rank_pattern={} if even else dict(zip(blocks, ranks, strict=True)),
             alpha_pattern={} if even else {block: scale * r for block, r in zip(blocks, ranks, strict=True)},
         )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers, about what peft asks of it
-            self.model = peft().get_peft_model(student, config)
+        self.model = quietly(peft().get_peft_model, student, config)
         self._layers = {path: self.model.get_submodule(f"base_model.model.{path}") for path in paths}
         self._masked = masked
         for layer in self._layers.values():
