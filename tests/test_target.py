@@ -170,6 +170,11 @@ def test_what_no_target_goes_with_is_one_line(
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_is_made_beside_a_smaller_checkpoint_does_not_count(configure: Callable[..., RunConfig]) -> None:
+    target = configure("model=llama7b", "unit=channel", "pack=true", "export=gguf", "target_gb=1").target
+    assert target is not None and target.form == "checkpoint"
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("size", ["0.00001", "1"])
 def test_a_size_out_of_reach_is_refused_with_what_can_be_had(

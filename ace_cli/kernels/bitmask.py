@@ -22,7 +22,7 @@ from ace_cli.kernels import native
 _TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 #: Bytes that follow the last value, rounded up to as many: whole vectors are read.
-_ROOM = 64
+ROOM = 64
 #: Rows that a thread takes at once.
 _CHUNK = 32
 #: By how many bits the number of 16 columns is shifted to that of its scale, where a row has one.
@@ -152,18 +152,25 @@ def why_slow(dtype: torch.dtype) -> str:
 def product(packed: Bitmask, x_TI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x W^T + b -> (T, O), summed in float32, in the dtype of W. If ``compiled``, on a CPU where ``why_slow`` is empty.
 
-    Of codes as of the weights that they stand for, bit for bit but for the smallest bfloat16 (below 2^-126).
+    Of codes it is that of code * scale, not rounded to the dtype as ``unpack`` does.
     """
     lib = _library()
     assert lib is not None and packed.compiled
     x_TI = x_TI.to(torch.bfloat16 if packed.dtype == torch.bfloat16 and _x_is_bfloat16() else torch.float32)
     if x_TI.shape[1] % 64:
         x_TI = torch.nn.functional.pad(x_TI, (0, -x_TI.shape[1] % 64))
+    if packed.scales is not None and x_TI.dtype == torch.bfloat16:
+        x_TI = interleaved(x_TI)
     x_TI = x_TI.contiguous()
     out_TO = packed.mask.new_empty(len(x_TI), packed.shape[0], dtype=packed.dtype)
     job = _job(packed, x_TI, bias_O, out_TO, len(x_TI))
     lib.ace_product(ctypes.byref(job), *_threads())
     return out_TO
+
+
+def interleaved(x_TI: Tensor) -> Tensor:
+    """Of every 64 columns first the lower eight of each sixteen: as the bytes of codes come together."""
+    return x_TI.view(len(x_TI), -1, 4, 2, 8).transpose(2, 3).reshape(x_TI.shape)
 
 
 # --- the compiled code -------------------------------------------------------------------------------------------
@@ -234,4 +241,4 @@ def _bits_in_rows(mask: Tensor) -> Tensor:
 
 def _with_room(nonzeros: int, width: int) -> int:
     """Elements of ``values``."""
-    return (math.ceil(nonzeros * width / _ROOM) + 1) * _ROOM // width
+    return (math.ceil(nonzeros * width / ROOM) + 1) * ROOM // width

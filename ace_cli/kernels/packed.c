@@ -4,8 +4,8 @@
  * row before. Sixty-four bytes after the last value must be readable, as whole vectors are loaded. What a row yields
  * does not depend on the number of threads: one thread computes all of it.
  *
- * Values may be codes of 8 bits instead: then a weight is code * scale, rounded to the matrix' type. A row has `groups`
- * scales, the one of 16 columns from 16 p on being number p >> shift.
+ * Values may be codes of 8 bits instead: then a weight is code * scale, which unpacking rounds to the matrix' type, and
+ * a product does not. A row has `groups` scales, the one of 16 columns from 16 p on being number p >> shift.
  */
 #if !defined(__AVX2__) || !defined(__FMA__) || !defined(__F16C__)
 #error "no packed kernel for this processor"
@@ -15,6 +15,7 @@
 #include <string.h>
 
 enum { BFLOAT16, FLOAT16, FLOAT32 };
+enum { WEIGHTS, ONE_SCALE, SCALES }; /* what values are: weights; codes with one scale, or several, in a word */
 
 typedef struct {
     const uint64_t *mask;   /* rows x words */
@@ -43,12 +44,17 @@ static inline uint16_t to_bfloat16(float value) { /* to nearest, ties to even */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-/* The scales of the four times 16 columns of word k of a row. */
-static inline void scales_of(const Job *job, int64_t row, int64_t k, float *scales) {
+/* The scales of the four times 16 columns of word k of a row. `one`: the same for all, as `shift` is 2 or more. */
+static inline __attribute__((always_inline)) void
+scales_of(const Job *job, int one, int64_t row, int64_t k, float *scales) {
+    const uint16_t *from = job->scales + row * job->groups;
+    if (one) {
+        scales[0] = scales[1] = scales[2] = scales[3] = from_bfloat16(from[k >> (job->shift - 2)]);
+        return;
+    }
     for (int part = 0; part < 4; part++) {
         int64_t group = (4 * k + part) >> job->shift;
-        if (group >= job->groups) group = job->groups - 1; /* behind the last column: there are no values */
-        scales[part] = from_bfloat16(job->scales[row * job->groups + group]);
+        scales[part] = from_bfloat16(from[group < job->groups ? group : job->groups - 1]); /* behind the last column */
     }
 }
 
@@ -132,47 +138,90 @@ word(int type, const void *values, uint64_t mask, const char *x, int64_t stride,
     return v;
 }
 
-static inline void expand8(const int8_t *values, uint64_t mask, int8_t *to) {
-    _mm512_storeu_si512(to, _mm512_maskz_expand_epi8(mask, _mm512_loadu_si512(values)));
+/* 64 columns. The zeros are hidden from the compiler: the instruction waits for what its target held before, even where
+ * it says that the rest is to be zero, and a loop would wait for itself. */
+static inline __m512i expand8(const int8_t *values, uint64_t mask) {
+    __m512i zeros = _mm512_setzero_si512();
+    __asm__("" : "+v"(zeros));
+    return _mm512_mask_expand_epi8(zeros, mask, _mm512_loadu_si512(values));
 }
 
-/* 16 codes times their scale, before and after they are rounded to the matrix' type. */
-static inline __m512 decoded(const int8_t *codes, float scale) {
-    __m512 wide = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
-    return _mm512_mul_ps(wide, _mm512_set1_ps(scale));
-}
-static inline __m512 rounded(int type, __m512 w) {
-    if (type == FLOAT16) return _mm512_cvtph_ps(_mm512_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
-    if (type == FLOAT32) return w;
-    __m512i bits = _mm512_castps_si512(w), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)));
+/* 16 columns of 64 codes times their scale. */
+static inline __m512 decoded(__m512i codes, int part, float scale) {
+    __m128i some = part == 0 ? _mm512_castsi512_si128(codes) : part == 1 ? _mm512_extracti32x4_epi32(codes, 1)
+                 : part == 2 ? _mm512_extracti32x4_epi32(codes, 2) : _mm512_extracti32x4_epi32(codes, 3);
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(some)), _mm512_set1_ps(scale));
 }
 
-/* The same as `word`, of codes. */
+#if defined(X_IS_BFLOAT16)
+/* The low and the high bytes of 0 to 127 as bfloat16, which holds them exactly. */
+static uint8_t bytes_of[2][128] __attribute__((aligned(64)));
+static __attribute__((constructor)) void fill(void) {
+    for (int size = 0; size < 128; size++) {
+        bytes_of[0][size] = (uint8_t)to_bfloat16((float)size);
+        bytes_of[1][size] = (uint8_t)(to_bfloat16((float)size) >> 8);
+    }
+}
+static inline __m512i looked_up(__m512i sizes, int byte) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(bytes_of[byte]), sizes, _mm512_load_si512(bytes_of[byte] + 64));
+}
+#endif
+
+/* The same as `word`, of codes; bfloat16 x in the order that bytes are interleaved in (`interleaved` of bitmask.py). */
 static inline __attribute__((always_inline)) const void *
-coded_word(int type, const void *values, uint64_t mask, const float *scales, const char *x, int64_t stride, int tokens,
-           Sum *a, Sum *b) {
-    int8_t codes[64];
-    expand8(values, mask, codes);
+coded_word(int type, const void *values, uint64_t mask, int one, const float *scales, const char *x, int64_t stride,
+           int tokens, Sum *a, Sum *b) {
+    __m512i codes = expand8(values, mask);
+    const void *next = (const int8_t *)values + __builtin_popcountll(mask);
 #if defined(X_IS_BFLOAT16)
     if (type == BFLOAT16) {
-        for (int half = 0; half < 2; half++) {
-            const int8_t *here = codes + 32 * half;
-            __m512bh w = _mm512_cvtne2ps_pbh(decoded(here + 16, scales[2 * half + 1]), decoded(here, scales[2 * half]));
-            for (int t = 0; t < tokens; t++) {
-                Sum *to = half ? b : a;
-                to[t] = _mm512_dpbf16_ps(to[t], w, (__m512bh)_mm512_loadu_si512(x + t * stride + 64 * half));
-            }
+        __m512i sizes = _mm512_abs_epi8(codes), low = looked_up(sizes, 0), high = looked_up(sizes, 1);
+        high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8((char)0x80), 0xf8); /* high | (codes & sign) */
+        high = _mm512_mask_mov_epi8(high, _mm512_movepi8_mask(sizes), _mm512_set1_epi8((char)0xc3)); /* -128 = 0xc300 */
+        __m512bh w0 = (__m512bh)_mm512_unpacklo_epi8(low, high), w1 = (__m512bh)_mm512_unpackhi_epi8(low, high);
+        float l = scales[0], m = scales[1], n = scales[2], o = scales[3];
+        __m512 scale = one ? _mm512_set1_ps(l) : _mm512_set_ps(o, o, o, o, n, n, n, n, m, m, m, m, l, l, l, l);
+        for (int t = 0; t < tokens; t++) {
+            const char *at = x + t * stride;
+            __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), w0, (__m512bh)_mm512_loadu_si512(at));
+            sum = _mm512_dpbf16_ps(sum, w1, (__m512bh)_mm512_loadu_si512(at + 64));
+            a[t] = _mm512_fmadd_ps(sum, scale, a[t]);
         }
-        return (const int8_t *)values + __builtin_popcountll(mask);
+        return next;
     }
 #endif
     for (int part = 0; part < 4; part++) {
-        __m512 w = rounded(type, decoded(codes + 16 * part, scales[part]));
+        __m512 w = decoded(codes, part, scales[part]);
         for (int t = 0; t < tokens; t++) {
             Sum *to = part & 1 ? b : a;
             to[t] = _mm512_fmadd_ps(w, _mm512_loadu_ps((const float *)(x + t * stride) + 16 * part), to[t]);
+        }
+    }
+    return next;
+}
+
+/* 16 weights as 16 bits each. */
+static inline __m256i in_16_bits(int type, __m512 w) {
+    if (type == FLOAT16) return _mm512_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT);
+    __m512i bits = _mm512_castps_si512(w), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+/* As `spread`, of codes. */
+static inline const void *
+spread_codes(int type, const void *values, uint64_t mask, const float *scales, void *y, int64_t left) {
+    __m512i codes = expand8(values, mask);
+    uint64_t there = left >= 64 ? ~0ull : (1ull << left) - 1;
+    for (int half = 0; half < 2; half++) {
+        __m512 l = decoded(codes, 2 * half, scales[2 * half]), h = decoded(codes, 2 * half + 1, scales[2 * half + 1]);
+        uint32_t some = (uint32_t)(there >> (32 * half));
+        if (type == FLOAT32) {
+            _mm512_mask_storeu_ps((float *)y + 32 * half, (__mmask16)some, l);
+            _mm512_mask_storeu_ps((float *)y + 32 * half + 16, (__mmask16)(some >> 16), h);
+        } else {
+            __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(in_16_bits(type, l)), in_16_bits(type, h), 1);
+            _mm512_mask_storeu_epi16((uint16_t *)y + 32 * half, some, both);
         }
     }
     return (const int8_t *)values + __builtin_popcountll(mask);
@@ -267,25 +316,20 @@ static inline void expand8(const int8_t *values, uint64_t mask, int8_t *to) {
     }
 }
 
-/* 8 codes times their scale, rounded to the matrix' type. */
-static inline __m256 decoded(int type, const int8_t *codes, float scale) {
+/* 8 codes times their scale. */
+static inline __m256 decoded(const int8_t *codes, float scale) {
     __m256 w = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)codes)));
-    w = _mm256_mul_ps(w, _mm256_set1_ps(scale));
-    if (type == FLOAT16) return _mm256_cvtph_ps(_mm256_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
-    if (type == FLOAT32) return w;
-    __m256i bits = _mm256_castps_si256(w), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-    return _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32((int)0xffff0000)));
+    return _mm256_mul_ps(w, _mm256_set1_ps(scale));
 }
 
 static inline __attribute__((always_inline)) const void *
-coded_word(int type, const void *values, uint64_t mask, const float *scales, const char *x, int64_t stride, int tokens,
-           Sum *a, Sum *b) {
+coded_word(int type, const void *values, uint64_t mask, int one, const float *scales, const char *x, int64_t stride,
+           int tokens, Sum *a, Sum *b) {
     int8_t codes[64];
     expand8(values, mask, codes);
 #pragma GCC unroll 8
     for (int part = 0; part < 8; part++) {
-        __m256 w = decoded(type, codes + 8 * part, scales[part >> 1]);
+        __m256 w = decoded(codes + 8 * part, scales[part >> 1]);
         for (int t = 0; t < tokens; t++) {
             __m256 *to = part & 2 ? (part & 1 ? &b[t].high : &b[t].low) : (part & 1 ? &a[t].high : &a[t].low);
             *to = _mm256_fmadd_ps(w, _mm256_loadu_ps((const float *)(x + t * stride) + 8 * part), *to);
@@ -307,28 +351,41 @@ static inline const void *spread(int wide, const void *values, uint64_t mask, vo
     }
     return v;
 }
+/* As `spread`, of codes. */
+static inline const void *
+spread_codes(int type, const void *values, uint64_t mask, const float *scales, void *y, int64_t left) {
+    int8_t codes[64];
+    int64_t size = type == FLOAT32 ? 4 : 2;
+    expand8(values, mask, codes);
+    for (int part = 0; part < 8 && 8 * part < left; part++) {
+        int64_t count = left - 8 * part < 8 ? left - 8 * part : 8;
+        __m256 w = decoded(codes + 8 * part, scales[part >> 1]);
+        char room[32];
+        if (type == FLOAT32) {
+            _mm256_storeu_ps((float *)room, w);
+        } else if (type == FLOAT16) {
+            _mm_storeu_si128((__m128i *)room, _mm256_cvtps_ph(w, _MM_FROUND_TO_NEAREST_INT));
+        } else {
+            __m256i bits = _mm256_castps_si256(w);
+            __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+            bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            bits = _mm256_srli_epi32(bits, 16);
+            bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x08);
+            _mm_storeu_si128((__m128i *)room, _mm256_castsi256_si128(bits));
+        }
+        memcpy((char *)y + 8 * part * size, room, count * size);
+    }
+    return (const int8_t *)values + __builtin_popcountll(mask);
+}
 #endif
 
 #if !defined(X_IS_BFLOAT16)
 #define X_IS_BFLOAT16 0
 #endif
 
-/* As `spread`, of codes. */
-static inline const void *
-spread_codes(int type, const void *values, uint64_t mask, const float *scales, void *y, int64_t left) {
-    int8_t codes[64];
-    expand8(values, mask, codes);
-    for (int64_t j = 0; j < (left < 64 ? left : 64); j++) {
-        float w = (float)codes[j] * scales[j >> 4];
-        if (type == BFLOAT16) ((uint16_t *)y)[j] = to_bfloat16(w);
-        else if (type == FLOAT16) ((uint16_t *)y)[j] = _cvtss_sh(w, _MM_FROUND_TO_NEAREST_INT);
-        else ((float *)y)[j] = w;
-    }
-    return (const int8_t *)values + __builtin_popcountll(mask);
-}
-
 static inline __attribute__((always_inline)) void
 product_rows(const Job *job, int type, int coded, int64_t first, int64_t last, int64_t token, int tokens) {
+    int one = coded == ONE_SCALE;
     int64_t step = 64 * (X_IS_BFLOAT16 && type == BFLOAT16 ? 2 : 4), stride = job->words * step;
     for (int64_t row = first; row < last; row++) {
         const uint64_t *mask = job->mask + row * job->words;
@@ -339,8 +396,8 @@ product_rows(const Job *job, int type, int coded, int64_t first, int64_t last, i
         for (int64_t k = 0; k < job->words; k++) {
             if (coded) {
                 float scales[4];
-                scales_of(job, row, k, scales);
-                v = coded_word(type, v, mask[k], scales, x, stride, tokens, a, b);
+                scales_of(job, one, row, k, scales);
+                v = coded_word(type, v, mask[k], one, scales, x, stride, tokens, a, b);
             } else {
                 v = word(type, v, mask[k], x, stride, tokens, a, b);
             }
@@ -371,8 +428,9 @@ static void product_work(void *what) {
     Job *job = what;
     for (int64_t first; (first = take(job)) < job->rows;) {
         int64_t last = first + job->chunk < job->rows ? first + job->chunk : job->rows;
-        if (job->scales) product_of(job, 1, first, last);
-        else product_of(job, 0, first, last);
+        if (!job->scales) product_of(job, WEIGHTS, first, last);
+        else if (job->shift >= 2) product_of(job, ONE_SCALE, first, last);
+        else product_of(job, SCALES, first, last);
     }
 }
 
@@ -388,7 +446,7 @@ static void unpack_work(void *what) {
             for (int64_t k = 0; k < job->words; k++, y += wide ? 256 : 128) {
                 if (job->scales) {
                     float scales[4];
-                    scales_of(job, row, k, scales);
+                    scales_of(job, job->shift >= 2, row, k, scales);
                     v = spread_codes(job->type, v, mask[k], scales, y, job->columns - 64 * k);
                 } else {
                     v = spread(wide, v, mask[k], y, job->columns - 64 * k);

@@ -19,6 +19,7 @@ from ace_cli.core.errors import AceError
 from ace_cli.export.factors import factored_entries
 from ace_cli.export.packed import packed_file_bytes
 from ace_cli.export.quantised import Quantised, stored_entries
+from ace_cli.kernels.bitmask import ROOM
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model.files import file_bytes
 from ace_cli.model.header import DTYPES, TensorEntry
@@ -65,8 +66,7 @@ def met(config: RunConfig, model: StreamedModel) -> RunConfig:
             f"{target.asked} cannot be met: the model has {_said(target, dense)}, {_reach(ways, target)}.",
             "Choose a target in this range, or another unit, pack or quantize.",
         )
-    told = dataclasses.replace(target, way=best.words, planned=best.size())
-    return dataclasses.replace(best.config, target=told)
+    return dataclasses.replace(best.config, target=dataclasses.replace(target, way=best.words, planned=best.size()))
 
 
 def told(target: Target) -> str:
@@ -178,7 +178,8 @@ def _packed(config: RunConfig, model: StreamedModel) -> Iterator[Way]:
         nonzeros = {slot.key: tensors[slot.key].numel for slot in slots}
         for slot in slots:
             nonzeros[slot.key] -= pattern.pruned(*slot.shape)
-        return packed_file_bytes(tensors, nonzeros, grids)
+        # shares of their own leave as many values, but for a few, and round the room behind them otherwise
+        return packed_file_bytes(tensors, nonzeros, grids) + config.allocation.surveys * len(slots) * ROOM
 
     for step in range(_STEPS // (8 if grids else 16) + 1, _STEPS):
         if tried := _pruning(config, Fraction(step, _STEPS)):

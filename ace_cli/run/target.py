@@ -79,6 +79,8 @@ def _form(parts: Any) -> str:
     """The folder whose size counts."""
     if parts.unit.ranks:
         return "factors"
+    if parts.unit.cuts or parts.unit.slices:
+        return "checkpoint"
     return "packed" if parts.pack else "quantised" if parts.quantize.acts else "checkpoint"
 
 
