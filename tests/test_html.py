@@ -92,6 +92,7 @@ def test_a_run_without_data_or_evaluation(report: dict[str, Any]) -> None:
     text = render(bare)
     assert "not measured (eval=none)" in text
     assert text.count("<svg") == 2
+    assert "Inside the model" not in text, "nothing was looked at"
 
 
 def test_kinds_of_weights_are_shown_by_what_they_lose(report: dict[str, Any], page: str) -> None:
