@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ace_cli.methods.gradients import Gradient, Source
 from ace_cli.methods.metrics.ace import ACE
 from ace_cli.methods.metrics.wanda import Wanda
 from ace_cli.methods.patterns import NofM
@@ -22,6 +23,7 @@ from ace_cli.methods.repair.swaps import Swaps
 from ace_cli.methods.statistics import CosineTerm, Gram, SecondMoment
 from ace_cli.model import disk
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.slots import SlotFilter
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.recipe import Propagate
 from ace_cli.report.facts import Report
@@ -128,6 +130,26 @@ def test_the_report_has_its_efficiency(llama: Path, tmp_path: Path, prune_here: 
     assert found["efficiency"] == pytest.approx(found["limit_seconds"] / found["measured_seconds"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert f"limit is {found['limit_seconds']:.2f} s" in text
+
+
+def test_weights_that_stay_are_computed_with_too(llama: Path) -> None:
+    """What is excluded, or is no consumer of units, takes as long in every forward; a gradient takes three more."""
+    plans = {}
+    for name, exclude in (("all", ()), ("some", ("*.gate_proj.*", "*.up_proj.*", "*.q_proj.*"))):
+        model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32, SlotFilter((), exclude))
+        patterns = {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}
+        plans[name] = make_plan(model, patterns, Demand(64, 16))
+    assert plans["some"].slot_weights < plans["all"].slot_weights == plans["all"].passed
+    assert plans["some"].passed == plans["all"].passed
+    assert plans["some"].flops == plans["all"].flops == 2 * 64 * plans["all"].slot_weights
+    model = StreamedModel(Checkpoint(llama), torch.device("cpu"), torch.float32)
+    readers = model.watching({slot.name for block in model.blocks for slot in block.slots if "down_proj" in slot.name})
+    watched = make_plan(readers, {slot.name: NofM(2, 4) for block in readers.blocks for slot in block.slots},
+                        Demand(64, 16), whole=model)  # fmt: skip
+    assert (watched.passed, watched.flops) == (plans["all"].passed, plans["all"].flops)
+    assert watched.slot_weights < watched.passed
+    plain, gradient = (Demand(64, 16, statistics).forwards(64) for statistics in ((), (Gradient(Source.block, 0),)))
+    assert gradient == plain + 3
 
 
 def test_the_forecast_adds_up_what_was_measured(llama: Path) -> None:

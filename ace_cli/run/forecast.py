@@ -91,7 +91,7 @@ def pruning(plan: Plan, limit: Limit) -> Span:
 
 def evaluation(plan: Plan, limit: Limit, tokens: int, head_weights: int) -> Span:
     """``tokens`` through the dense model and the pruned one, and through a head of so many weights."""
-    compute = 2 * tokens * (plan.slot_weights + head_weights) / limit.rates.matmul / PRODUCT_SHARE
+    compute = 2 * tokens * (plan.passed + head_weights) / limit.rates.matmul / PRODUCT_SHARE
     inputs = INPUT_PASSES * 4 * tokens * sum(columns for _, columns in plan.shapes.values()) / limit.rates.memory
     return _around(2 * (compute + inputs + limit.parts["read"]), limit)
 

@@ -206,7 +206,7 @@ def _plan(
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}
-    plan = make_plan(planned, patterns, demand, _budget(config, model.device))
+    plan = make_plan(planned, patterns, demand, _budget(config, model.device), model)
     if cutting is not None:
         plan = plan.smaller(cutting.entries(), describe(cutting, config), cutting.speeds)
     if slicer is not None:

@@ -28,6 +28,8 @@ _LIBRARIES = 540_000_000
 #: inputs, as if in float32, of all else that a block computes and observes; whole-weight temporaries, in float32, where
 #: rows are not pruned one after the other.
 PRODUCT_SHARE, INPUT_PASSES, _WEIGHT_PASSES = 0.8, 12, 12
+#: Forwards that one with its backward counts for.
+_WITH_GRADIENT = 3
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,15 @@ class Demand:
         """
         several = self.tokens > max(1, batch_tokens // self.length) * self.length
         orders = {Propagate.sublayer: 2.5 if several else 1.0, Propagate.block: 2.0, Propagate.dense: 1.0}
-        return orders[self.propagate] + self.surveys + self.training_forwards
+        gradients = _WITH_GRADIENT if any(statistic.needs_backward for statistic in self.statistics) else 0
+        return orders[self.propagate] + self.surveys + self.training_forwards + gradients
 
 
 @dataclass(frozen=True)
 class Plan:
     """Sizes in elements and bytes; ``shapes`` are the slots', ``coverage`` the share of the blocks' weights in them.
 
+    ``passed``: weights of the blocks that one token is multiplied with, pruned or not.
     ``host_bytes`` and ``device_bytes`` are expected peaks while pruning. Of them, or of the device's, ``fixed_bytes``
     are needed whatever the calibration; ``token_bytes`` is one token's hidden state; ``budget_bytes`` what may be used.
     """
@@ -82,6 +86,7 @@ class Plan:
     blocks: int
     shapes: dict[str, tuple[int, int]]
     slot_weights: int
+    passed: int
     pruned_weights: int
     coverage: float
     left_dense: list[str]
@@ -138,10 +143,15 @@ class Plan:
 
 
 def make_plan(
-    model: StreamedModel, patterns: Mapping[str, Pattern], demand: Demand, budget: float = float("inf")
+    model: StreamedModel,
+    patterns: Mapping[str, Pattern],
+    demand: Demand,
+    budget: float = float("inf"),
+    whole: StreamedModel | None = None,
 ) -> Plan:
     """Check the patterns against every shape and the slots against the model; then add up.
 
+    ``whole``: the model with all its slots, where ``model`` is watched in some of them alone.
     Raises AceError where a pattern does not fit a weight or the slots cover too little of the blocks.
     """
     model.check_complete()
@@ -161,6 +171,7 @@ def make_plan(
     token_bytes = _hidden_size(model) * model.dtype.itemsize
     spilled = fixed + demand.tokens * token_bytes > budget
     shares = [(share_of(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
+    passed = _passed(model if whole is None else whole)
     return Plan(
         model=str(model.checkpoint.folder),
         architecture=type(model.skeleton).__name__,
@@ -168,6 +179,7 @@ def make_plan(
         blocks=len(model.blocks),
         shapes=slots,
         slot_weights=sum(rows * columns for rows, columns in slots.values()),
+        passed=passed,
         pruned_weights=sum(patterns[name].pruned(*shape) for name, shape in slots.items()),
         coverage=coverage,
         left_dense=left,
@@ -182,7 +194,7 @@ def make_plan(
         token_bytes=token_bytes,
         budget_bytes=budget,
         bytes_source=model.checkpoint.nbytes,
-        flops=sum(round(2 * demand.tokens * share * rows * columns) for share, (rows, columns) in shares),
+        flops=2 * demand.tokens * passed,
         method_flops=sum(
             s.flops(round(demand.tokens * share), *shape) for s in demand.statistics for share, shape in shares
         )
@@ -225,6 +237,13 @@ def share_of(model: StreamedModel, slot: Slot) -> float:
     routed = getattr(model.skeleton.config.get_text_config(), "num_experts_per_tok", None)
     experts = getattr(slot.module, slot.leaf).shape[0]
     return min(1.0, float(routed or experts) / float(experts))
+
+
+def _passed(model: StreamedModel) -> int:
+    """Weights of the blocks that a token is multiplied with."""
+    slots = [(share_of(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
+    left = sum(left.count for block in model.blocks for left in block.left.values())
+    return left + sum(round(share * rows * columns) for share, (rows, columns) in slots)
 
 
 def _copied(model: StreamedModel) -> list[str]:
