@@ -33,6 +33,7 @@ from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.cli.prune import main
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report import plots
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
 from ace_cli.run import machine_limit as limit
@@ -63,6 +64,18 @@ def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not look at it again and again."""
     gc.collect()
     gc.freeze()
+
+
+#: Tests of what pictures show, by name of their modules; for all others a picture is a file or an element.
+_OF_PICTURES = {"test_html", "test_overview", "test_report", "test_readme"}
+
+
+@pytest.fixture(autouse=True)
+def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep of tiny models takes less time than its page's pictures."""
+    if request.module.__name__ not in _OF_PICTURES:
+        monkeypatch.setattr(plots, "svg", lambda name, draw, height=2.5: f'<svg class="plot" aria-label="{name}"/>')
+        monkeypatch.setattr(plots, "png", lambda file, draw, height=4.0: file.write_bytes(b""))
 
 
 @pytest.fixture(scope="session")

@@ -181,7 +181,7 @@ def test_the_dense_model_teaches_one_of_fewer_experts(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for moment in ("ace_cli.recovery.distill._write", "ace_cli.run.recover_checkpoint._move"):
+    for moment in ("ace_cli.recovery.distill.write_weights", "ace_cli.run.recover_checkpoint._move"):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(moment, stop)
             run(prune_here, folder, tmp_path / "stopped", *options)

@@ -114,7 +114,8 @@ def test_a_model_is_called_by_its_name() -> None:
     assert [model_name(path) for path in ("org/Model-1.5B", "/x/small.Q4.gguf")] == ["Model-1.5B", "small.Q4"]
 
 
-def test_verdicts(report: dict[str, Any]) -> None:
+def test_verdicts(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ace_cli.report.plots.svg", lambda name, draw, height=2.5: "")  # seconds a page
     words = []
     for ratio in (0.99, 1.1, 1.3, 2.0, 9.0):
         report["perplexity"]["ratio"] = ratio

@@ -130,6 +130,13 @@ def _() -> bool:
     return "hf_quantizer" in saving and '"_weight_conversions"' in loading
 
 
+@contract("transformers: Conv1D keeps (inputs, outputs), used by is_transposed")
+def _() -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return tuple(Conv1D(3, 2).weight.shape) == (2, 3) and transformers_api.is_transposed(Conv1D(3, 2))
+
+
 @contract("transformers: tqdm is what a GGUF file's tensors are counted by, used by telling")
 def _() -> bool:
     from transformers import modeling_gguf_pytorch_utils

@@ -355,3 +355,9 @@ def test_a_picture_calls_runs_by_the_one_choice_that_decides_the_others() -> Non
     assert list(Group("p", [], recipes).methods("perplexity")["0.5"]) == ["a", "b", "c"]
     grid = [run(metric=metric, repair=repair) for metric in ("wanda", "ria") for repair in ("none", "admm")]
     assert list(Group("p", [], grid).methods("perplexity")["0.5"]) == ["wanda", "wanda admm", "ria", "ria admm"]
+
+
+def test_trials_are_drawn_with_the_best_so_far() -> None:
+    drawn = plots.svg("trials", plots.trials_plot([3.0, 2.0, 2.5]))
+    assert drawn.startswith("<svg")
+    assert {"trial", "best so far", "perplexity"} <= set(re.findall(r">([a-z ]+)</text>", drawn))

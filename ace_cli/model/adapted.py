@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from ace_cli.core.errors import AceError
 from ace_cli.core.json_reader import read_object
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.transformers_api import is_transposed
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 ADAPTER = "adapter"
 _CONFIG, _WEIGHTS, _CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -44,13 +45,6 @@ def quietly(function: Callable[..., Any], *given: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return function(*given)
-
-
-def is_transposed(module: nn.Module) -> bool:
-    """Whether it is a linear layer that keeps (I, O)."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
 
 
 def with_adapter(folder: Path) -> Checkpoint:

@@ -120,6 +120,13 @@ def only_stacks(rule: Any) -> bool:
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
+def is_transposed(module: Any) -> bool:
+    """Whether it is GPT-2's kind of linear layer, which keeps (I, O)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
 def save_as_plain(model: Any) -> None:
     """Make ``save_pretrained`` write a model that came from a GGUF file like any other: its weights are plain now."""
     model.hf_quantizer = None

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError
-from ace_cli.model.adapted import is_transposed, peft, quietly, write_adapter
+from ace_cli.model.adapted import peft, quietly, write_adapter
+from ace_cli.model.transformers_api import is_transposed
 from ace_cli.recovery.whole import slot_parameters
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import register
 from ace_cli.core.workers import ONE, Workers
-from ace_cli.model.adapted import is_transposed
+from ace_cli.model.transformers_api import is_transposed
 from ace_cli.recovery.adapters import adapted_paths
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 from ace_cli.recovery.training import training_faults, training_forwards
