@@ -32,7 +32,8 @@ prune best_packed experiment=best "$three" calib.pack=512
 prune best_atp experiment=best allocation=atp sparsity=0.5,0.6
 prune best_permuted experiment=best sparsity=2:4 permute=ria
 prune best_long experiment=best_long "$three"
-prune best_long_permuted experiment=best_long sparsity=2:4 permute=ria
+prune best_long_untrained experiment=best_long recover=none calib.continue_to=256 "$three"
+prune best_long_permuted experiment=best_long recover=none calib.continue_to=256 sparsity=2:4 permute=ria
 prune packed metric=wanda,ria,varp,ria_varp,ace "$patterns" calib.pack=128 # the same tokens in rows of 128
 prune ace_permuted metric=ace sparsity=2:4 permute=ria
 prune ace_scores metric=ace metric.sweeps=0 "$patterns" # before the exchanges

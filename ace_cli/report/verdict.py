@@ -64,6 +64,8 @@ def advice(report: Mapping[str, Any]) -> str:
         return "experiment=best refits the weights that stay, from the same text"
     if method["recover"] == "none" and not rounded:
         return "recover=blocks calib.seq_len=128 trains the weights that stay, block by block"
-    if calibration.get("tokens", 0) < 32_768:
+    if calibration.get("tokens", 0) < 16_384:
         return "experiment=best_long reads more text"
+    if method["recover"] == "blocks":
+        return "recover=both calib.n_samples=256 trains the whole model, if it fits in memory four times"
     return "a lower sparsity"
