@@ -9,12 +9,13 @@ import io
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
+from ace_cli.core.steps import NOBODY, Steps
 from ace_cli.report import terminal
 
 WIDTH = 92
@@ -31,12 +32,8 @@ class Recorded(terminal.Terminal):
         self._screen = self.screen  # type: ignore[assignment]
 
     @contextmanager
-    def progress(self, what: str, total: int, done: int = 0) -> Iterator[Callable[[], None]]:
-        yield lambda: None
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        yield
+    def _bar(self, what: str, total: int | None, done: int) -> Iterator[Steps]:
+        yield NOBODY
 
 
 def main() -> None:
