@@ -112,6 +112,12 @@ class Adapters:
         return forward
 
 
+def adapter_faults(rank: int, alpha: float) -> list[str]:
+    """What is wrong with the knobs of adapters, one line each."""
+    faults = [] if rank >= 1 else [f"recover.rank={rank}: must be at least 1"]
+    return faults if 0 < alpha < float("inf") else [*faults, f"recover.alpha={alpha:g}: must be above 0"]
+
+
 def adapted_paths(block: Block) -> list[str]:
     """The linear layers of a block that hold slots, by their paths in the whole model."""
     from torch import nn

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.core.workers import ONE, Workers
-from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import training_faults, training_forwards
+from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.recovery.whole import (
     LOGITS,
     STATE,
     DensePredictions,
     Fit,
+    WholeModel,
     last_states,
     loaded,
     shared_steps,
@@ -42,28 +42,10 @@ if TYPE_CHECKING:
 
 @register("recover", "distill")
 @dataclass
-class Distill(Recovery):
-    """The whole pruned model is trained on the dense model's predictions, once all blocks are pruned.
+class Distill(WholeModel):
+    """The whole pruned model is trained on the dense model's predictions, once all blocks are pruned."""
 
-    ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
-    the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
-    What is kept is the epoch that predicts best on the windows held out.
-    """
-
-    epochs: int = 2
     lr: float = 3e-4
-    batch: int = 512
-    held_out: float = 0.1
-    seed: int = 0
-
-    in_stream = False
-    whole = True
-
-    def faults(self) -> list[str]:
-        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
-
-    def forwards(self) -> float:
-        return training_forwards(self.epochs, self.held_out)
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS

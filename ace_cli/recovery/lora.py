@@ -27,15 +27,16 @@ from ace_cli.methods.allocation.angular import Angular
 from ace_cli.methods.allocation.base import apportioned
 from ace_cli.methods.angles import angular_distance
 from ace_cli.model.adapted import ADAPTER, ADAPTER_FILES, peft
-from ace_cli.recovery.adapters import Adapters, adapted_paths
-from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import training_faults, training_forwards
+from ace_cli.recovery.adapters import Adapters, adapted_paths, adapter_faults
+from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.recovery.training import training_faults
 from ace_cli.recovery.whole import (
     LOGITS,
     STATE,
     DensePredictions,
     Fit,
     NextTokens,
+    WholeModel,
     last_states,
     loaded,
     shared_steps,
@@ -76,12 +77,11 @@ class Init(Enum):
 
 @register("recover", "lora")
 @dataclass
-class Lora(Recovery):
+class Lora(WholeModel):
     """Adapters of ``rank`` on every linear layer, trained on the whole pruned model and merged (package peft).
 
     ``alpha`` / ``rank`` scales the product. ``ranks`` shares the ranks out, ``init`` says where it starts, ``loss``
-    what is learned; ``merge=false`` writes the adapter beside the weights. ``epochs``, ``lr``, ``batch``, ``held_out``
-    and ``seed`` as in ``distill``: the epoch that is best on the windows held out is kept.
+    what is learned; ``merge=false`` writes the adapter beside the weights.
     """
 
     rank: int = 8
@@ -90,22 +90,11 @@ class Lora(Recovery):
     init: Init = Init.none
     loss: Loss = Loss.kl
     merge: bool = True
-    epochs: int = 2
-    lr: float = 1e-3
-    batch: int = 512
-    held_out: float = 0.1
-    seed: int = 0
-
-    in_stream = False
-    whole = True
 
     def faults(self) -> list[str]:
         alone = self.init is Init.svd and self.epochs == 0  # the closed form, and no training
         faults = training_faults(1 if alone else self.epochs, self.lr, self.batch, self.held_out, self.seed)
-        if self.rank < 1:
-            faults.append(f"recover.rank={self.rank}: must be at least 1")
-        if not 0 < self.alpha < float("inf"):
-            faults.append(f"recover.alpha={self.alpha:g}: must be above 0")
+        faults += adapter_faults(self.rank, self.alpha)
         if self.init is Init.svd and self.merge:
             faults.append(
                 "recover.init=svd stands for the weights that went, where a merge keeps zeros: add recover.merge=false"
@@ -126,7 +115,7 @@ class Lora(Recovery):
         return () if self.merge else ADAPTER_FILES
 
     def forwards(self) -> float:
-        return training_forwards(self.epochs, self.held_out) + (self.init is Init.svd)
+        return super().forwards() + (self.init is Init.svd)
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         factors = self.rank * sum(rows + columns for rows, columns in shapes)

@@ -23,14 +23,14 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.registry import register
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.model.transformers_api import is_transposed
-from ace_cli.recovery.adapters import adapted_paths
-from ace_cli.recovery.base import Recovery, RecoveryFacts
-from ace_cli.recovery.training import training_faults, training_forwards
+from ace_cli.recovery.adapters import adapted_paths, adapter_faults
+from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.recovery.whole import (
     LOGITS,
     STATE,
     DensePredictions,
     Fit,
+    WholeModel,
     last_states,
     loaded,
     shared_steps,
@@ -54,33 +54,24 @@ _SPARSE = 0.05
 
 @register("recover", "qlora_groups")
 @dataclass
-class QloraGroups(Recovery):
+class QloraGroups(WholeModel):
     """Rounds what was kept to ``bits`` in groups of ``group`` inputs, and trains adapters that merge into zero points.
 
-    ``rank`` and ``alpha`` as in ``lora``; ``epochs``, ``lr``, ``batch``, ``held_out`` and ``seed`` as in ``distill``.
+    ``rank`` and ``alpha`` as in ``lora``.
     """
 
     bits: int = 4
     group: int = 32
     rank: int = 8
     alpha: float = 16.0
-    epochs: int = 2
-    lr: float = 1e-3
-    batch: int = 512
-    held_out: float = 0.1
-    seed: int = 0
-
-    in_stream = False
-    whole = True
 
     def faults(self) -> list[str]:
-        faults = training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
+        faults = super().faults()
         if not 2 <= self.bits <= 8:
             faults.append(f"recover.bits={self.bits}: must be 2 to 8")
-        faults += [f"recover.{name}={value}: must be at least 1" for name, value in
-                   (("group", self.group), ("rank", self.rank)) if value < 1]  # fmt: skip
-        if not 0 < self.alpha < float("inf"):
-            faults.append(f"recover.alpha={self.alpha:g}: must be above 0")
+        if self.group < 1:
+            faults.append(f"recover.group={self.group}: must be at least 1")
+        faults += adapter_faults(self.rank, self.alpha)
         return faults
 
     def misfits(self, cuts: bool, zeros: bool) -> list[str]:
@@ -89,9 +80,6 @@ class QloraGroups(Recovery):
                 "recover=qlora_groups moves whole groups of weights, zeros too: cut units (unit=channel), or use lora"
             ]
         return []
-
-    def forwards(self) -> float:
-        return training_forwards(self.epochs, self.held_out)
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         factors = sum(self.rank * (rows + -(-columns // self.group)) for rows, columns in shapes)

@@ -8,10 +8,19 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from ace_cli.recovery.base import RecoveryFacts
-from ace_cli.recovery.training import adam, half_precision, rate, split, training_steps, with_gradients_of
+from ace_cli.recovery.base import Recovery, RecoveryFacts
+from ace_cli.recovery.training import (
+    adam,
+    half_precision,
+    rate,
+    split,
+    training_faults,
+    training_forwards,
+    training_steps,
+    with_gradients_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -49,14 +58,29 @@ def shared_steps(windows_NL: Tensor, tokens: int, workers: Workers) -> tuple[Ten
     return windows_NL[mine], steps
 
 
-class Knobs(Protocol):
-    """What a training is told."""
+@dataclass
+class WholeModel(Recovery):
+    """What a training of the whole model is told.
 
-    epochs: int
-    lr: float
-    batch: int
-    held_out: float
-    seed: int
+    ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
+    the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
+    What is kept is the epoch that is best on the windows held out.
+    """
+
+    epochs: int = 2
+    lr: float = 1e-3
+    batch: int = 512
+    held_out: float = 0.1
+    seed: int = 0
+
+    in_stream = False
+    whole = True
+
+    def faults(self) -> list[str]:
+        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
+
+    def forwards(self) -> float:
+        return training_forwards(self.epochs, self.held_out)
 
 
 def loaded(pruned: Checkpoint, device: torch.device) -> Any:
@@ -195,7 +219,7 @@ class Fit:
 
     def __init__(
         self,
-        knobs: Knobs,
+        knobs: WholeModel,
         weights: Mapping[str, nn.Parameter],
         objective: Objective,
         steps: Sequence[Step],
