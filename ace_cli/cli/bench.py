@@ -51,7 +51,7 @@ def _measure(arguments: argparse.Namespace, bench: Bench) -> None:
 
     terminal = Terminal()
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    with terminal.waiting(LOADING), lasting():
+    with terminal.waiting(LOADING), lasting("ace_cli.evaluation.speed.measure"):
         import dataclasses
         import json
 

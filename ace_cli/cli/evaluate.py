@@ -106,7 +106,7 @@ def _evaluate(
 
     terminal = Terminal(quiet=workers.size() > 1)
     # torch and transformers take seconds to import; --help and faults must not wait for them
-    with terminal.waiting(LOADING), lasting(), stopping_at_once("ace-eval"):
+    with terminal.waiting(LOADING), lasting("ace_cli.model.streamed"), stopping_at_once("ace-eval"):
         import dataclasses
         import json
 

@@ -127,7 +127,7 @@ def _objection(config: RunConfig, report: Report | None) -> str | None:
 
 
 def _kept(config: RunConfig) -> Report | None:
-    with lasting(), stopping_at_once("ace-prune"):
+    with lasting("ace_cli.run.finished"), stopping_at_once("ace-prune"):
         from ace_cli.run.finished import finished  # imports torch, in the end
 
     report = finished(config)
@@ -143,7 +143,7 @@ def _run(config: RunConfig, shared: Path | None) -> Report | None:
     # torch and transformers take seconds to import; help and configuration errors must not wait for them
     with (
         Terminal(quiet=workers.size() > 1).waiting(LOADING),
-        lasting(),
+        lasting("ace_cli.run.pipeline"),
         stopping_at_once("ace-prune"),
     ):
         from ace_cli.core.device import choose_device

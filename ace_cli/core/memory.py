@@ -131,19 +131,21 @@ def trim() -> None:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
-    """Around imports: the garbage collector never looks again at the objects that were made inside.
+def lasting(module: str) -> Iterator[None]:
+    """Around the import of ``module``: the garbage collector never looks again at the objects that were made inside.
 
     Modules are half a million objects that live as long as the process; looking at them at every collection takes
-    seconds in all. Only imports belong inside, because a cycle of objects that is frozen is never freed. If nothing new
-    was imported nothing is frozen, so the later jobs of a sweep freeze nothing of the earlier ones.
+    seconds in all. Only imports belong inside, because a cycle of objects that is frozen is never freed. Where the
+    module is there already nothing happens, so the later jobs of a sweep freeze nothing of the earlier ones.
     """
+    if module in sys.modules:
+        yield
+        return
     gc.collect()
-    known = len(sys.modules)
     gc.disable()
     try:
         yield
     finally:
-        if len(sys.modules) > known:
+        if module in sys.modules:
             gc.freeze()
         gc.enable()

@@ -17,11 +17,17 @@ class LargeOnMeta(TorchFunctionMode):
 
     All experts of a layer are one tensor, of 30 GB in DeepSeek-V3, that a machine may refuse even to reserve. A
     configuration that asks for many times more tensors than the ``stored`` ones is refused before it has made them all.
+    First values are given to tensors that hold any: on the meta device that would take half of a model's making.
     """
 
     LIMIT = 1 << 26
     #: Tensors made for each one stored: files may hold all experts of a layer in one, that a class makes singly.
     TIMES, SPARE = 1000, 10_000
+    #: What gives a tensor its first values, in place; by name, because transformers has guarded copies of torch's own.
+    FILLS = frozenset({
+        "normal_", "uniform_", "trunc_normal_", "constant_", "ones_", "zeros_", "zero_", "fill_", "kaiming_normal_",
+        "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
+    })  # fmt: skip
 
     def __init__(self, stored: int) -> None:
         super().__init__()
@@ -30,7 +36,11 @@ class LargeOnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand) and args:
+        if getattr(func, "__name__", "") in self.FILLS:
+            filled = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if filled.is_meta:
+                return filled
+        elif func in (torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand) and args:
             self._made += 1
             if self._made > self.TIMES * self._stored + self.SPARE:
                 raise AceError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
@@ -161,18 +162,27 @@ SETTINGS: dict[str, type] = {"observe": Observe, "samples": Samples, "gate": Gat
 
 
 def store_schemas() -> None:
-    """Make every registered choice, and the schema of the whole, known to Hydra."""
-    store = ConfigStore.instance()
-    store.store(group="schema", name="prune", node=Schema, package="_global_")
+    """Make every registered choice, and the schema of the whole, known to Hydra, if they are not yet."""
     for group in registry.PACKAGES:
         for name, cls in registry.choices(group).items():
-            brought = registry.brought(group, name)
-            where = f"schema/{group}" if brought else group
-            store.store(group=where, name=name, node=cls)
-            if brought:
-                others = [{f"override /{other}": choice} for other, choice in brought.items()]
-                node = {"defaults": [f"/{where}/{name}@{group}", "_self_", *others]}
-                store.store(group=group, name=name, node=node, package="_global_")
+            _store_choice(group, name, cls)
+    _store_whole()
+
+
+@functools.cache
+def _store_whole() -> None:
+    ConfigStore.instance().store(group="schema", name="prune", node=Schema, package="_global_")
+
+
+@functools.cache
+def _store_choice(group: str, name: str, cls: type) -> None:
+    store, brought = ConfigStore.instance(), registry.brought(group, name)
+    where = f"schema/{group}" if brought else group
+    store.store(group=where, name=name, node=cls)
+    if brought:
+        others = [{f"override /{other}": choice} for other, choice in brought.items()]
+        node = {"defaults": [f"/{where}/{name}@{group}", "_self_", *others]}
+        store.store(group=group, name=name, node=node, package="_global_")
 
 
 def config_folder() -> Path:
