@@ -12,6 +12,8 @@ found=$(mktemp)
 trap 'rm -f "$found"' EXIT
 .venv/bin/mypy >"$found" 2>&1 &
 types=$!
+# What is compiled is kept: otherwise each worker, and each process that a test starts, compiles all of it again.
+export PYTHONDONTWRITEBYTECODE=
 # A worker for each core, with one thread: tiny models gain nothing from more.
 export OMP_NUM_THREADS=1
 failed=0

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import os
@@ -26,13 +27,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import programs
 import pytest
 import torch
+import xxhash
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.cli.prune import main
+from ace_cli.core import registry
+from ace_cli.data.generation import sample_windows
+from ace_cli.data.sources import self_written
 from ace_cli.evaluation.dense import DenseCache
+from ace_cli.model.files import Checkpoint
 from ace_cli.report import plots
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
@@ -54,7 +63,7 @@ def once(measure: Callable[..., float]) -> Callable[..., float]:
     return remembered
 
 
-limit._PROBE_SECONDS = 0.005
+limit._PROBE_SECONDS, limit._PIECE = 0.005, 64 << 10
 for _name in ("_matmul", "_memory", "_fresh", "_prune"):
     setattr(limit, _name, once(getattr(limit, _name)))
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
@@ -114,12 +123,41 @@ def composed(*overrides: str) -> RunConfig:
     return parse(config, Path(config.output_dir).absolute())
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _composed(*overrides: str) -> DictConfig:
+    """Choices are composed, and the other options set on a copy, by what Hydra itself sets them with."""
+    read = OverridesParser.create().parse_overrides(list(overrides))
+    options = [each for each in read if each.type is OverrideType.CHANGE and not _chooses(each)]
+    config = copy.deepcopy(_chosen(*(each.input_line for each in read if each not in options)))
+    ConfigLoaderImpl._apply_overrides_to_config(options, config)
+    return config
+
+
+def _chooses(override: Override) -> bool:
+    """Whether it names one of a group's choices, or speaks to Hydra."""
+    name = override.key_or_group
+    return name in registry.PACKAGES or (config_folder() / name).is_dir() or name.startswith("hydra")
+
+
+@functools.lru_cache(maxsize=256)
+def _chosen(*choices: str) -> DictConfig:
     store_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-        return compose("prune", list(overrides))
+        return compose("prune", list(choices))
+
+
+def sampled(checkpoint: Checkpoint, *asked: Any) -> torch.Tensor:
+    """What a model writes, for windows of ``calib=self``: once for the same files and the same wish."""
+    files = [checkpoint.folder / "config.json", *sorted({entry.file for entry in checkpoint.tensors.values()})]
+    key = (*(xxhash.xxh3_128_digest(file.read_bytes()) for file in files), checkpoint.adapter, *asked[:5])
+    if key not in _sampled:
+        _sampled[key] = sample_windows(checkpoint, *asked)
+    return _sampled[key].clone()
+
+
+_sampled: dict[tuple[Any, ...], torch.Tensor] = {}
+self_written.sample_windows = sampled
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,13 @@ from typing import Any
 PRELOADED = ["ace_cli.cli.prune", "ace_cli.run.pipeline", "transformers.models.llama.modeling_llama"]
 
 
-def start(module: str, arguments: list[str], cwd: Path, out: Path, err: Path, env: dict[str, str] | None = None) -> Any:
-    """``python -m ace_cli.MODULE ARGUMENTS`` in ``cwd``, appending what it says to two files; a started Process."""
+def start(
+    module: str, arguments: list[str], cwd: Path, out: Path | Connection, err: Path, env: dict[str, str] | None = None
+) -> Any:
+    """``python -m ace_cli.MODULE ARGUMENTS`` in ``cwd``, appending what it says to two files; a started Process.
+
+    What it says on standard output may also go into a pipe.
+    """
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(PRELOADED)
     process = fork.Process(target=_be, args=(module, arguments, cwd, out, err, {**os.environ, **(env or {})}))
@@ -41,12 +47,13 @@ def done(module: str, *arguments: object, cwd: Path, **env: str) -> subprocess.C
         return subprocess.CompletedProcess(words, process.exitcode, out.read_text(), err.read_text())
 
 
-def _be(module: str, arguments: list[str], cwd: Path, out: Path, err: Path, env: dict[str, str]) -> None:
+def _be(module: str, arguments: list[str], cwd: Path, out: Path | Connection, err: Path, env: dict[str, str]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     for number, file in ((1, out), (2, err)):
-        stream = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        given = isinstance(file, Connection)
+        stream = file.fileno() if given else os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, number)
         os.close(stream)
     import torch

@@ -8,8 +8,11 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 
+import programs
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny_models import add_tokenizer, make
@@ -130,26 +133,35 @@ def test_a_sweep_where_no_folder_can_be_made(here: Command, tmp_path: Path) -> N
 # --- standard output -------------------------------------------------------------------------------------------------
 
 
+def said(llama: Path, tmp_path: Path, out: Path | Connection) -> subprocess.CompletedProcess[str]:
+    """A plan, printed to ``out`` by a program of its own that has torch already."""
+    words = [f"model.path={llama}", "metric=magnitude", "eval=none", "dry_run=true"]
+    process = programs.start("__main__", words, tmp_path, out, tmp_path / "err")
+    process.join(60)
+    return subprocess.CompletedProcess(words, process.exitcode, "", (tmp_path / "err").read_text())
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
-@pytest.mark.parametrize("last", ["dry_run=true", "--cfg"])
-def test_an_output_that_is_full_is_named(llama: Path, tmp_path: Path, last: str) -> None:
-    command = [sys.executable, "-m", "ace_cli", f"model.path={llama}", "metric=magnitude", "eval=none", last]
-    command += ["job"] if last == "--cfg" else []
+def test_an_output_that_is_full_is_named(llama: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    done.stdout = ""
-    assert_one_line(done, "Standard output cannot be written: No space left on device")
+        command = [sys.executable, "-m", "ace_cli", "--cfg", "job"]
+        shown = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    shown.stdout = ""
+    for done in (shown, said(llama, tmp_path, Path("/dev/full"))):
+        assert_one_line(done, "Standard output cannot be written: No space left on device")
 
 
-@pytest.mark.parametrize("last", ["dry_run=true", "--help"])
-def test_a_reader_that_went_away_is_told(llama: Path, tmp_path: Path, last: str) -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    command = [sys.executable, "-m", "ace_cli", f"model.path={llama}", "metric=magnitude", "eval=none", last]
-    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writing)
-    done.stdout = ""
-    assert_one_line(done, "Standard output cannot be written: Broken pipe")
+def test_a_reader_that_went_away_is_told(llama: Path, tmp_path: Path) -> None:
+    reading, writing = Pipe(duplex=False)
+    reading.close()
+    command = [sys.executable, "-m", "ace_cli", "--help"]
+    shown = subprocess.run(
+        command, cwd=tmp_path, stdout=writing.fileno(), stderr=subprocess.PIPE, text=True, check=False
+    )
+    shown.stdout = ""
+    for done in (shown, said(llama, tmp_path, writing)):
+        assert_one_line(done, "Standard output cannot be written: Broken pipe")
+    writing.close()
 
 
 # --- YAML files ------------------------------------------------------------------------------------------------------

@@ -56,11 +56,6 @@ def test_a_metric_s_fields_are_its_options(configure: Configure) -> None:
     assert ace == ACE(mode=Mode.exact2, combine=Combine.replace)
 
 
-@pytest.mark.parametrize("card", [card for card in CARDS if card != "custom"])
-def test_every_model_card_is_a_whole_configuration(configure: Configure, card: str) -> None:
-    assert configure(f"model={card}").model.path
-
-
 def test_cards_of_the_papers_models_exist() -> None:
     for family in ("opt-350m", "opt-30b", "llama7b", "llama65b", "llama2-7b", "llama3-8b", "llama3.1-8b",
                    "llama3.2-1b", "qwen2.5-7b", "mixtral-8x7b", "smollm2"):  # fmt: skip
@@ -112,6 +107,33 @@ def test_what_cannot_work_is_refused_before_any_model(
         configure(*base, *overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("metric=ria", "metric.alpha=0.3", "sparsity=2:4", "model=llama7b", "eval=none"),
+        ("calib.n_samples=3", "unit=channel", "unit.multiple=8", "repair=none", "model=llama7b"),
+        (
+            "recipe=wanda",
+            "recover=blocks",
+            "recover.epochs=2",
+            "sparsity=40%",
+            "samples.prompts=[]",
+            "exclude=[a,'b c']",
+        ),
+    ],
+)
+def test_what_tests_compose_is_what_hydra_does(overrides: tuple[str, ...]) -> None:
+    from conftest import _composed
+
+    store_schemas()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
+        whole = compose("prune", list(overrides))
+    found = _composed(*overrides)
+    assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(whole)
+    assert [OmegaConf.get_type(found, name) for name in whole] == [OmegaConf.get_type(whole, name) for name in whole]
 
 
 def explained(*overrides: str) -> str:

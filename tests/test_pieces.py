@@ -246,18 +246,23 @@ class WandaRefined(Wanda):
         return keep_OI
 
 
-@pytest.mark.parametrize(("threads", "compiled"), [(1, False), (3, True)], indirect=True, ids=["plain", "compiled"])
-@pytest.mark.parametrize("sparsity", ["0.5", "2:4"])
+STORED = [
+    ("llama", torch.float32, torch.float32), ("llama", torch.bfloat16, torch.bfloat16),
+    ("llama", torch.bfloat16, torch.float32), ("llama", torch.float32, torch.bfloat16),
+    ("gpt2", torch.float32, torch.float32), ("gpt2", torch.bfloat16, torch.float32),
+    ("mixtral", torch.float32, torch.float32), ("gpt_oss", torch.float32, torch.bfloat16),
+    ("phi3", torch.float32, torch.float32),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("family", "stored", "computed"),
+    ("threads", "compiled", "sparsity", "family", "stored", "computed"),
     [
-        ("llama", torch.float32, torch.float32), ("llama", torch.bfloat16, torch.bfloat16),
-        ("llama", torch.bfloat16, torch.float32), ("llama", torch.float32, torch.bfloat16),
-        ("gpt2", torch.float32, torch.float32), ("gpt2", torch.bfloat16, torch.float32),
-        ("mixtral", torch.float32, torch.float32), ("gpt_oss", torch.float32, torch.bfloat16),
-        ("phi3", torch.float32, torch.float32),
+        (threads, compiled, sparsity, *stored)
+        for (threads, compiled), sparsity, stored in pairs([(1, False), (3, True)], ["0.5", "2:4"], STORED)
     ],
-)  # fmt: skip
+    indirect=["threads", "compiled"],
+)
 def test_the_engine_prunes_by_rows_as_whole(
     tmp_path: Path, threads: int, compiled: bool, family: str, stored: torch.dtype, computed: torch.dtype, sparsity: str
 ) -> None:

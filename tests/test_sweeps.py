@@ -128,12 +128,10 @@ def test_the_gate_closes_under_every_launcher(
 
 
 @JOBLIB
-def test_a_worker_that_is_killed_is_a_failed_job_and_is_done_again(llama: Path, tmp_path: Path) -> None:
-    arguments = [
-        "-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.3,0.5", *EVAL, "output_dir=sweep",
-        "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "ace_cli", *arguments]
+def test_a_worker_that_is_killed_is_a_failed_job_and_is_done_again(here: Command, llama: Path, tmp_path: Path) -> None:
+    """By any launcher: the second one is this process, which need not import anything again."""
+    arguments = ["-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.3,0.5", *EVAL, "output_dir=sweep"]
+    command = [sys.executable, "-m", "ace_cli", *arguments, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         os.kill(process_of(tmp_path / "sweep" / "jobs" / "1.json", started), signal.SIGKILL)
         out, err = started.communicate(timeout=120)
@@ -141,7 +139,7 @@ def test_a_worker_that_is_killed_is_a_failed_job_and_is_done_again(llama: Path, 
     assert "Traceback" not in err
     assert "Ended without a result" in jobs_of(tmp_path / "sweep")[1]["error"]
     assert "Ended without a result" in out
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = here(*arguments)
     assert done.returncode == 0, done.stderr
     assert not [job for job in jobs_of(tmp_path / "sweep") if "error" in job]
 

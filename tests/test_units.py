@@ -460,14 +460,12 @@ def test_killed_and_continued_gives_the_same_bytes(
     options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any
 ) -> None:
     prune_here(llama, tmp_path / "whole", *options)
-    prune_here(llama, tmp_path / "again", *options)
     with stopped_before(".1.self_attn.o_proj" if options[0] == "unit=head" else ".1.mlp.up_proj"):
         prune_here(llama, tmp_path / "killed", *options)
     report = prune_here(llama, tmp_path / "killed", *options)
     assert any("continued" in warning for warning in report.warnings)
-    for name in ("model.safetensors",):
-        whole, again, killed = (digest(tmp_path / each)[name] for each in ("whole", "again", "killed"))
-        assert whole == again == killed
+    whole, killed = (digest(tmp_path / each)["model.safetensors"] for each in ("whole", "killed"))
+    assert whole == killed  # the blocks before and those after: so each of two runs makes the same ones
 
 
 def test_damage_is_found(llama: Path, tmp_path: Path, prune_here: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,19 @@ FAMILIES = DENSE | EXPERTS
 
 
 def make(folder: Path, family: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Path:
-    """Save a random model of ``family`` into ``folder``."""
+    """Save a random model of ``family`` into ``folder``: a copy of the first that was made alike."""
+    wanted = json.dumps([family, str(dtype), seed, options], sort_keys=True)
+    if wanted not in _made:
+        _made[wanted] = _make(Path(_kept.name) / str(len(_made)), family, dtype, seed, options)
+    torch.manual_seed(seed)  # what a test draws next does not depend on which test came first
+    return Path(shutil.copytree(_made[wanted], folder, dirs_exist_ok=True))
+
+
+_kept = tempfile.TemporaryDirectory()
+_made: dict[str, Path] = {}
+
+
+def _make(folder: Path, family: str, dtype: torch.dtype, seed: int, options: dict[str, Any]) -> Path:
     settings = {**COMMON, **FAMILIES.get(family, {}), **options}
     settings = {name: value for name, value in settings.items() if value is not None}
     torch.manual_seed(seed)
