@@ -64,7 +64,7 @@ def weights_digest(report: Report) -> str:
 
 @pytest.mark.parametrize("options", [
     ("metric=wanda", "propagate=sublayer"), ("metric=cosp", "propagate=block"), ("metric=varp", "propagate=dense"),
-    ("metric=wanda", "allocation=owl", "allocation.lam=0.02"),
+    ("metric=wanda", "allocation=owl", "allocation.lam=0.02"), ("metric=wanda", "catch_up=0.5"),
 ])  # fmt: skip
 def test_a_run_that_spills_writes_the_same_bytes(
     llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]

@@ -44,6 +44,7 @@ CELLS = {
     "no calibration": ("mixtral", "metric=magnitude", "sparsity=0.5"),
     "statistics by parts": ("wide", "metric=ace", "metric.sweeps=2", "sparsity=0.5", *LONG),
     "statistics of all rows": ("wide", "metric=ace", "metric.sweeps=2", "permute=ria", "sparsity=2:4", *LONG),
+    "what was lost before": ("wide", "metric=wanda", "repair=sparsegpt", "catch_up=0.5", "sparsity=0.5", *LONG),
     "channels": ("llama", "unit=channel", "metric=sobp", "sparsity=0.25"),
     "channels of experts": ("mixtral", "unit=channel", "sparsity=0.25"),
     "blocks that go": ("llama", "unit=block", "keep=1"),

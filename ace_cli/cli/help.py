@@ -43,7 +43,7 @@ SECTIONS = {
         "sparsity", "metric", "unit", "keep", "target_gb", "target_params", "allocation", "scope", "permute",
         "propagate", "include", "exclude", "quantize",
     ),
-    "What wins quality back": ("repair", "recover"),
+    "What wins quality back": ("repair", "catch_up", "recover"),
     "Which text": ("calib", "eval"),
     "What is made beside the checkpoint": (
         "pack", "export", "bench", "samples", "html", "observe", "tracker", "push_to_hub",

@@ -45,6 +45,8 @@ class Statistic:
     needs_output = False
     #: True if it is fed with the gradient of the slot's outputs, in their place: see ace_cli.methods.gradients.
     needs_backward = False
+    #: True if it is fed with the inputs that the dense model gives the slot for the same tokens, in place of outputs.
+    needs_dense = False
     #: True if workers can share it: each computes a part, in products of shapes that do not depend on their number.
     shared = False
     #: True if what it holds of a row of the weight is of use for that row alone.
@@ -450,10 +452,15 @@ class CosineTerm(Statistic):
                 self.total_OI[rows].addmm_(across_TR.T, of_inputs_TI)
 
     def _gather(self, workers: Workers) -> None:
-        of_workers = workers.pieces(len(self.total_OI), self.total_OI.device.type)
-        workers.spread([
-            (self.total_OI[pieces[0].start : pieces[-1].stop], rank) for rank, pieces in enumerate(of_workers) if pieces
-        ])  # fmt: skip
+        _gather_rows(self.total_OI, workers)
+
+
+def _gather_rows(total_OI: Tensor, workers: Workers) -> None:
+    """Of a matrix that ``_row_pieces`` deals out."""
+    of_workers = workers.pieces(len(total_OI), total_OI.device.type)
+    workers.spread([
+        (total_OI[pieces[0].start : pieces[-1].stop], rank) for rank, pieces in enumerate(of_workers) if pieces
+    ])  # fmt: skip
 
 
 #: Rows of a product: one of fewer takes longer.
@@ -574,3 +581,41 @@ def _symmetric(x_TI: Tensor, workers: Workers) -> Tensor:
 def _mirror(total_II: Tensor, parts: list[slice]) -> None:
     for part in parts:
         total_II[part.stop :, part] = total_II[part, part.stop :].T
+
+
+@dataclass(unsafe_hash=True)
+class Lag(Statistic):
+    """``total_II`` = sum over tokens of (d_t - x_t) x_t^T, float32 (I, I): d_t is what the dense model has where the
+    pruned one has the input x_t. Exactly zero while nothing before the slot has changed.
+
+    Workers share its rows; gathering them costs 4 I^2 bytes.
+    """
+
+    shared = True
+    needs_dense = True
+    total_II: Tensor = accumulated("II", lambda earlier, later: earlier.add_(later))
+
+    def flops(self, tokens: int, rows: int, columns: int) -> int:
+        return 2 * tokens * columns**2
+
+    def nbytes(self, tokens: int, rows: int, columns: int) -> int:
+        return 4 * columns**2
+
+    def sent(self, rows: int, columns: int) -> int:
+        return 4 * columns**2
+
+    def pays(self, tokens: int, device: str) -> bool:
+        return tokens >= (SHARED_TOKENS if device == "cpu" else _ON_GPUS)
+
+    def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
+        """``y_TO`` is d, (T, I)."""
+        x_TI = x_TI.float()
+        behind_TI = y_TO.float() - x_TI
+        pieces = _row_pieces(self._sharing(x_TI), behind_TI)
+        total_II = x_TI.new_zeros((x_TI.shape[1], x_TI.shape[1]))
+        for rows in pieces:
+            total_II[rows] = behind_TI[:, rows].T @ x_TI
+        self.add(len(x_TI), total_II=total_II)
+
+    def _gather(self, workers: Workers) -> None:
+        _gather_rows(self.total_II, workers)

@@ -146,6 +146,16 @@ class StreamedModel:
         other.blocks = [block.watching(names) for block in self.blocks]
         return other
 
+    def beside(self, index: int) -> StreamedModel:
+        """The same model with a copy of loaded block ``index``, which stays as it is whatever becomes of this one."""
+        other, block = copy.copy(self), self.blocks[index]
+        module = copy.deepcopy(block.module)
+        paths = {inner: path for path, inner in block.module.named_modules()}
+        slots = [replace(slot, module=module.get_submodule(paths[slot.module])) for slot in block.slots]
+        other.blocks = [*self.blocks]
+        other.blocks[index] = replace(block, module=module, slots=slots, experts=[])
+        return other
+
     @property
     def plain_tokens(self) -> int:
         """Tokens that go through a block at once where nobody observes them together: few, on a CPU."""

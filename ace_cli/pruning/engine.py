@@ -28,6 +28,7 @@ from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.model.files import CheckpointWriter
 from ace_cli.model.links import LinkFinder
 from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.diagnostics import BlockComparison
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.gradients import gradients_of
@@ -51,13 +52,15 @@ def prune(
     compared: Batch | None = None,
     recovering: Recovering | None = None,
     workers: Workers = ONE,
+    beside: DenseInputs | None = None,
 ) -> Iterator[BlockFacts]:
     """Prune every slot of ``model`` from block ``finished`` on; replaces the hidden states in ``batches``.
 
     ``batches`` hold what goes into block ``finished``; ``compared`` is the first batch's first windows once more, on
     which each block's dense and pruned outputs are compared. ``on_disk`` is called, from the background thread, when a
     block's weights have been forced to disk. ``recovering`` trains each pruned block.
-    ``workers`` share what takes long, and compare what they hold after each block.
+    ``workers`` share what takes long, and compare what they hold after each block. ``beside``: what slots have in
+    the dense model, where the recipe asks for it.
 
     Raises AceError when weights or activations are not finite.
     """
@@ -93,8 +96,13 @@ def prune(
                 with clock("observe"):
                     dense = model if recipe.cutting is None else recipe.cutting.model
                     pruner.gradients = gradients_of(dense, index, batches, recipe.wanted, recipe.gradients)
+                    if beside is not None:
+                        beside.before(index)
                 outputs_wanted = not last and recovering is None
-                order_of(recipe)(model, index, batches, recipe, clock, finite, pruner, not outputs_wanted).run()
+                order_of(recipe)(model, index, batches, recipe, clock, finite, pruner, not outputs_wanted, beside).run()
+                if beside is not None and not last:
+                    with clock("forward"):
+                        beside.after()
                 recovered = None
                 if recovering is not None:
                     with clock("recover"):

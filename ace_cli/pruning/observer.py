@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -20,11 +20,13 @@ class Observer:
     """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only.
 
     ``seen`` may be emptied of slots that are pruned: what others share with them stays. ``workers`` see the same, and
-    share what takes long: ``seen`` is to be gathered before it is used.
+    share what takes long: ``seen`` is to be gathered before it is used. ``dense``: slot's name -> its input in the
+    dense model, of the tokens that are shown now, where a statistic needs that.
     """
 
     seen: dict[str, Seen]
     workers: Workers = ONE
+    dense: Mapping[str, Tensor] = field(default_factory=dict)
     _leader: dict[str, str] = field(default_factory=dict)
     _input: Tensor | None = None
     _reader: str = ""
@@ -53,7 +55,8 @@ class Observer:
             y = output()
             y_TO = y.reshape(-1, y.shape[-1])
         for statistic in due:
-            statistic.update(x_TI, y_TO, slot.weight_OI)
+            beside_TO = self.dense[slot.name].reshape(x_TI.shape) if statistic.needs_dense else y_TO
+            statistic.update(x_TI, beside_TO, slot.weight_OI)
 
 
 def observe_expert(

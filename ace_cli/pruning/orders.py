@@ -16,6 +16,7 @@ from ace_cli.methods.statistics import Seen, Statistic
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
 from ace_cli.pruning.recipe import Propagate, Recipe
@@ -31,7 +32,8 @@ class _Stop(Exception):
 class Order:
     """Prunes loaded block ``index`` with ``pruner`` and moves the hidden states of ``batches`` on.
 
-    The ``last`` block's outputs are not needed.
+    The ``last`` block's outputs are not needed. ``dense``: the slots' inputs in the dense model, if a method asks for
+    them.
     """
 
     model: StreamedModel
@@ -42,6 +44,7 @@ class Order:
     finite: FiniteChecks
     pruner: SlotPruner
     last: bool
+    dense: DenseInputs | None = None
     _observer: Observer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,6 +88,11 @@ class Order:
                             experts, expert, stage, calls, everyone, self._wanted, self.pruner.workers
                         )
                     self.pruner.prune(stage, seen, routed)
+
+    def _look_beside(self, number: int, slots: list[Slot], first: bool = False) -> None:
+        """Before batch ``number`` is shown to ``slots``: what the dense model gives them, or the ``first`` of them."""
+        if self.dense is not None:
+            self._observer.dense = self.dense.of(number, [slot.name for slot in slots], first)
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """The block's output (B, L, H); None if it was stopped."""
@@ -134,7 +142,8 @@ class WholeBlock(Order):
             hooked(self.block.layers, watch, before=False),
             reached(self.block.experts, keep),
         ):
-            for batch in self.batches:
+            for number, batch in enumerate(self.batches):
+                self._look_beside(number, self.block.layers)
                 out_BLH = self._forward(batch)
                 if dense and out_BLH is not None:
                     batch.hidden_BLH = out_BLH
@@ -182,6 +191,7 @@ class Sublayer(Order):
             hooked(self.block.layers, prune_now, before=True),
             reached(self.block.experts, prune_experts_now),
         ):
+            self._look_beside(0, left)
             out_BLH = self._forward(self.batches[0])
             if out_BLH is not None:
                 self.batches[0].hidden_BLH = out_BLH
@@ -210,8 +220,9 @@ class Sublayer(Order):
         layers = [slot for slot in self.block.layers if slot.name in names]
         experts_left = [experts for experts in self.block.experts if experts.slots[0].name in names]
         with self.clock("observe"), hooked(layers, note_first, before=True), reached(experts_left, note_experts):
-            for batch in self.batches:
+            for number, batch in enumerate(self.batches):
                 inputs.clear()
+                self._look_beside(number, layers, first=True)
                 self._forward(batch)
         if calls:
             self._prune_experts(calls[0][0], [call for _, call in calls])

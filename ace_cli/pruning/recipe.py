@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from ace_cli.methods.catch_up import NEEDS as CATCH_UP
+
 if TYPE_CHECKING:
     from ace_cli.methods.metrics.base import Metric
     from ace_cli.methods.patterns import Pattern
@@ -35,7 +37,8 @@ class Recipe:
     """The choices of a run; ``patterns`` is what the allocation made of the sparsity asked for, by slot name.
 
     An expert is observed on the tokens routed to it; on all of its layer's if ``all_experts``, or if those routed to it
-    are fewer than ``min_tokens``.
+    are fewer than ``min_tokens``. ``catch_up``: how far weights are first moved to where they put out what the dense
+    model does.
     """
 
     metric: Metric
@@ -49,8 +52,10 @@ class Recipe:
     cutting: Cutting | None = None  # units that are cut out, instead of weights that become zeros
     ranks: Mapping[str, int] = field(default_factory=dict)  # slot name -> the rank of the product it becomes
     gradients: Mapping[str, Seen] = field(default_factory=dict)  # of the whole model, by slot name
+    catch_up: float = 0.0
 
     @property
     def wanted(self) -> tuple[Statistic, ...]:
-        """The statistics that the metric and the repair read, each once."""
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs())))
+        """The statistics that the methods read, each once."""
+        own = CATCH_UP if self.catch_up else ()
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs(), *own)))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.pruning.dense_states import DenseStates, through
 from ace_cli.pruning.slot_pruner import SlotPruner
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 
@@ -41,11 +41,8 @@ class Recovering:
         self._rows = [workers.part(step) for step in steps]
         embedded = iter([*model.embedded(windows_NL[rows.start : rows.stop] for rows in self._rows if rows)])
         self._steps = [next(embedded) if rows else None for rows in self._rows]
-        self._of_model, self._passed = dense is not None, dense or 0
-        self._dense = [copy.copy(step) for step in self._steps if step is not None] if self._of_model else []
-        with torch.no_grad():
-            for index in model.one_by_one(self._passed):
-                model.advance(index, self._dense)
+        mine = [step for step in self._steps if step is not None]
+        self._dense = None if dense is None else DenseStates(model, mine, dense)
         self._inputs: list[Tensor] = []
         self._targets: list[Tensor | None] = []
 
@@ -60,23 +57,16 @@ class Recovering:
         mine = [(step, rows) for step, rows in zip(self._steps, self._rows, strict=True) if step is not None]
         for step, rows in mine:
             step.hidden_BLH = hidden_NLH[rows.start : rows.stop]
-        gap = [] if self._cutting is None else self._cutting.taught(index, self._of_model)
+        gap = [] if self._cutting is None else self._cutting.taught(index, self._dense is not None)
         end = index + 1 + len(gap or [])
-        if self._of_model:
-            self._through(index, range(self._passed, end), self._dense)
-            self._passed = max(self._passed, end)
+        if self._dense is not None:
+            self._dense.through(end, index)
         if gap is not None:
-            targets = self._dense if self._of_model else [copy.copy(step) for step, _ in mine]
-            if not self._of_model:
-                self._through(index, range(index, end), targets)
+            targets = [copy.copy(step) for step, _ in mine] if self._dense is None else self._dense.batches
+            if self._dense is None:
+                through(self._model, range(index, end), targets, index)
             found = iter([batch.hidden_BLH for batch in targets])
             self._targets = [None if step is None else next(found) for step in self._steps]
-
-    def _through(self, loaded: int, blocks: Iterable[int], batches: list[Batch]) -> None:
-        """Take ``batches`` through dense ``blocks``, of which one may be loaded."""
-        for index in blocks:
-            with nullcontext() if index == loaded else self._model.loaded(self._model.blocks[index]):
-                self._model.advance(index, batches)
 
     def after(self, index: int, batches: list[Batch], pruner: SlotPruner) -> RecoveryFacts | None:
         """The loaded block is pruned: train it, and put its inputs back into ``batches``. None: nothing to learn."""

@@ -22,11 +22,13 @@ from ace_cli.core.torch_api import own_parameters
 from ace_cli.core.typed_json import typed
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import FiniteChecks
+from ace_cli.methods.catch_up import caught_up
 from ace_cli.methods.metrics.base import Metric, scored
 from ace_cli.methods.patterns import NofM
 from ace_cli.methods.repair.base import Repaired
+from ace_cli.methods.repair.least_squares import factors_of
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
-from ace_cli.methods.statistics import Seen
+from ace_cli.methods.statistics import Gram, Seen
 from ace_cli.model.header import DTYPES
 from ace_cli.model.links import Link, reorder
 from ace_cli.model.slots import Slot, View
@@ -72,7 +74,7 @@ class SlotPruner:
 
         Raises AceError, by name, where that does not do.
         """
-        self.facts += [self._prune(slot, self._gathered(slot, seen.pop(slot.name)), routed) for slot in slots]
+        self.facts += [self._told(slot, self._gathered(slot, seen.pop(slot.name)), routed) for slot in slots]
         for slot in slots:  # only now: a producer may be pruned after its consumer
             if slot.name in self.orders:
                 self._reorder_producers(self._links[slot.name], self.orders[slot.name])
@@ -118,6 +120,12 @@ class SlotPruner:
 
     # --- one slot ------------------------------------------------------------------------------------------------
 
+    def _told(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
+        """Pruned, and with what befell the factors that it was moved by."""
+        fact = self._prune(slot, seen, routed)
+        fallbacks = factors_of(seen[Gram()]).notes if self._recipe.catch_up else []
+        return replace(fact, notes=list(dict.fromkeys([*fact.notes, *fallbacks])))
+
     def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
@@ -143,7 +151,7 @@ class SlotPruner:
 
     def _goes_by_rows(self, slot: Slot) -> bool:
         """Whether the choices, the device and the slot's links let every row be pruned before the next is scored."""
-        whole = slot.name in self._links or self._model.device.type != "cpu"
+        whole = slot.name in self._links or self._model.device.type != "cpu" or self._recipe.catch_up > 0
         return not whole and by_rows(self._recipe.metric, self._recipe.patterns[slot.name], self._recipe.repair)
 
     def _by_rows(self, slot: Slot, seen: Seen) -> list[str]:
@@ -162,8 +170,7 @@ class SlotPruner:
     def _whole(self, slot: Slot, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
         """Score, permute, select, refine, repair and mask, one after the other; what the repair noted."""
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
-        with self._clock("score"):
-            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+        dense_OI = self._start(slot, seen, diagnosis)
         if self._goes_in_pieces(slot):
             return self._in_pieces(slot, dense_OI, seen, diagnosis)
         with self._clock("score"):
@@ -187,6 +194,23 @@ class SlotPruner:
             self._take(slot, masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot)))
         diagnosis |= repaired.diagnosis
         return repaired.notes
+
+    def _start(self, slot: Slot, seen: Seen, diagnosis: dict[str, Any]) -> Tensor:
+        """What is scored and repaired, float32 (O, I): the dense weight, or what makes up for what was lost before it.
+
+        ``diagnosis`` hears how far it was moved, relative to its size. AceError where the statistics do not allow it.
+        """
+        with self._clock("score"):
+            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+        if not self._recipe.catch_up:
+            return dense_OI
+        with self._clock("catch up"):
+            try:
+                moved_OI = caught_up(dense_OI, self._recipe.catch_up, seen)
+            except ArithmeticError as fault:
+                raise AceError(f"{slot.name}: {fault}", "Use more windows, or leave catch_up=0.") from fault
+            diagnosis["moved"] = (moved_OI - dense_OI).norm() / dense_OI.norm().clamp(min=1e-30)
+        return moved_OI
 
     def _refined(self, slot: Slot, dense_OI: Tensor, keep_OI: Tensor, seen: Seen) -> Repaired:
         """Refine and repair; of some rows, where the methods look at one row at a time."""

@@ -39,7 +39,7 @@ _WINDOWS = {"calib": "source", "calib.n_samples": "n_samples", "calib.seq_len": 
 #: Choices by the names of their overrides, in the order of the columns; what else was typed comes last.
 _ORDER = (
     "job", "experiment", "model", "unit", "metric", "repair", "quantize", "allocation", "recover", "sparsity", "scope",
-    "propagate", "permute", "dtype", "calib",
+    "propagate", "permute", "catch_up", "dtype", "calib",
 )  # fmt: skip
 #: Overrides that say how a run is measured, shown or kept, not what is done to the model.
 _ASIDE = ("eval", "output_dir", "keep_checkpoint", "html", "observe", "samples", "gate", "tracker")
@@ -327,8 +327,9 @@ def _choices(report: Mapping[str, Any], calibration: Mapping[str, Any], typed: M
         choices |= {f"{group}.{name}": str(value) for name, value in method.get(f"{group}_options", {}).items()}
     done = {"sparsity": "pattern", **{name: name for name in ("scope", "propagate", "permute", "dtype")}}
     choices |= {name: str(method[key]) for name, key in done.items() if method[key] is not None}
+    choices["catch_up"] = str(method.get("catch_up", 0.0))
     choices |= {name: str(calibration[key]) for name, key in _WINDOWS.items() if key in calibration}
-    told = {"model", "model.path", *done, *_WINDOWS}
+    told = {"model", "model.path", "catch_up", *done, *_WINDOWS}
     others = {n: value for n, value in typed.items() if n not in told and n.partition(".")[0] not in _GROUPS}
     return {**choices, **others}
 

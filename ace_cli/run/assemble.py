@@ -171,7 +171,7 @@ def _method(config: RunConfig, plan: Plan) -> dict[str, Any]:
         **choices, "unit": name_of("unit", config.unit), "unit_options": _options(config.unit),
         "pattern": config.requested,
         "scope": config.pattern.scope.value if isinstance(config.pattern, Ratio) else None,
-        "propagate": config.propagate.value, "permute": config.permute.value,
+        "propagate": config.propagate.value, "permute": config.permute.value, "catch_up": config.catch_up,
         "device": plan.device, "dtype": plan.dtype,
     }  # fmt: skip
 
@@ -326,7 +326,8 @@ def method_line(config: RunConfig) -> str:
     if config.unit.cuts:
         asked = f"{config.requested} of unit {with_options('unit', config.unit)}"
     parts = [with_options("metric", config.metric), asked, *others]
-    return ", ".join([*parts, f"propagate {config.propagate.value}", f"permute {config.permute.value}"])
+    parts += [f"propagate {config.propagate.value}", f"permute {config.permute.value}"]
+    return ", ".join([*parts, f"catch_up {config.catch_up:g}"] if config.catch_up else parts)
 
 
 def calibration_line(config: RunConfig) -> str:
@@ -354,6 +355,7 @@ def summary_of(config: RunConfig, command: str, windows_NL: Tensor | None, spars
         "recover": name_of("recover", config.recover),
         "allocation": name_of("allocation", config.allocation),
         "permute": config.permute.value,
+        "catch_up": config.catch_up,
         "unit": name_of("unit", config.unit),
         "pattern": config.requested,
         "sparsity": sparsity,

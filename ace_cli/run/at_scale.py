@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.base import Evaluation
+from ace_cli.methods import catch_up
 from ace_cli.methods.statistics import ROWS, SHARED_TOKENS
 from ace_cli.pruning.recipe import Propagate
 from ace_cli.run.machine_limit import Rates
@@ -62,7 +63,7 @@ def at_scale(
             looked_at, sent_too = _outputs(config, model, slot, tokens, 1 if dealt else workers)
             statistics, outputs = statistics + some * flops, outputs + some * looked_at
             traffic += sent + sent_too
-            method += some * share
+            method += some * share + (catch_up.flops(*slot.shape) if config.catch_up else 0)
             if workers > 1 and (dealt or shared):
                 width = model.checkpoint.tensors[slot.key]
                 traffic += slot.shape[0] * slot.shape[1] * width.nbytes / width.numel * (workers - 1) / workers

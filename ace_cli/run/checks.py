@@ -45,7 +45,7 @@ def on_device(device: torch.device) -> int:
 def pruned_by_rows(config: RunConfig, model: StreamedModel) -> bool:
     """Whether every slot is scored and pruned row by row, with nothing of a weight's size beside it."""
     alone = by_rows(config.metric, config.pattern, config.repairing) and config.permute is Permute.none
-    return alone and model.device.type == "cpu"
+    return alone and not config.catch_up and model.device.type == "cpu"
 
 
 def loops_of(config: RunConfig, model: StreamedModel) -> str:
@@ -116,6 +116,14 @@ def check_gradients(config: RunConfig, model: StreamedModel, plan: Plan) -> None
             f"metric={name} metric.source=model needs {needed / 1e9:.1f} GB of memory, "
             f"{plan.budget_bytes / 1e9:.1f} GB may be used.",
             "Use metric.source=block, which needs one block at a time.",
+        )
+
+
+def check_catch_up(config: RunConfig, model: StreamedModel) -> None:
+    """AceError where the dense model's inputs cannot be told apart by tokens: routers may send those elsewhere."""
+    if config.catch_up and any(block.experts for block in model.blocks):
+        raise AceError(
+            f"catch_up={config.catch_up:g}: experts see other tokens than in the dense model.", "Leave catch_up=0."
         )
 
 

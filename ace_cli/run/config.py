@@ -31,6 +31,7 @@ from ace_cli.export.gguf import fault as gguf_fault
 from ace_cli.export.packed import Pack
 from ace_cli.export.quantised import Quantised
 from ace_cli.methods.allocation.base import Allocation
+from ace_cli.methods.catch_up import NEEDS as CATCH_UP
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.methods.quantize.base import Quantize
@@ -67,6 +68,7 @@ class Schema:
     scope: Scope | None = None
     propagate: Propagate = Propagate.sublayer
     permute: Permute = Permute.none
+    catch_up: float = 0.0
     include: Any = None
     exclude: Any = None
     observe: Observe = field(default_factory=Observe)
@@ -107,6 +109,7 @@ class RunConfig:
     target: target.Target | None
     propagate: Propagate
     permute: Permute
+    catch_up: float
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     observe: Observe
@@ -136,14 +139,16 @@ class RunConfig:
 
     @property
     def statistics(self) -> tuple[Statistic, ...]:
-        """What the metric and the repair read, each once."""
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs())))
+        """What the methods read, each once."""
+        own = CATCH_UP if self.catch_up else ()
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs(), *own)))
 
     @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
         parts = (self.metric, self.repairing, self.allocation)
-        return any(part.needs() for part in parts) or self.metric.of_states or self.recover.acts
+        looks = self.metric.of_states or self.recover.acts or self.catch_up > 0
+        return looks or any(part.needs() for part in parts)
 
     @property
     def repairing(self) -> Repair:
@@ -257,6 +262,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         target=target.target_of(parts),
         propagate=parts.propagate,
         permute=parts.permute,
+        catch_up=parts.catch_up,
         include=_globs(parts.include),
         exclude=_globs(parts.exclude),
         observe=parts.observe,
@@ -298,6 +304,8 @@ def _faults(parts: Any) -> list[str]:
     for name in ("workers", "hardware"):
         if getattr(parts, name) is not None and not parts.dry_run:
             faults.append(f"{name} is for plans: add dry_run=true; torchrun decides how many workers there are")
+    if not 0 <= parts.catch_up <= 1:
+        faults.append(f"catch_up={parts.catch_up:g}: must be 0 up to 1, such as 0.5")
     if parts.pack not in (True, False, "zstd"):
         faults.append(f"pack={parts.pack}: must be true, false or zstd")
     if parts.export is not None and parts.export.partition(":")[0] != "gguf":
@@ -325,6 +333,8 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(f"permute={parts.permute.value} means nothing for sparsity={parts.sparsity}: N:M has groups")
     if parts.recover.acts and parts.propagate is Propagate.dense:
         faults.append("recover needs what the pruned blocks make of the text, propagate=dense looks at none of it")
+    if parts.catch_up > 0 and parts.propagate is Propagate.dense:
+        faults.append("catch_up makes up for what was pruned before, propagate=dense looks at none of it")
     zeros = not parts.unit.cuts and pattern.pruned(9216, 9216) > 0
     faults += parts.recover.misfits(parts.unit.cuts, zeros)
     faults += _misfits_of_quantize(parts)
@@ -370,6 +380,8 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         faults.append(
             f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
         )
+    if parts.catch_up > 0 and not parts.unit.catches_up:
+        faults.append(f"catch_up means nothing for unit={unit}: it moves weights that are observed one by one")
     if parts.allocation.of_ranks and not parts.unit.ranks:
         name = registry.name_of("allocation", parts.allocation)
         faults.append(f"allocation={name} tries products: unit=rank")

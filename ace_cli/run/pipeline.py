@@ -21,6 +21,7 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
+from ace_cli.methods import catch_up
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.slots import SlotFilter
 from ace_cli.model.source import open_model
@@ -37,6 +38,7 @@ from ace_cli.run.assemble import Measured, make_report
 from ace_cli.run.at_scale import lines_at_scale, rates_of
 from ace_cli.run.checks import (
     already_sparse,
+    check_catch_up,
     check_gradients,
     check_inputs_stay,
     check_left,
@@ -182,6 +184,7 @@ def _plan(
 ) -> tuple[Plan, Limit]:
     """Everything that can be known to go wrong before work begins, and what the run will need, shown."""
     check_left(model, config)
+    check_catch_up(config, model)
     if config.quantize.acts:
         check_grid(config.quantize, model)
     tokens, repair = config.calib.tokens if config.needs_data else 0, config.repairing
@@ -190,11 +193,13 @@ def _plan(
     by_slots, planned = cutting is None or cutting.by_slots, model if cutting is None else cutting.planned
 
     def flops(rows: int, columns: int) -> int:
-        return by_slots * (config.metric.flops(rows, columns) + repair.flops(rows, columns))
+        moving = catch_up.flops(rows, columns) if config.catch_up else 0
+        return by_slots * (config.metric.flops(rows, columns) + repair.flops(rows, columns) + moving)
 
     def nbytes(rows: int, columns: int) -> int:
         held = repair.nbytes(rows, columns) if cutting is None or cutting.repairs else 0
-        return max(by_slots * config.metric.nbytes(rows, columns), held)
+        most = max(by_slots * config.metric.nbytes(rows, columns), held)
+        return max(most + 4 * rows * columns, catch_up.nbytes(rows, columns)) if config.catch_up else most
 
     demand = Demand(
         tokens, config.calib.length, config.statistics if by_slots else (), config.propagate,
@@ -203,6 +208,7 @@ def _plan(
         nbytes,
         config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
         0 if cutting is None else cutting.beside,
+        config.catch_up > 0,
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}

@@ -43,7 +43,8 @@ class Demand:
     ``training_forwards`` and ``training_bytes``: what a recovery costs, in forwards of all tokens and in bytes for each
     weight of a block. ``nbytes(rows, columns)``: what refining and repairing such a weight hold beside the statistics.
     ``evaluated``: tokens of one evaluation window, whose logits are in memory at once. ``beside``: how many further
-    blocks are loaded while one is worked on.
+    blocks are loaded while one is worked on. ``catch_up``: whether the dense model runs beside the pruned one, its
+    states in memory, too, and a copy of the dense block.
     """
 
     tokens: int = 1
@@ -58,17 +59,20 @@ class Demand:
     nbytes: Callable[[int, int], int] = lambda rows, columns: 0
     evaluated: int = 0
     beside: int = 0
+    catch_up: bool = False
 
     def forwards(self, batch_tokens: int) -> float:
         """How often all tokens go through every block.
 
         In sublayer order one forward will do if all tokens fit into one batch. Several batches are run again for each
-        group of slots, up to where that group reads its input: two and a half forwards in all.
+        group of slots, up to where that group reads its input: two and a half forwards in all. Where weights catch up,
+        the dense model is run as often for that as the pruned one.
         """
         several = self.tokens > max(1, batch_tokens // self.length) * self.length
-        orders = {Propagate.sublayer: 2.5 if several else 1.0, Propagate.block: 2.0, Propagate.dense: 1.0}
+        observing = 2.5 if several and self.propagate is Propagate.sublayer else 1.0
+        orders = observing + (self.propagate is Propagate.block) + self.catch_up * observing
         gradients = _WITH_GRADIENT if any(statistic.needs_backward for statistic in self.statistics) else 0
-        return orders[self.propagate] + self.surveys + self.training_forwards + gradients
+        return orders + self.surveys + self.training_forwards + gradients
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Plan:
 
     ``passed``: weights of the blocks that one token is multiplied with, pruned or not.
     ``host_bytes`` and ``device_bytes`` are expected peaks while pruning. Of them, or of the device's, ``fixed_bytes``
-    are needed whatever the calibration; ``token_bytes`` is one token's hidden state; ``budget_bytes`` what may be used.
+    are needed whatever the calibration; ``token_bytes`` is one token's hidden state, or two where the dense model runs
+    beside the pruned one; ``budget_bytes`` what may be used.
     """
 
     model: str
@@ -168,7 +173,7 @@ def make_plan(
             "Give its class a row in STORED_TRANSPOSED of ace_cli/model/slots.py, or exclude it to leave it dense.",
         )
     fixed, host, device = _memory(model, demand, budget)
-    token_bytes = _hidden_size(model) * model.dtype.itemsize
+    token_bytes = _hidden_size(model) * model.dtype.itemsize * (1 + demand.catch_up)
     spilled = fixed + demand.tokens * token_bytes > budget
     shares = [(share_of(model, slot), slot.shape) for block in model.blocks for slot in block.slots]
     passed = _passed(model if whole is None else whole)
@@ -325,6 +330,10 @@ def _memory(model: StreamedModel, demand: Demand, budget: float) -> tuple[int, i
     held += hidden if any(block.experts for block in model.blocks) else 0  # while each is shown its own tokens
     if demand.training_bytes:  # what goes into a block and what should come out of it are held in memory
         held += 3 * hidden + demand.training_bytes * max(sum(entry.numel for entry in block) for block in blocks)
+    if demand.catch_up:  # a copy of the block, and the inputs of its slots in one batch
+        inputs = max(sum(slot.shape[1] for slot in block.layers) for block in model.blocks)
+        held += loaded // (1 + demand.beside) + in_batch * inputs * width
+        hidden *= 2
     logits = evaluation_bytes(model, demand.evaluated)
     fixed = max(embeddings, logits, loaded + working + active + held) + (on_host if model.device.type == "cpu" else 0)
     whole = fixed + (0 if fixed + hidden > budget else hidden)

@@ -36,6 +36,7 @@ from ace_cli.model.pruned import (
 )
 from ace_cli.model.spill import Spill, kept
 from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.engine import prune, replay
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.gradients import backward_of, model_gradients, steps_of
@@ -73,6 +74,7 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "unit": with_options("unit", config.unit),
         "propagate": config.propagate.value,
         "permute": config.permute.value,
+        "catch_up": config.catch_up,
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
@@ -138,14 +140,14 @@ def _prune(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     patterns = _allocate(run, batches)
     recipe = dataclasses.replace(_recipe(run, patterns), gradients=_gradients(run, model))
-    recovering = _recovering(run, model, done)
+    recovering, beside = _recovering(run, model, done), _dense_inputs(run, batches, done)
     if not recipe.wanted and recovering is None:  # nothing looks at inputs, but what compares blocks
         batches = [copy.copy(compared)] if compared is not None else []
     if batches and 0 < done < len(model.blocks):
         weights = model.checkpoint if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
     if not workers.first:
-        _stream(run, work, done, batches, recipe, writer, None, recovering, workers=workers)
+        _stream(run, work, done, batches, recipe, writer, None, recovering, beside, workers=run.workers)
         return
     slots = [slot for block in model.blocks for slot in block.slots]
     pruned = {slot.name: Pruned(slot.key, slot.in_file, patterns[slot.name]) for slot in slots}
@@ -154,7 +156,7 @@ def _prune(run: RunContext, work: Work) -> None:
         def on_disk(block: BlockFacts) -> None:
             written.check(slot.name for slot in block.slots)
 
-        _stream(run, work, done, batches, recipe, writer, compared, recovering, on_disk, workers)
+        _stream(run, work, done, batches, recipe, writer, compared, recovering, beside, on_disk, workers)
         with clock("verify"), run.terminal.waiting(VERIFYING):
             zeros = written.zeros()
     recovered = recorded(work)
@@ -195,6 +197,7 @@ def _cut(run: RunContext, work: Work) -> None:
     writer = _begin(run, work, cutting.entries())
     done = len(work.finished)
     recipe = dataclasses.replace(_recipe(run, {}), cutting=cutting, gradients=gradients)
+    beside = _dense_inputs(run, batches, done)
     recovering = _recovering(run, cutting.model, done)  # all weights are trained, not those alone that read units
     if not recipe.wanted and not run.config.metric.of_states and recovering is None:
         batches = [copy.copy(compared)] if compared is not None else []
@@ -203,9 +206,9 @@ def _cut(run: RunContext, work: Work) -> None:
             dense = recipe.propagate is Propagate.dense
             cutting.replay(batches, work.finished, Checkpoint(work.partial, bare=True), dense)
     if not run.workers.first:
-        _stream(run, work, done, batches, recipe, writer, None, recovering, workers=run.workers)
+        _stream(run, work, done, batches, recipe, writer, None, recovering, beside, workers=run.workers)
         return
-    _stream(run, work, done, batches, recipe, writer, compared, recovering, workers=run.workers)
+    _stream(run, work, done, batches, recipe, writer, compared, recovering, beside, workers=run.workers)
     _describe_cut(run, work, writer.entries, recorded(work))
     if (windows_NL := _whole_windows(run)) is not None:
         with clock("recover"):
@@ -251,11 +254,11 @@ def _factor(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     ranks = {name: ranks_of(shapes[name], pattern) for name, pattern in _allocate(run, batches).items()}
-    recipe = dataclasses.replace(_recipe(run, {}), ranks=ranks)
+    recipe, beside = dataclasses.replace(_recipe(run, {}), ranks=ranks), _dense_inputs(run, batches, done)
     if batches and 0 < done < len(model.blocks):
         weights = source if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
-    _stream(run, work, done, batches, recipe, writer, compared)
+    _stream(run, work, done, batches, recipe, writer, compared, beside=beside)
     with clock("write"):
         cuts = products_of(work.finished, writer.entries)
         sparsity = sum(cut["fewer"] for cut in cuts) / run.plan.slot_weights
@@ -304,6 +307,7 @@ def _stream(
     writer: CheckpointWriter,
     compared: Batch | None,
     recovering: Recovering | None = None,
+    beside: DenseInputs | None = None,
     on_disk: Callable[[BlockFacts], None] = lambda _: None,
     workers: Workers = ONE,
 ) -> None:
@@ -315,7 +319,9 @@ def _stream(
         on_disk(block)
 
     with run.terminal.progress(PRUNING, len(model.blocks), done) as step:
-        for block in prune(model, batches, recipe, writer, run.inner, done, record, compared, recovering, workers):
+        for block in prune(
+            model, batches, recipe, writer, run.inner, done, record, compared, recovering, workers, beside
+        ):
             work.finished.append(block)
             step()
     with run.inner("write"):
@@ -345,6 +351,17 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
         return Recovering(model, recovery, windows_NL, steps, dense, run.workers, run.cutting)
 
 
+def _dense_inputs(run: RunContext, batches: list[Batch], done: int) -> DenseInputs | None:
+    """What slots have in the dense model, ``done`` blocks of which are passed, if they are to catch up with it.
+
+    ``batches`` are still in front of block 0.
+    """
+    if not run.config.catch_up:
+        return None
+    with run.inner("replay"):
+        return DenseInputs(run.model, batches, done)
+
+
 def _gradients(run: RunContext, model: StreamedModel) -> dict[str, Seen]:
     """What the slots of ``model`` see of the whole model's loss, if a method asks for it."""
     wanted, windows_NL = run.config.statistics, run.texts.windows_NL
@@ -361,6 +378,7 @@ def _recipe(run: RunContext, patterns: dict[str, Pattern]) -> Recipe:
     return Recipe(
         config.metric, patterns, repair, config.propagate, config.permute is not Permute.none,
         config.calib.experts is ExpertTokens.all, config.calib.min_tokens, config.observe.tokens,
+        catch_up=config.catch_up,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ _ALWAYS = ("metric", "calib")
 #: Choices that are plain where nothing is said.
 _PLAIN = {"unit": "weight", "allocation": "uniform", "repair": "none", "recover": "none", "tracker": "none"}
 #: Options of the whole that change the result.
-_OPTIONS = ("keep", "propagate", "permute", "include", "exclude", "device", "dtype")
+_OPTIONS = ("keep", "propagate", "permute", "catch_up", "include", "exclude", "device", "dtype")
 
 
 def chosen(config: RunConfig) -> str:

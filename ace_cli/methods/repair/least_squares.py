@@ -127,6 +127,18 @@ class Factors:
             self._made[key] = torch.cholesky_inverse(lower).float()
         return self._made[key]
 
+    def learned(self, cross_OI: Tensor, shrinkage: float) -> Tensor:
+        """D = C (G + shrinkage * diag(G))^{-1}, float64 (O, I), for C = sum_t d_t x_t^T, (O, I).
+
+        The exact minimum of sum_t ||D x_t - d_t||^2 + shrinkage * ||D s||^2: what of the outputs d the inputs tell. By
+        Cholesky in float64 and the damping ladder.
+        """
+        import torch
+
+        lower_II = self.cholesky(self.damped(0.0).double(), shrinkage)
+        unit_IO = (cross_OI / self.scale_I).T.double()
+        return torch.cholesky_solve(unit_IO, lower_II).T / self.scale_I
+
     def inverse_root(self, damping: float, unit: bool) -> Tensor:
         """U upper triangular with U^T U = H^{-1}, (I, I) float32 (SparseGPT, algorithm 1).
 

@@ -86,9 +86,7 @@ class LeastSquares(Repair):
         import torch
 
         factors = factors_of(gram)
-        lower_II = factors.cholesky(factors.damped(0.0).double(), pull(factors, self.shrinkage))
-        unit_IO = (cross_OI / factors.scale_I).T.double()
-        change_OI = torch.cholesky_solve(unit_IO, lower_II).T / factors.scale_I
+        change_OI = factors.learned(cross_OI, pull(factors, self.shrinkage))
         gained = 2 * (change_OI * cross_OI).sum() - ((change_OI @ gram.total_II.double()) * change_OI).sum()
         keep_OI = torch.ones_like(weight_OI, dtype=torch.bool)
         after = energy - float(gained)

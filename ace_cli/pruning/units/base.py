@@ -31,6 +31,8 @@ class Unit:
     trains = True
     #: Whether what comes after may see the dense model.
     dense_inputs = True
+    #: Whether weights are observed one by one, so that each may be moved to make up for what was lost before it.
+    catches_up = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
     uneven = False
