@@ -5,6 +5,7 @@ Words
 allocation    how much each slot must lose, so that all of them together lose what was asked for
 block         one decoder layer: attention and MLP. Models are read, pruned and written block by block
 calibration   the windows of text on which the inputs of slots are observed
+catch up      to move a weight so that its slot makes up for what pruning changed before it
 checkpoint    a folder with config.json, a tokenizer and weights in safetensors files
 dense         not pruned
 identity      a digest of everything that decides a run's result; a run goes on only where it is the same

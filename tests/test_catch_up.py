@@ -157,7 +157,7 @@ def test_it_goes_with_everything_that_looks_at_single_weights(
     model = add_tokenizer(make(tmp_path / "model", family))
     report = prune_here(model, tmp_path / "run", "catch_up=0.5", *options)
     assert verify(tmp_path / "run" / "checkpoint") >= 2
-    assert any(slot.diagnosis["moved"] > 0 for slot in report.slots)
+    assert any(slot["diagnosis"]["moved"] > 0 for slot in report.slots)
     assert report.method["catch_up"] == 0.5
 
 
