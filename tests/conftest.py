@@ -30,6 +30,7 @@ import torch
 import xxhash
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -66,6 +67,8 @@ def once(measure: Callable[..., float]) -> Callable[..., float]:
 limit._PROBE_SECONDS, limit._PIECE = 0.005, 64 << 10
 for _name in ("_matmul", "_memory", "_fresh", "_prune"):
     setattr(limit, _name, once(getattr(limit, _name)))
+# Hydra copies all that it was ever told for each composition, and once more what it reads of it.
+ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
@@ -125,10 +128,14 @@ def composed(*overrides: str) -> RunConfig:
 
 @functools.lru_cache(maxsize=256)
 def _composed(*overrides: str) -> DictConfig:
-    """Choices are composed, and the other options set on a copy, by what Hydra itself sets them with."""
+    """Choices that say something of others are composed. The rest is set on a copy, as Hydra itself would."""
     read = OverridesParser.create().parse_overrides(list(overrides))
+    recipe = any(each.key_or_group in ("preset", "recipe", "experiment") for each in read)
+    alone = [] if recipe else [each for each in read if _alone(each)]
     options = [each for each in read if each.type is OverrideType.CHANGE and not _chooses(each)]
-    config = copy.deepcopy(_chosen(*(each.input_line for each in read if each not in options)))
+    config = copy.deepcopy(_chosen(*(each.input_line for each in read if each not in alone and each not in options)))
+    for each in alone:
+        config[each.key_or_group] = registry.choices(each.key_or_group)[each.value()]
     ConfigLoaderImpl._apply_overrides_to_config(options, config)
     return config
 
@@ -137,6 +144,14 @@ def _chooses(override: Override) -> bool:
     """Whether it names one of a group's choices, or speaks to Hydra."""
     name = override.key_or_group
     return name in registry.PACKAGES or (config_folder() / name).is_dir() or name.startswith("hydra")
+
+
+def _alone(override: Override) -> bool:
+    """Whether it names a choice that is a class of options and nothing else."""
+    group, name = override.key_or_group, override.value()
+    if override.type is not OverrideType.CHANGE or group not in registry.PACKAGES or not isinstance(name, str):
+        return False
+    return name in registry.choices(group) and not registry.brought(group, name)
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,12 +14,18 @@ from pathlib import Path
 
 import programs
 import pytest
+from conftest import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny_models import add_tokenizer, make
 
 from ace_cli.cli import bench, evaluate, prune, report, verify
 from ace_cli.cli.arguments import as_typed, for_hydra
+from ace_cli.cli.job import known
 from ace_cli.core.errors import AceError, first_line
+from ace_cli.evaluation.dense import DenseCache
+from ace_cli.report.terminal import Terminal
+from ace_cli.run.config import CONFIGURATION_ERRORS
+from ace_cli.run.pipeline import run
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LONG = "x" * 5000
@@ -185,7 +191,7 @@ GLOBAL = b"# @package _global_\n"
         (GLOBAL + b"sparsty: 1\n", "Did you mean 'sparsity'?"),
         (GLOBAL + b"calib: {n_samples: many}\n", "calib.n_samples"),
         (GLOBAL + b"a: &a [*a]\n", "leads back into itself"),
-        (GLOBAL + b"x: " + b"[" * 20_000 + b"]" * 20_000 + b"\n", "nested too deep"),
+        (GLOBAL + b"x: " + b"[" * 2_000 + b"]" * 2_000 + b"\n", "nested too deep"),
         (GLOBAL + b'dry_run: !!python/object/apply:os.system ["touch bad"]\n', "python/object"),
         (GLOBAL + b"null: 1\n", "NoneType"),
         (GLOBAL + b"? [a]\n: 6\n", "unhashable"),
@@ -272,9 +278,19 @@ SELF = ["calib=self", "calib.n_samples=4"]
         (["calib.n_samples=16", "calib.seq_len=16", "calib.pack=256"], "calib.pack=256: the model has 128 positions"),
     ],
 )
-def test_values_out_of_range(here: Command, llama: Path, arguments: list[str], expected: str) -> None:
+def test_values_out_of_range(llama: Path, arguments: list[str], expected: str) -> None:
+    """What the command then prints is the error's text: others show that, and the test below."""
     model = [] if arguments[0].startswith("model.path") else [f"model.path={llama}"]
-    assert_one_line(here(*model, *SELF, "eval=none", "metric=wanda", *arguments, "dry_run=true"), expected)
+    options = for_hydra([*model, *SELF, "eval=none", "metric=wanda", *arguments, "dry_run=true"])
+    with pytest.raises((AceError, OSError, *CONFIGURATION_ERRORS)) as caught:
+        run(composed("model=custom", *options), "test", Terminal(), DenseCache())
+    assert_one_line(subprocess.CompletedProcess([], 2, "", f"{known(caught.value)}\n"), expected)
+
+
+@pytest.mark.parametrize("last", ["exclude=*", "memory_gb=nan", "calib.n_samples=[["])
+def test_a_value_out_of_range_is_one_line_on_standard_error(here: Command, llama: Path, last: str) -> None:
+    """Refused by the model, by the options, and by their grammar."""
+    assert_one_line(here(f"model.path={llama}", *SELF, "eval=none", last, "dry_run=true"), last.partition("=")[0])
 
 
 @pytest.mark.parametrize("group", ["metric", "calib", "tracker"])

@@ -151,6 +151,7 @@ def test_the_block_before_the_gap_learns_what_went(deep: Path, tmp_path: Path, p
 
 
 LEARNS = ("calib.n_samples=64", "recover.batch=32", "recover.epochs=3", "recover.lr=3e-4")
+BRIEFLY = ("calib.n_samples=32", "recover.batch=32", "recover.epochs=1", "recover.lr=3e-4")
 
 
 def goes(monkeypatch: pytest.MonkeyPatch, *blocks: int) -> None:
@@ -197,10 +198,10 @@ def test_the_dense_model_teaches_one_of_fewer_blocks(deep: Path, tmp_path: Path,
     ("where", "options"),
     [
         (".3.", ("sparsity=50%", "unit.choose=one_by_one")),
-        (".2.", ("keep=2", "recover=blocks", *LEARNS)),
+        (".2.", ("keep=2", "recover=blocks", *BRIEFLY)),
         (".3.", ("keep=2", "recover=both", "recover.block_epochs=1", "recover.epochs=1", "recover.batch=32")),
-        (".2.", ("keep=2", "recover=blocks", "recover.target=model", *LEARNS)),
-        (".3.", ("keep=2", "recover=blocks", "recover.target=model", *LEARNS)),
+        (".2.", ("keep=2", "recover=blocks", "recover.target=model", *BRIEFLY)),
+        (".3.", ("keep=2", "recover=blocks", "recover.target=model", *BRIEFLY)),
     ],
 )
 def test_killed_and_continued_gives_the_same_bytes(

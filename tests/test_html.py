@@ -105,7 +105,8 @@ def test_kinds_of_weights_are_shown_by_what_they_lose(report: dict[str, Any], pa
     assert f"{max(found):.1%}".replace("%", " %") in page
 
 
-def test_the_title_says_what_was_done(report: dict[str, Any]) -> None:
+def test_the_title_says_what_was_done(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ace_cli.report.plots.svg", lambda name, draw, height=2.5: "")
     report["method"] |= {"metric": "wanda", "repair": "sparsegpt", "recover": "blocks"}
     assert "pruned to 2:4 with wanda and sparsegpt and blocks</h1>" in render(report)
 

@@ -137,13 +137,13 @@ def cpu_lack(*_: object) -> None:
     torch.empty(1 << 55)
 
 
-@pytest.mark.parametrize("where", ["_capture", "forward", "_fill", "logits"])
-@pytest.mark.parametrize(
-    ("lack", "said"),
-    [
-        (cuda_lack, "The GPU has no memory left: 20.00 GiB more"),
-        (cpu_lack, "This machine has no memory left: 14411518"),
-    ],
+ON_GPU = (cuda_lack, "The GPU has no memory left: 20.00 GiB more")
+ON_CPU = (cpu_lack, "This machine has no memory left: 14411518")
+
+
+@pytest.mark.parametrize(  # what lacks it is told apart in one place, wherever it lacks
+    ("where", "lack", "said"),
+    [("_capture", *ON_GPU), ("forward", *ON_CPU), ("_fill", *ON_GPU), ("logits", *ON_CPU)],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(
     here: Callable[..., subprocess.CompletedProcess[str]], llama: Path, documents: Path, tmp_path: Path,

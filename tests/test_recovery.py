@@ -205,11 +205,19 @@ def test_the_divergence_is_that_of_the_whole_models(tmp_path: Path, prune_here: 
     assert report.recovery["before"] == pytest.approx(divergence, rel=0.05)  # products in bfloat16 where they are fast
 
 
-@pytest.mark.parametrize("moment", ["epoch", "replacing", "described"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
-    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, moment: str
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = prune_here(llama, tmp_path / "straight", *TAUGHT)
+    for moment in ("epoch", "replacing", "described"):
+        report = interrupted(moment, llama, tmp_path / moment, prune_here, monkeypatch)
+        assert digest(tmp_path / moment) == digest(tmp_path / "straight")
+        assert report.recovery == straight.recovery
+        assert not (tmp_path / moment / "checkpoint.training").exists()
+
+
+def interrupted(moment: str, llama: Path, out: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> Report:
+    """A run that is stopped at this moment of its training, and goes on. No epoch is trained twice."""
     epochs = []
     from ace_cli.recovery.whole import Fit
 
@@ -233,14 +241,13 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     if moment != "epoch":
         monkeypatch.setattr(Fit, "_save", lambda fit: None)
     with pytest.raises(KeyboardInterrupt):
-        prune_here(llama, tmp_path / "broken", *TAUGHT)
+        prune_here(llama, out, *TAUGHT)
     monkeypatch.undo()
     monkeypatch.setattr(Fit, "_epoch", epoch)
-    report = prune_here(llama, tmp_path / "broken", *TAUGHT)
-    assert digest(tmp_path / "broken") == digest(tmp_path / "straight")
-    assert report.recovery == straight.recovery
-    assert epochs.count("done") == 2  # no epoch twice
-    assert not (tmp_path / "broken" / "checkpoint.training").exists()
+    report = prune_here(llama, out, *TAUGHT)
+    monkeypatch.undo()
+    assert epochs.count("done") == 2
+    return report
 
 
 def test_a_training_that_gains_nothing_changes_nothing(llama: Path, tmp_path: Path, prune_here: Prune) -> None:

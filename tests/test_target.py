@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -175,8 +176,10 @@ def test_what_is_made_beside_a_smaller_checkpoint_does_not_count(configure: Call
     assert target is not None and target.form == "checkpoint"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("size", ["0.00001", "1"])
+@pytest.mark.parametrize(  # both ends are always looked at, and both are told
+    ("family", "size"),
+    [*zip(FAMILIES, itertools.cycle(["0.00001", "1"]), strict=False), ("channel", "1"), ("packed", "0.00001")],
+)
 def test_a_size_out_of_reach_is_refused_with_what_can_be_had(
     family: str, size: str, llama: Path, mixture: Path
 ) -> None:

@@ -435,24 +435,22 @@ def test_the_dense_model_teaches_a_smaller_one(
     assert checked[0] == checked[1]
 
 
-@pytest.mark.parametrize(
-    "moment", ["ace_cli.run.recover_checkpoint._move", "ace_cli.run.prune_checkpoint.forget_training"]
-)
 def test_a_stopped_teaching_of_a_smaller_one_goes_on(
-    moment: str, llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+    llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight = prune_here(llama, tmp_path / "whole", *RUN, *TAUGHT)
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(moment, stop)
-        prune_here(llama, tmp_path / "broken", *RUN, *TAUGHT)
-    report = prune_here(llama, tmp_path / "broken", *RUN, *TAUGHT)
-    assert digest(tmp_path / "broken") == digest(tmp_path / "whole")
-    assert report.recovery == straight.recovery
-    assert verify(tmp_path / "broken" / "checkpoint") == 2
+    for moment in ("ace_cli.run.recover_checkpoint._move", "ace_cli.run.prune_checkpoint.forget_training"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(moment, stop)
+            prune_here(llama, tmp_path / moment, *RUN, *TAUGHT)
+        report = prune_here(llama, tmp_path / moment, *RUN, *TAUGHT)
+        assert digest(tmp_path / moment) == digest(tmp_path / "whole")
+        assert report.recovery == straight.recovery
+        assert verify(tmp_path / moment / "checkpoint") == 2
 
 
 @pytest.mark.parametrize("options", [RUN, UNEVEN, TRAINED, HEADS], ids=["even", "uneven", "trained", "heads"])
