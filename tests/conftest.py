@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
 import os
 import shutil
 import subprocess
@@ -24,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import garbage  # before what is large
 import programs
 import pytest
 import torch
@@ -73,9 +73,7 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 
 
 def pytest_collection_finish() -> None:
-    """What was imported stays: the garbage collector need not look at it again and again."""
-    gc.collect()
-    gc.freeze()
+    garbage.begin()
 
 
 #: Tests of what pictures show, by name of their modules; for all others a picture is a file or an element.

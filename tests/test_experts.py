@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairs
 from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor, nn
 from torch.nn.functional import silu
@@ -144,9 +145,9 @@ def first_layer(pruned: dict[str, Tensor], expert: int) -> tuple[Tensor, Tensor]
     return torch.cat(up), down
 
 
-@pytest.mark.parametrize("family", FORMULA)
-@pytest.mark.parametrize("propagate", [Propagate.sublayer, Propagate.block])
-@pytest.mark.parametrize("everyone", [False, True], ids=["routed", "all"])
+@pytest.mark.parametrize(
+    ("family", "propagate", "everyone"), pairs(list(FORMULA), [Propagate.sublayer, Propagate.block], [False, True])
+)
 def test_each_expert_is_pruned_by_what_it_sees(
     model_of: Any, tmp_path: Path, family: str, propagate: Propagate, everyone: bool
 ) -> None:
@@ -170,9 +171,10 @@ def test_what_an_expert_sees_matters(model_of: Any, tmp_path: Path) -> None:
     assert all(int((routed[name] != everyone[name]).sum()) > 20 for name in routed)
 
 
-@pytest.mark.parametrize("propagate", Propagate)
-@pytest.mark.parametrize("metric", [Wanda(), CosP()], ids=lambda metric: type(metric).__name__)
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+@pytest.mark.parametrize(
+    ("family", "metric", "propagate"),
+    pairs(["mixtral", "gpt_oss", "llama4_text"], [Wanda(), CosP()], list(Propagate)), ids=str,
+)  # fmt: skip
 def test_several_batches_choose_as_one(
     model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, metric: Metric, propagate: Propagate
 ) -> None:

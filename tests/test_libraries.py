@@ -6,10 +6,9 @@ Such names live in ``*_api.py`` files alone, each in the room that needs it.
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -213,12 +212,11 @@ def _() -> bool:
 FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if not file.name.endswith("_api.py")]
 
 
-@functools.cache
-def own_names() -> set[str]:
+def own_names(trees: Iterable[ast.AST]) -> set[str]:
     """Every name with an underscore in front that this package gives to something of its own."""
     names = set()
-    for file in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+    for tree in trees:
+        for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -232,15 +230,16 @@ def own_names() -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_private_names_of_libraries_live_in_one_place(file: Path) -> None:
-    own = own_names()
-    for node in ast.walk(ast.parse(file.read_text())):
+def test_private_names_of_libraries_live_in_one_place() -> None:
+    trees = {file: ast.parse(file.read_text()) for file in PACKAGE.rglob("*.py")}
+    own, wrong = own_names(trees.values()), []
+    for file, node in ((each, node) for each in FILES for node in ast.walk(trees[each])):
         private = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
-        if private and ast.unparse(node) != "os._exit":  # documented under this name
-            assert node.attr in own, f"line {node.lineno}: {node.attr} is no name of ours: put it in an *_api.py"
+        if private and node.attr not in own and ast.unparse(node) != "os._exit":  # documented under this name
+            wrong.append(f"{file}:{node.lineno}: {node.attr} is no name of ours: put it in an *_api.py")
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers."):
-            pytest.fail(f"line {node.lineno}: {node.module} is no promise: put it in model/transformers_api.py")
+            wrong.append(f"{file}:{node.lineno}: {node.module} is no promise: put it in model/transformers_api.py")
+    assert wrong == []
 
 
 # --- Hydra and OmegaConf ---------------------------------------------------------------------------------------------

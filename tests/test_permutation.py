@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from grids import pairs
 from scipy.optimize import linear_sum_assignment
 from tiny_models import DENSE, load, make, token_windows, weights
 from torch import Tensor, nn
@@ -369,9 +370,9 @@ def test_logits_are_those_of_the_masked_model(
     assert float((dense - expected).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("tokens", [32, 4096])
-@pytest.mark.parametrize("propagate", Propagate)
-@pytest.mark.parametrize("metric", [Wanda(), CosP(), VarP()], ids=lambda metric: type(metric).__name__)
+@pytest.mark.parametrize(
+    ("metric", "propagate", "tokens"), pairs([Wanda(), CosP(), VarP()], list(Propagate), [32, 4096]), ids=str
+)
 def test_what_goes_on_is_what_is_written(
     model_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, metric: Metric, propagate: Propagate, tokens: int
 ) -> None:
