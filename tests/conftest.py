@@ -124,7 +124,7 @@ def composed(*overrides: str) -> RunConfig:
     return parse(config, Path(config.output_dir).absolute())
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _composed(*overrides: str) -> DictConfig:
     """Choices that say something of others are composed. The rest is set on a copy, as Hydra itself would."""
     read = OverridesParser.create().parse_overrides(list(overrides))
@@ -152,12 +152,39 @@ def _alone(override: Override) -> bool:
     return name in registry.choices(group) and not registry.brought(group, name)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _chosen(*choices: str) -> DictConfig:
     store_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
         return compose("prune", list(choices))
+
+
+def remembered(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
+    """Hydra composes a sweep of two jobs six times, a tenth of a second each: what it was asked before is copied.
+
+    But for files of a test's own, which another one may write anew.
+    """
+    known: dict[tuple[Any, ...], DictConfig] = {}
+
+    @functools.wraps(compose)
+    def again(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], *more: Any, **named: Any) -> DictConfig:
+        places = tuple((place.provider, place.path) for place in loader.get_search_path().get_path())
+        key = (places, config_name, *overrides, more, *named.items())
+        if any("searchpath" in override for override in overrides) or "command-line" in dict(places):
+            return compose(loader, config_name, overrides, *more, **named)
+        if key not in known:
+            known[key] = compose(loader, config_name, overrides, *more, **named)
+        if len(known) > 16:  # they are large, and asked for again soon or never
+            del known[next(iter(known))]
+        found = copy.deepcopy(known[key])
+        found.hydra.runtime.cwd = str(Path.cwd())
+        return found
+
+    return again
+
+
+ConfigLoaderImpl._load_configuration_impl = remembered(ConfigLoaderImpl._load_configuration_impl)
 
 
 def sampled(checkpoint: Checkpoint, *asked: Any) -> torch.Tensor:

@@ -6,6 +6,7 @@ error, which must answer at once.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -49,10 +50,15 @@ def register(group: str, name: str, **brings: str) -> Callable[[type[T]], type[T
 
 def choices(group: str) -> dict[str, type]:
     """All choices of ``group`` by name, after importing every module of its package."""
-    package = importlib.import_module({**PACKAGES, **SHARED}[group])
-    for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
-        importlib.import_module(f"{package.__name__}.{module.name}")
+    _import({**PACKAGES, **SHARED}[group])
     return dict(sorted(_choices[group].items()))
+
+
+@functools.cache
+def _import(name: str) -> None:
+    package = importlib.import_module(name)
+    for module in pkgutil.iter_modules(getattr(package, "__path__", [])):
+        importlib.import_module(f"{name}.{module.name}")
 
 
 def brought(group: str, name: str) -> dict[str, str]:

@@ -281,7 +281,8 @@ class Report:
 
 def save(report: Report, file: Path) -> None:
     """Write report.json."""
-    write_whole(file, json.dumps(dataclasses.asdict(report), indent=1, allow_nan=False) + "\n")
+    text = json.dumps(vars(report), indent=1, allow_nan=False, default=dataclasses.asdict)  # slots are no copies
+    write_whole(file, text + "\n")
 
 
 def load(file: Path) -> Report:

@@ -172,7 +172,8 @@ def samples_part(report: Report) -> str:
         for sample in report.samples
     ]
     shown = table(["", "prompt", "dense", "pruned"], rows)
-    return "\n\n".join(part for part in ("## Samples", shown, loops_line(dataclasses.asdict(report))) if part)
+    loops = loops_line({"samples": [dataclasses.asdict(sample) for sample in report.samples]})
+    return "\n\n".join(part for part in ("## Samples", shown, loops) if part)
 
 
 def loops_line(report: Mapping[str, Any]) -> str:

@@ -340,7 +340,7 @@ def _write(config: RunConfig, report: facts.Report) -> None:
 
 
 def _track(config: RunConfig, report: facts.Report, terminal: Terminal) -> None:
-    content = dataclasses.asdict(report)
+    content = dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))
     try:
         config.tracker.record(choices_of(content), numbers_of(content), config.output_dir)
     except Exception as fault:  # a server that is away must not take the run's result with it
