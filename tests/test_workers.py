@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import platform
+import shutil
 import socket
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import working
+from safetensors.torch import load_file
 from tiny_models import add_tokenizer, make
 
 from ace_cli.cli import evaluate
@@ -25,12 +27,14 @@ from ace_cli.core.steps import NOBODY
 from ace_cli.core.workers import Workers
 from ace_cli.evaluation.zero_shot.streamed_lm import StreamedLM
 from ace_cli.methods.statistics import SHARED_TOKENS
+from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.report.facts import Report
+from ace_cli.report.terminal import Terminal
 from ace_cli.run import pipeline, prune_checkpoint
 from ace_cli.run.at_scale import AtScale, at_scale, rates_of
-from ace_cli.run.plan import Demand, make_plan
+from ace_cli.run.plan import Demand, Plan, make_plan
 
 no_forks = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
 #: Tokens enough for workers to share what statistics multiply.
@@ -46,6 +50,8 @@ CELLS = {
     "statistics of all rows": ("wide", "metric=ace", "metric.sweeps=2", "permute=ria", "sparsity=2:4", *LONG),
     "what was lost before": ("wide", "metric=wanda", "repair=sparsegpt", "catch_up=0.5", "sparsity=0.5", *LONG),
     "channels": ("llama", "unit=channel", "metric=sobp", "sparsity=0.25"),
+    "heads": ("llama", "unit=head", "sparsity=0.5"),
+    "experts that go": ("mixtral", "unit=expert", "sparsity=0.5"),
     "channels of experts": ("mixtral", "unit=channel", "sparsity=0.25"),
     "blocks that go": ("llama", "unit=block", "keep=1"),
     "products": ("llama", "unit=rank", "sparsity=40%"),
@@ -57,6 +63,23 @@ TRAINED = {
     "both": ("llama", "metric=wanda", "sparsity=2:4", "recover=both", "recover.batch=48"),
     "adapters": ("llama", "metric=wanda", "sparsity=2:4", "recover=lora", "recover.ranks=angular", "recover.batch=48"),
 }
+#: Cells of workers that have windows of their own: five of them, so that one has two and goes through blocks at once,
+#: the other three, in two batches.
+APART = {
+    "exchanges": ("llama", "metric=ace", "sparsity=0.5"),
+    "the whole block": ("llama", "metric=wanda", "sparsity=0.5", "propagate=block", "allocation=owl"),
+    "dense inputs": ("llama", "metric=sparsegpt", "sparsity=0.5", "propagate=dense"),
+    "another order": ("llama", "metric=sparsegpt", "sparsity=2:4", "repair=sparsegpt", "permute=ria"),
+    "catching up": ("llama", "metric=wanda", "repair=sparsegpt", "sparsity=2:4", "catch_up=0.5"),
+    "every token": ("llama", "metric=varp", "metric.form=series", "sparsity=0.5"),
+    "experts that some see nothing of": (
+        "mixtral", "metric=ace", "repair=swaps", "sparsity=2:4", "calib.n_samples=3", "calib.seq_len=2",
+    ),
+    "experts of a block": ("mixtral", "metric=wanda", "sparsity=0.5", "propagate=block", "allocation=dlp"),
+    "channels": ("mixtral", "unit=channel", "sparsity=0.25"),
+    "heads": ("llama", "unit=head", "sparsity=0.5"),
+    "trained blocks": ("llama", "metric=wanda", "sparsity=0.5", "recover=blocks", "recover.batch=32"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +152,99 @@ def test_two_workers_write_the_bytes_of_one_and_find_its_numbers(
         assert told == [[slot["name"], slot["diagnosis"], slot["notes"]] for slot in alone[name].slots], name
     for part in ("perplexity", "fidelity"):
         assert reports["experts"][part] == dataclasses.asdict(getattr(alone["experts"], part))
+
+
+@no_forks
+def test_workers_with_windows_of_their_own_choose_what_one_does(
+    models: dict[str, Path], tmp_path: Path, start: Any, prune_here: Callable[..., Report], documents: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Five windows, of which one worker has two: the same weights stay, but for sums in another order."""
+    monkeypatch.setattr(streamed, "BATCH_TOKENS", 32)  # two windows
+    torch.set_num_threads(1)
+    options = ["calib=text", f"calib.path={documents}", "calib.n_samples=5", "calib.seq_len=16", "calib.min_tokens=1",
+               "eval=none", "device=cpu", "html=false", "samples.prompts=[]"]  # fmt: skip
+    alone = {
+        name: prune_here(models[family], tmp_path / "one" / name, *options, *choices)
+        for name, (family, *choices) in APART.items()
+    }
+    each = [
+        [f"model.path={models[family]}", f"output_dir='{tmp_path / 'two' / name}'", "split=windows", *options, *choices]
+        for name, (family, *choices) in APART.items()
+    ]
+    log, results = tmp_path / "log", tmp_path / "results.json"
+    assert start(working.jobs, log, each, results, 32) == [0, 0], log.read_text()
+    for name, report in zip(APART, json.loads(results.read_text()), strict=True):
+        for one, other in zip(alone[name].slots, report["slots"], strict=True):
+            same = ("name", "tokens", "routed", "pattern")
+            assert [one[key] for key in same] == [other[key] for key in same], name
+            found = [each["diagnosis"] for each in (one, other)]
+            if "permute=ria" in APART[name]:  # of two orders about as good either may be found
+                found = [{key: value for key, value in each.items() if key == "permutation_gain"} for each in found]
+            assert found[0] == pytest.approx(found[1], rel=0.002), name
+        if "recover=blocks" in APART[name]:
+            check_trained_alike(alone[name], report)
+        elif "permute=ria" not in APART[name]:
+            check_alike(tmp_path / "one" / name, tmp_path / "two" / name)
+
+
+def check_alike(one: Path, other: Path) -> None:
+    """The same weights stay, but for ties, and those that do are about the same."""
+    tensors = [load_file(folder / "checkpoint" / "model.safetensors") for folder in (one, other)]
+    for name, mine in tensors[0].items():
+        theirs = tensors[1][name]
+        both = (mine != 0) == (theirs != 0)
+        assert float(both.float().mean()) > 0.999, (one.name, name)
+        torch.testing.assert_close(mine[both], theirs[both], rtol=1e-3, atol=1e-5)
+
+
+@no_forks
+def test_a_run_of_windows_apart_goes_on_in_the_same_bytes_and_with_as_many_workers_only(
+    models: dict[str, Path], tmp_path: Path, start: Any, prune_here: Callable[..., Report],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["metric=ace", "sparsity=0.5", "calib=self", "calib.n_samples=5", "calib.seq_len=16", "eval=none",
+               "device=cpu", "html=false", "samples.prompts=[]", "split=windows"]  # fmt: skip
+    model, log = models["llama"], tmp_path / "log"
+    whole, stopped = (
+        [f"model.path={model}", *options, f"output_dir={tmp_path / name}"] for name in ("whole", "stopped")
+    )
+    assert start(working.command, log, whole) == [0, 0], log.read_text()
+    assert start(working.command, log, stopped, 1) == [1, -9], log.read_text()
+    shutil.copytree(tmp_path / "stopped", tmp_path / "copied")
+    prune_here(model, tmp_path / "copied", *options)
+    assert "but workers changed: starting anew" in capsys.readouterr().out
+    assert start(working.command, log, stopped) == [0, 0], log.read_text()
+    assert "1 blocks are done" in log.read_text()
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "whole")
+
+
+@no_forks
+def test_what_workers_saw_of_other_tokens_is_what_one_sees(tmp_path: Path, start: Any) -> None:
+    log = tmp_path / "log"
+    assert start(working.joins, log) == [0, 0], log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["metric=wanda", "calib.n_samples=1"], "split=windows: 1 calibration windows for 2 workers"),
+        (
+            ["metric=wanda", "recover=blocks", "recover.batch=16"],
+            "a step of recover=blocks has 1 windows for 2 workers",
+        ),
+        (["metric=pruner_zero"], "split=windows does not go with metric=pruner_zero"),
+        (["unit=block", "keep=1"], "split=windows does not go with unit=block"),
+        (["unit=channel", "unit.uneven=true", "allocation=angular"], "does not go with allocation=angular"),
+    ],
+)
+def test_what_cannot_be_split_is_said_before_work(
+    models: dict[str, Path], tmp_path: Path, here: Callable[..., Any], overrides: list[str], said: str
+) -> None:
+    refused = here(f"model.path={models['llama']}", "calib=self", "calib.seq_len=16", "eval=none", "split=windows",
+                   "dry_run=true", "workers=2", f"output_dir={tmp_path / 'out'}", *overrides)  # fmt: skip
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1), refused.stderr
+    assert said in refused.stderr
 
 
 def check_trained_alike(one: Report, two: dict[str, Any]) -> None:
@@ -283,12 +399,15 @@ def test_what_a_run_is_has_no_node_and_the_number_of_workers_only_where_sums_dep
         return prune_checkpoint.identity_of(configure(f"model.path={models['llama']}", *overrides), model, None)
 
     alone, trained = identity("metric=ace"), identity("metric=ace", "recover=blocks")
+    assert identity("metric=ace", "split=windows") == alone, "one worker has all windows"
     for variable, value in (("WORLD_SIZE", "2"), ("HOSTNAME", "another"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(platform, "node", lambda: "another")
     monkeypatch.setattr(socket, "gethostname", lambda: "another")
     assert identity("metric=ace") == alone
     assert identity("metric=ace", "recover=blocks") == {**trained, "device": "2 x cpu"}
+    assert identity("metric=ace", "split=windows") == {**alone, "workers": "2, each with its own windows"}
+    assert identity("metric=magnitude", "split=windows") == identity("metric=magnitude"), "no window is looked at"
 
 
 # --- planned, where nothing runs ------------------------------------------------------------------------------------
@@ -328,6 +447,29 @@ def test_a_plan_shares_rows_and_experts_and_nothing_else(models: dict[str, Path]
         seconds for name, seconds in four.parts.items() if name not in ("read", "write"))))  # fmt: skip
 
 
+def test_a_plan_shares_windows_that_workers_have_of_their_own(models: dict[str, Path], configure: Any) -> None:
+    base = [f"model.path={models['llama']}", "metric=wanda", "repair=sparsegpt", "calib=self", "calib.n_samples=6",
+            "calib.seq_len=128", "eval=none", "dry_run=true", "hardware=h100x8"]  # fmt: skip
+
+    def found(*overrides: str) -> tuple[Plan, AtScale]:
+        config = configure(*base, *overrides)
+        model = pipeline._open(config, torch.device("cpu"), NOBODY)
+        model.device = torch.device("cuda")
+        plan, limit = pipeline._plan(config, model, None, None, Terminal(quiet=True))
+        return plan, at_scale(config, model, plan, limit.rates, config.workers, config.hardware.link)
+
+    (plan, one), (own, four) = found("workers=1"), found("workers=4", "split=windows")
+    assert (plan.tokens, own.tokens) == (6 * 128, 2 * 128)
+    assert four.parts["forward"] == pytest.approx(one.parts["forward"] / 3)
+    assert four.parts["statistics"] == pytest.approx(one.parts["statistics"] / 3)
+    assert plan.device_bytes - own.device_bytes >= 4 * 128 * plan.token_bytes
+    grams = 2 * (6 * 128**2 + 224**2) * 4  # bytes, added up in quarters, which are then sent
+    weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 224 * 128) * 4
+    assert four.traffic == grams * 2 * 3 // 4 + weights * 3 // 4
+    (_, one), (_, four) = found("recover=blocks", "workers=1"), found("recover=blocks", "workers=4", "split=windows")
+    assert four.parts["recovery"] == pytest.approx(one.parts["recovery"] / 3)
+
+
 def test_a_plan_shares_the_training(models: dict[str, Path], configure: Any) -> None:
     one, four = (
         planned(models, configure, "metric=wanda", "recover=blocks", "calib.seq_len=128", f"workers={count}")
@@ -365,6 +507,9 @@ def test_plans_at_scale_are_said_and_their_faults_too(
     assert said.returncode == 0, said.stderr
     assert "16 workers on 2 machines: about" in said.stdout
     assert "computes     on cuda in" in said.stdout
+    assert "windows      each of" not in said.stdout
+    said = here(*base, "dry_run=true", "workers=16", "hardware=h100x8", "split=windows", "metric=wanda")
+    assert "windows      each of 16 workers has its own, 8 at most: sums, and so bytes, depend on" in said.stdout
     assert not (tmp_path / "out").exists()
     (tmp_path / "card.yaml").write_text("device: cuda\nworkers: 0\n")
     for overrides, word in (

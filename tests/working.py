@@ -63,9 +63,46 @@ def evaluate(rank: int, size: int, port: int, log: Path, arguments: list[str]) -
     main()
 
 
-def jobs(rank: int, size: int, port: int, log: Path, each: list[list[str]], results: Path) -> None:
+def joins(rank: int, size: int, port: int, log: Path) -> None:
+    """Statistics of some tokens each: what all workers gather, the same bytes, is what one would see of all tokens."""
+    set_up(rank, size, port, log)
+    from dataclasses import replace
+
+    import torch
+    from test_statistics import KINDS, OF_TOKENS, data, observed, results
+
+    from ace_cli.core import workers
+    from ace_cli.methods.statistics import SecondMoment, Seen
+    from ace_cli.model.files import hash_of_tensor
+
+    group = replace(workers.join("cpu"), apart=True)
+    x_TI, y_TO, weight_OI = data()
+    kinds = [kind for kind in KINDS if kind in OF_TOKENS and not hasattr(kind, "most")]
+    assert SecondMoment() in kinds
+    for kind in kinds:
+        whole = observed(kind, [7, len(x_TI) - 7], x_TI, y_TO, weight_OI)
+        for first in (7, 0):  # of the second worker; then it sees all, and the first one nothing
+            mine = Seen([kind])[kind]
+            mine.share_with(group)
+            if tokens := [slice(0, first), slice(first, None)][rank] if first or rank else None:
+                beside_TO = x_TI.square() if kind.needs_dense else y_TO
+                mine.update(x_TI[tokens], beside_TO[tokens], weight_OI)
+            mine.gather()
+            assert mine.tokens == whole.tokens, kind
+            for name, value in results(whole).items():
+                torch.testing.assert_close(results(mine)[name], value, rtol=1e-5, atol=1e-6)
+            group.agree("at the end", {name: hash_of_tensor(value) for name, value in results(mine).items()})
+    workers.leave()
+
+
+def jobs(
+    rank: int, size: int, port: int, log: Path, each: list[list[str]], results: Path, batch_tokens: int | None = None
+) -> None:
     """Several runs by the same workers; the first one leaves its reports in ``results``."""
     set_up(rank, size, port, log)
+    from ace_cli.model import streamed
+
+    streamed.BATCH_TOKENS = batch_tokens or streamed.BATCH_TOKENS
     from hydra import compose, initialize_config_dir
 
     from ace_cli.core import workers

@@ -48,7 +48,7 @@ SECTIONS = {
     "What is made beside the checkpoint": (
         "pack", "export", "bench", "samples", "html", "observe", "tracker", "push_to_hub",
     ),
-    "The run": ("output_dir", "keep_checkpoint", "gate", "dry_run", "workers", "hardware", "verbose"),
+    "The run": ("output_dir", "keep_checkpoint", "gate", "dry_run", "split", "workers", "hardware", "verbose"),
 }  # fmt: skip
 _LINE = re.compile(r"^(?:  - )?(?P<name>\w+): (?P<value>.*?)\s+# (?P<words>.+)$")
 _INDENT = 18

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,13 +41,24 @@ class LostWorker(TransientError):
     """Another worker has ended, or cannot be reached."""
 
 
+class Split(Enum):
+    """What several workers share of pruning."""
+
+    rows = "rows"  # all see all calibration windows: the bytes of one worker
+    windows = "windows"  # each sees some of them: forwards and states are shared, too, sums depend on how many they are
+
+
 @dataclass(frozen=True)
 class Workers:
-    """Number ``rank`` of ``size`` workers; ``store`` is what they leave words in for each other."""
+    """Number ``rank`` of ``size`` workers; ``store`` is what they leave words in for each other.
+
+    ``apart``: each sees calibration windows of its own; otherwise all see the same.
+    """
 
     rank: int = 0
     size: int = 1
     store: Any = None
+    apart: bool = False
 
     @property
     def first(self) -> bool:
@@ -129,6 +142,38 @@ class Workers:
         with _reachable():
             for work in [distributed.all_reduce(part, async_op=True) for part in parts]:
                 work.wait()
+
+    def joined(self, mine: Tensor, join: Callable[[Tensor, Tensor], Tensor], of: Sequence[int]) -> Tensor:
+        """What ``join``, element by element, makes of a tensor of each worker in ``of``: the same bytes for everyone.
+
+        One after the other, in this order; ``join`` may change its first argument. All workers give a tensor of one
+        shape and dtype, which may be overwritten; what those give that are not in ``of`` is not looked at. Each in
+        ``of`` joins some elements of all, and sends them to the others.
+        """
+        import torch
+        from torch import distributed
+
+        flat = mine.contiguous().view(-1)
+        bounds = [len(flat) * number // len(of) for number in range(len(of) + 1)]
+        parts = dict(zip(of, [flat[first:last] for first, last in pairwise(bounds)], strict=True))
+        given = self.rank in parts
+        own = parts.get(self.rank, flat[:0])
+        received = own.new_empty((len(of) if given else 0, len(own)))
+        wide = flat.element_size()
+        to = [len(parts[rank]) * wide if given and rank in parts else 0 for rank in range(self.size)]
+        back = [len(own) * wide if rank in parts else 0 for rank in range(self.size)]
+        sent = flat if given else flat[:0]
+        with _reachable():
+            distributed.all_to_all_single(
+                received.view(-1).view(torch.uint8),
+                sent.view(torch.uint8),
+                output_split_sizes=back,
+                input_split_sizes=to,
+            )
+        if given:
+            own.copy_(reduce(join, received))
+        self.spread([(part, rank) for rank, part in parts.items()])
+        return flat.view(mine.shape)
 
     def agree(self, what: str, held: dict[str, Any]) -> None:
         """Raises TransientError unless every worker holds the same values under the same names."""

@@ -30,7 +30,8 @@ def accumulated(axes: str, join: Callable[[Any, Any], Any] = operator.add) -> An
     """A dataclass field that holds what a statistic has seen: a tensor, or a list of such tensors.
 
     ``axes``: a letter for each axis, I for the slot's inputs: what ``Statistic.reordered`` reorders. ``join``: what
-    earlier and what later tokens gave -> what both give; it may change the first, never the second.
+    earlier and what later tokens gave -> what both give; it may change the first, never the second; of tensors it goes
+    element by element, and workers join some elements each.
     """
     return field(init=False, compare=False, repr=False, metadata={"axes": axes, "join": join})
 
@@ -58,16 +59,38 @@ class Statistic:
     def share_with(self, workers: Workers) -> None:
         """Before the first update: ``workers`` see the same tokens, and each is to compute a part until ``gather``.
 
-        A statistic that is not ``shared``, or that sees too few tokens at first, is computed by all.
+        A statistic that is not ``shared``, or that sees too few tokens at first, is computed by all. Workers that are
+        ``apart`` see other tokens each, and all of them put together what they saw, also one that saw nothing.
         """
-        if self.shared and not self.tokens:
+        if workers.apart or (self.shared and not self.tokens):
             self.workers = workers
 
     def gather(self) -> None:
-        """Take the parts of the others: from now on it is as if this worker had computed all of it, bit for bit."""
-        if self.workers.several and self.tokens:
-            self._gather(self.workers)
-        self.workers = ONE
+        """Take the parts of the others: from now on it is as if this worker had computed all of it, bit for bit.
+
+        Of workers that are apart: as if it had seen the tokens of all, the same bytes for every one of them.
+        """
+        workers, self.workers = self.workers, ONE
+        if workers.apart:
+            self._join(workers)
+        elif workers.several and self.tokens:
+            self._gather(workers)
+
+    def _join(self, workers: Workers) -> None:
+        """What ``merge`` would make of what all of them saw, in the order of their numbers."""
+        mine = {name: vars(self)[name] for name in self._axes()} if self.tokens else {}
+        everyone: list[Any] = workers.told([self.tokens, {name: _form(value) for name, value in mine.items()}])
+        saw = {rank: forms for rank, (tokens, forms) in enumerate(everyone) if tokens}
+        joins: dict[str, Any] = {each.name: each.metadata.get("join") for each in dataclasses.fields(cast(Any, self))}
+        for name, form in next(iter(saw.values()), {}).items():
+            if isinstance(form, list):  # tensors, to be put one after the other
+                held = {rank: mine[name] if rank == workers.rank else _empty(saw[rank][name]) for rank in saw}
+                parts = [(part.contiguous(), rank) for rank in saw for part in held[rank]]
+                workers.spread(parts)
+                setattr(self, name, [part for part, _ in parts])
+            else:
+                setattr(self, name, workers.joined(mine[name] if mine else _empty(form), joins[name], [*saw]))
+        self.tokens = sum(tokens for tokens, _ in everyone)
 
     def _gather(self, workers: Workers) -> None:
         raise NotImplementedError
@@ -78,6 +101,8 @@ class Statistic:
 
     def _sharing(self, x_TI: Tensor) -> Workers:
         """Who shares it, as the first call decides."""
+        if self.workers.apart:
+            return ONE
         if not self.tokens and not self.pays(len(x_TI), x_TI.device.type):
             self.workers = ONE
         return self.workers
@@ -142,6 +167,22 @@ def _has_axes(value: Any) -> bool:
     return hasattr(value, "index_select") or (isinstance(value, list) and any(map(_has_axes, value)))
 
 
+def _form(value: Any) -> Any:
+    """Shape, dtype and kind of device of a tensor, JSON; of a list a list of them."""
+    if isinstance(value, list):
+        return [_form(each) for each in value]
+    return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "device": value.device.type}
+
+
+def _empty(form: Any) -> Any:
+    """A tensor of this form, or a list of such."""
+    import torch
+
+    if isinstance(form, list):
+        return [_empty(each) for each in form]
+    return torch.empty(form["shape"], dtype=getattr(torch, form["dtype"]), device=form["device"])
+
+
 def _reorder(value: Any, axis: int, order_I: Tensor) -> Any:
     if isinstance(value, list):
         return [_reorder(each, axis, order_I) for each in value]
@@ -164,14 +205,17 @@ class Seen:
         return iter(self._state.values())
 
     def share_with(self, workers: Workers) -> None:
-        """``workers`` see the same: each computes a part of what they can share, until ``gather``."""
+        """``workers`` see the same, and each computes a part of what they can share, or are apart; until ``gather``."""
         for statistic in self:
             statistic.share_with(workers)
 
     def gather(self, own_rows: bool) -> None:
-        """Take the other workers' parts; ``own_rows``: not those of rows of the weight, which only others look at."""
+        """Take the other workers' parts; ``own_rows``: not those of rows of the weight, which only others look at.
+
+        Workers that are apart have no rows of their own yet.
+        """
         for statistic in self:
-            if not (own_rows and statistic.of_rows):
+            if not (own_rows and statistic.of_rows) or statistic.workers.apart:
                 statistic.gather()
 
     def reordered(self, order_I: Tensor) -> Seen:

@@ -13,6 +13,7 @@ from ace_cli.methods.statistics import Statistic, accumulated
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ace_cli.core.workers import Workers
     from ace_cli.model.streamed import Batch, StreamedModel
 
 
@@ -84,6 +85,9 @@ class Activations(Statistic):
         if self.tokens < self.most:
             chunk_TI = x_TI[: self.most - self.tokens].clone()  # a view would keep the whole
             self.add(len(chunk_TI), _chunks_TI=[chunk_TI])
+
+    def _join(self, workers: Workers) -> None:
+        """Each keeps what it saw itself: the first worker writes the report."""
 
     def merge(self, other: Activations) -> None:
         """Those of ``other`` come after its own. ValueError once ``facts`` let go of the inputs."""

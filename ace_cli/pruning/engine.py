@@ -59,8 +59,8 @@ def prune(
     ``batches`` hold what goes into block ``finished``; ``compared`` is the first batch's first windows once more, on
     which each block's dense and pruned outputs are compared. ``on_disk`` is called, from the background thread, when a
     block's weights have been forced to disk. ``recovering`` trains each pruned block.
-    ``workers`` share what takes long, and compare what they hold after each block. ``beside``: what slots have in
-    the dense model, where the recipe asks for it.
+    ``workers`` share what takes long, and compare what they hold after each block; ``batches`` are a worker's own where
+    they are apart. ``beside``: what slots have in the dense model, where the recipe asks for it.
 
     Raises AceError when weights or activations are not finite.
     """
@@ -122,7 +122,7 @@ def prune(
                 weights = pruner.take_weights()
             if workers.several:
                 with clock("agree"):
-                    workers.agree(f"after {block.name}", held(weights, [] if last else batches))
+                    workers.agree(f"after {block.name}", held(weights, [] if last or workers.apart else batches))
             facts = BlockFacts(index, block.name, pruner.facts, sum(clock.seconds.values()) - before, output, recovered)
             written = background.submit(_write_block, writer, block, weights, pruner.moved, facts, on_disk)
             del weights, pruner

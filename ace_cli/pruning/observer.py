@@ -20,8 +20,8 @@ class Observer:
     """Feeds the slots' statistics. Slots that read the same tensor share those that look at inputs only.
 
     ``seen`` may be emptied of slots that are pruned: what others share with them stays. ``workers`` see the same, and
-    share what takes long: ``seen`` is to be gathered before it is used. ``dense``: slot's name -> its input in the
-    dense model, of the tokens that are shown now, where a statistic needs that.
+    share what takes long, or are apart: ``seen`` is to be gathered before it is used. ``dense``: slot's name -> its
+    input in the dense model, of the tokens that are shown now, where a statistic needs that.
     """
 
     seen: dict[str, Seen]
@@ -31,6 +31,19 @@ class Observer:
     _input: Tensor | None = None
     _reader: str = ""
     _read: Seen | None = None  # of the first that read the last input
+
+    def __post_init__(self) -> None:
+        if self.workers.apart:  # also of what no token of this worker's reaches
+            for seen in self.seen.values():
+                seen.share_with(self.workers)
+
+    def settle(self) -> None:
+        """Of workers that are apart: slots that no token of this one reaches share as they do where one does."""
+        for leaders in self.workers.told(self._leader) if self.workers.apart else ():
+            for name, leader in leaders.items():
+                if name not in self._leader:
+                    self._leader[name] = leader
+                    self.seen[name].share(self.seen[leader])
 
     def update(self, slot: Slot, x: Tensor, output: Callable[[], Tensor]) -> None:
         """Add one call of ``slot``: input (..., I); ``output`` gives its (..., O) if a statistic needs it."""
@@ -70,7 +83,7 @@ def observe_expert(
 ) -> dict[str, Seen]:
     """What the slots ``stage`` of one expert see of the tokens routed to it, or of ``everyone``'s; by slot name.
 
-    ``workers`` all look at it, and share what takes long.
+    ``workers`` all look at it, and share what takes long, or each has tokens of its own.
     """
     observer = Observer({slot.name: Seen(wanted) for slot in stage}, workers)
 
@@ -79,6 +92,7 @@ def observe_expert(
 
     for call in calls:
         experts.show(call, expert, everyone, stage, note)
+    observer.settle()
     return observer.seen
 
 

@@ -80,7 +80,7 @@ class Order:
         whole = [[slot for slots in of_expert for slot in slots] for of_expert in stages]
         with self.pruner.dealt(whole) as mine:
             for expert in mine:
-                routed = experts.tokens(calls, expert)
+                routed = self._everyones(experts.tokens(calls, expert))
                 everyone = self.recipe.all_experts or routed < self.recipe.min_tokens
                 for stage in [whole[expert]] if together else stages[expert]:
                     with self.clock("observe"):
@@ -93,6 +93,10 @@ class Order:
         """Before batch ``number`` is shown to ``slots``: what the dense model gives them, or the ``first`` of them."""
         if self.dense is not None:
             self._observer.dense = self.dense.of(number, [slot.name for slot in slots], first)
+
+    def _everyones(self, mine: int) -> int:
+        """Of workers that are apart the sum."""
+        return sum(self.pruner.workers.told(mine)) if self.pruner.workers.apart else mine
 
     def _forward(self, batch: Batch) -> Tensor | None:
         """The block's output (B, L, H); None if it was stopped."""
@@ -147,6 +151,7 @@ class WholeBlock(Order):
                 out_BLH = self._forward(batch)
                 if dense and out_BLH is not None:
                     batch.hidden_BLH = out_BLH
+            self._observer.settle()
         self._prune(self.block.layers)
         for experts in self.block.experts:
             self._prune_experts(experts, calls.pop(id(experts), []), together=True)
@@ -155,14 +160,19 @@ class WholeBlock(Order):
 
 
 class Sublayer(Order):
-    """Prune each slot the moment its input is complete: inside the one forward where all windows are in one batch."""
+    """Prune each slot the moment its input is complete: inside the one forward where all windows are in one batch.
+
+    Of workers that are apart: where those of each worker are.
+    """
 
     def run(self) -> None:
-        left = self._inside_one_forward() if len(self.batches) == 1 else list(self.block.slots)
+        workers = self.pruner.workers
+        several = max(workers.told(len(self.batches)) if workers.apart else [len(self.batches)]) > 1
+        left = list(self.block.slots) if several else self._inside_one_forward()
         while left:  # several batches: stop each at the first slots not yet pruned
             group = self._prune_group(left)
             left = [slot for slot in left if slot not in group]
-        if len(self.batches) > 1:
+        if several:
             self._advance()
 
     def _inside_one_forward(self) -> list[Slot]:

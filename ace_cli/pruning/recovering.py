@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,8 +27,9 @@ class Recovering:
     """Trains each block of ``model`` after it is pruned.
 
     ``steps``: which of the calibration windows each step of the training takes; of ``workers`` each has some of every
-    step. ``dense`` blocks are finished: if it is not None, states of the dense model, behind them, are the targets.
-    ``cutting``: of units that are cut out, which may be whole blocks: the one before a gap learns what those in it did.
+    step, and where they are apart no others go through its blocks. ``dense`` blocks are finished: if it is not None,
+    states of the dense model, behind them, are the targets. ``cutting``: of units that are cut out, which may be whole
+    blocks: the one before a gap learns what those in it did.
     """
 
     def __init__(
@@ -39,6 +41,9 @@ class Recovering:
         self._workers = workers
         self._cutting = cutting
         self._rows = [workers.part(step) for step in steps]
+        ends = zip(self._rows, accumulate(map(len, self._rows)), strict=True)
+        #: Where they lie among the windows that go through the blocks.
+        self._places = [range(end - len(rows), end) for rows, end in ends] if workers.apart else self._rows
         embedded = iter([*model.embedded(windows_NL[rows.start : rows.stop] for rows in self._rows if rows)])
         self._steps = [next(embedded) if rows else None for rows in self._rows]
         mine = [step for step in self._steps if step is not None]
@@ -54,7 +59,7 @@ class Recovering:
         """The loaded block is still dense; ``batches`` hold its inputs."""
         self._inputs = [batch.hidden_BLH for batch in batches]
         hidden_NLH = torch.cat(self._inputs)
-        mine = [(step, rows) for step, rows in zip(self._steps, self._rows, strict=True) if step is not None]
+        mine = [(step, rows) for step, rows in zip(self._steps, self._places, strict=True) if step is not None]
         for step, rows in mine:
             step.hidden_BLH = hidden_NLH[rows.start : rows.stop]
         gap = [] if self._cutting is None else self._cutting.taught(index, self._dense is not None)

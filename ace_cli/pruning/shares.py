@@ -1,6 +1,7 @@
 """What several workers do of one block, each its share, and how all of them get the whole: rows of a slot, experts.
 
-Every worker ends with the same bytes, whatever their number. Shapes: O outputs, I inputs, R rows of a piece.
+Every worker ends with the same bytes, from the same statistics whatever their number. Shapes: O outputs, I inputs, R
+rows of a piece.
 """
 
 from __future__ import annotations
@@ -47,12 +48,13 @@ def outputs(workers: Workers, slot: Slot, x: Tensor) -> Tensor:
     """What ``slot`` makes of x (..., I): (..., O). ``workers`` read the same x; each computes some rows of the weight.
 
     On a CPU products have ``ROWS`` rows for any number of them, and from ``SHARED_TOKENS`` on they send each other what
-    they made: T O numbers, for T O I multiplications that they share. A GPU computes that sooner.
+    they made: T O numbers, for T O I multiplications that they share. A GPU computes that sooner. Workers that are
+    apart read other inputs each, and compute all rows.
     """
     count, tokens, device = slot.shape[0], x.numel() // x.shape[-1], x.device.type
     step = ROWS if device == "cpu" else count
     pieces = [slice(first, min(first + step, count)) for first in range(0, count, step)]
-    together = workers if len(pieces) > 1 and tokens >= SHARED_TOKENS else ONE
+    together = workers if len(pieces) > 1 and tokens >= SHARED_TOKENS and not workers.apart else ONE
     owners = [number * together.size // len(pieces) for number in range(len(pieces))]
     parts = [
         slot.output(x, rows)

@@ -83,11 +83,12 @@ class SlotPruner:
     def dealt(self, parts: list[list[Slot]]) -> Iterator[Iterable[int]]:
         """Which of ``parts`` this worker is to prune inside this context, each whole; afterwards all workers have all.
 
-        Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared; and where units
-        are cut: more comes of that than weights.
+        Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared; so it is where
+        units are cut, of which more comes than weights, and where each worker has seen some of every part's tokens.
         """
         linked = any(slot.name in self._links for slots in parts for slot in slots)
-        if not self.workers.several or len(parts) < self.workers.size or linked or self._recipe.cutting is not None:
+        together = len(parts) < self.workers.size or linked or self._recipe.cutting is not None or self.workers.apart
+        if not self.workers.several or together:
             yield range(len(parts))
             return
         workers, self.workers, begun = self.workers, ONE, len(self.facts)
@@ -146,8 +147,15 @@ class SlotPruner:
         if self.workers.several:
             of_rows = slot.name in self._recipe.patterns and not self._goes_by_rows(slot)
             with self._clock("gather"):
+                self._check_alike(slot)
                 seen.gather(own_rows=of_rows and self._goes_in_pieces(slot))
         return seen
+
+    def _check_alike(self, slot: Slot) -> None:
+        """AceError where the tokens of one worker reach other slots than those of another, which are apart."""
+        for rank, name in enumerate(self.workers.told(slot.name) if self.workers.apart else ()):
+            if name != slot.name:
+                raise AceError(f"Worker {rank} comes to {name}, another one to {slot.name}.", "Use split=rows.")
 
     def _goes_by_rows(self, slot: Slot) -> bool:
         """Whether the choices, the device and the slot's links let every row be pruned before the next is scored."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.memory import Trimmer
+from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import check_finite
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.statistics import Seen, Statistic
@@ -42,10 +43,12 @@ def survey(
     allocation: Allocation,
     on_block: Callable[[int], None] = lambda _: None,
     units: UnitScores | None = None,
+    workers: Workers = ONE,
 ) -> list[Any]:
     """``allocation``'s measure of every block, dense weights and dense inputs; 0 for a block without slots.
 
-    ``units``: how a block's units are scored, for a rule about units.
+    ``units``: how a block's units are scored, for a rule about units. ``workers`` all look at the same ``batches``, or
+    at their own where they are apart: measures are of what all of them see.
 
     Leaves ``batches`` as they are; runs no block at all where the allocation needs no inputs. ``on_block`` is called
     with the index of each finished block. Raises AceError when a weight, an activation or a measure is not finite, or
@@ -60,7 +63,8 @@ def survey(
             of_units = {}
             if units is not None:
                 of_units = gradients_of(units.model, index, batches, units.needs, units.gradients)
-            seen = _observe(model, index, batches, units.needs if units else allocation.needs(), allocation.of_states)
+            needs = units.needs if units else allocation.needs()
+            seen = _observe(model, index, batches, needs, allocation.of_states, workers)
             for name, gradients in of_units.items():
                 seen.setdefault(name, Seen(())).take(gradients)
             if allocation.of_states:
@@ -77,11 +81,12 @@ def survey(
 
 
 def _observe(
-    model: StreamedModel, index: int, batches: list[Batch], needs: tuple[Statistic, ...], states: bool
+    model: StreamedModel, index: int, batches: list[Batch], needs: tuple[Statistic, ...], states: bool, workers: Workers
 ) -> dict[str, Seen]:
     """What the block's slots see, while the hidden states move on; they do so if anything, or ``states``, is needed."""
     block = model.blocks[index]
-    observer = Observer({slot.name: Seen(needs) for slot in block.layers})
+    apart = workers if workers.apart else ONE
+    observer = Observer({slot.name: Seen(needs) for slot in block.layers}, apart)
     calls: dict[int, list[ExpertCall]] = {}
 
     def watch(slot: Slot, x: Tensor, y: Tensor) -> None:
@@ -95,12 +100,17 @@ def _observe(
             model.advance(index, batches)
         for batch in batches:
             check_finite(batch.hidden_BLH, f"the output of {block.name}")
+    observer.settle()
     seen = observer.seen
     for experts in block.experts:
         for expert in range(experts.count):
             slots = [slot for stage in experts.stages(expert) for slot in stage]
-            idle = not experts.tokens(calls.get(id(experts), []), expert)  # seen on all tokens rather than on none
-            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, needs)
+            idle = not sum(
+                apart.told(experts.tokens(calls.get(id(experts), []), expert))
+            )  # all tokens rather than none
+            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, needs, apart)
+    for each in seen.values():
+        each.gather(own_rows=False)
     return seen
 
 

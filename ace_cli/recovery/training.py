@@ -62,9 +62,8 @@ def split(count: int, held_out: float) -> tuple[list[int], list[int]]:
     return (list(range(count - held)), list(range(count - held, count))) if held else ([0], [0])
 
 
-def training_steps(windows_NL: Tensor, tokens: int) -> list[range]:
-    """Which windows each step takes: about so many ``tokens`` of them, neighbours."""
-    count, length = windows_NL.shape
+def training_steps(count: int, length: int, tokens: int) -> list[range]:
+    """Which of ``count`` windows each step takes: about so many ``tokens`` of them, neighbours."""
     at_once = max(1, tokens // length)
     return [range(first, min(first + at_once, count)) for first in range(0, count, at_once)]
 

@@ -51,7 +51,7 @@ class Step:
 def shared_steps(windows_NL: Tensor, tokens: int, workers: Workers) -> tuple[Tensor, list[Step]]:
     """This worker's windows, some of every step of about so many ``tokens``; and the steps."""
     mine, steps = list[int](), list[Step]()
-    for step in training_steps(windows_NL, tokens):
+    for step in training_steps(len(windows_NL), windows_NL.shape[1], tokens):
         part = workers.part(step)
         steps.append(Step(range(len(mine), len(mine) + len(part)), len(step)))
         mine += part

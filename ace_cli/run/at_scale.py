@@ -1,7 +1,8 @@
 """What a run would take on many workers: seconds of each part, memory and traffic of a worker. Nothing is measured.
 
 Reading, the forward and writing are not shared; rows or experts, what statistics multiply, and windows of the
-evaluation, are (docs/evidence.md). Exchanges are counted as compiled loops of a CPU make them, also for a GPU.
+evaluation, are (docs/evidence.md). With ``split=windows`` the forward is, and all statistics, which are then sent.
+Exchanges are counted as compiled loops of a CPU make them, also for a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ace_cli.methods.statistics import ROWS, SHARED_TOKENS
 from ace_cli.pruning.recipe import Propagate
 from ace_cli.run.machine_limit import Rates
 from ace_cli.run.plan import PRODUCT_SHARE, Plan, share_of
+from ace_cli.run.split import is_split
 
 if TYPE_CHECKING:
     from ace_cli.model.slots import Slot
@@ -49,13 +51,17 @@ def rates_of(card: Hardware) -> Rates:
 def at_scale(
     config: RunConfig, model: StreamedModel, plan: Plan, rates: Rates, workers: int, link: float = math.inf
 ) -> AtScale:
-    """The estimate for so many workers, each computing at ``rates``; ``link``: bytes a second that one is sent."""
+    """The estimate for so many workers, each computing at ``rates``; ``link``: bytes a second that one is sent.
+
+    ``plan``: of the calibration tokens that one of them sees.
+    """
     statistics = outputs = method = traffic = 0.0
+    apart = is_split(config, workers)
     for block in model.blocks:
         counts = {id(each.module): each.count for each in block.experts}
         for slot in block.slots:
             experts = counts.get(id(slot.module), 0)
-            dealt = experts >= workers > 1 and _together(config)
+            dealt = experts >= workers > 1 and _together(config) and not apart
             some = -(-experts // workers) / experts if dealt else 1.0
             share, shared = _of_rows(config, model, slot, 1 if dealt else workers)
             tokens = round(plan.tokens * share_of(model, slot))
@@ -69,7 +75,7 @@ def at_scale(
                 traffic += slot.shape[0] * slot.shape[1] * width.nbytes / width.numel * (workers - 1) / workers
     forward, training = _forwards(config, model, plan, workers)
     if config.recover.acts and workers > 1:
-        traffic += _gradients(config, plan) * 2 * (workers - 1) / workers
+        traffic += _gradients(config, plan, plan.tokens * (workers if apart else 1)) * 2 * (workers - 1) / workers
     float32 = rates.float32 or rates.matmul
     parts = {
         "read": plan.bytes_source / rates.read,
@@ -107,13 +113,13 @@ def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) 
 def _forwards(config: RunConfig, model: StreamedModel, plan: Plan, workers: int) -> tuple[float, float]:
     """Forwards of all tokens that pruning takes, and those that training takes of a worker."""
     training = config.recover.forwards()
-    together = min(workers, max(1, config.recover.batch // config.calib.length))
+    together = 1 if is_split(config, workers) else min(workers, max(1, config.recover.batch // config.calib.length))
     return plan.forwards - training, training / together
 
 
-def _gradients(config: RunConfig, plan: Plan) -> float:
+def _gradients(config: RunConfig, plan: Plan, tokens: int) -> float:
     """Bytes of all gradients of all steps: a step is three forwards of its tokens."""
-    return 4 * plan.slot_weights * config.recover.forwards() / 3 * plan.tokens / config.recover.batch
+    return 4 * plan.slot_weights * config.recover.forwards() / 3 * tokens / config.recover.batch
 
 
 def _statistics(
@@ -121,6 +127,9 @@ def _statistics(
 ) -> tuple[float, float]:
     """Operations of a worker, and the bytes that it is sent."""
     flops = sent = 0.0
+    if is_split(config, workers):  # each of them is added up in slices, which are then sent to all
+        held = sum(each.nbytes(tokens, *slot.shape) for each in config.statistics)
+        return sum(each.flops(tokens, *slot.shape) for each in config.statistics), 2 * held * (workers - 1) / workers
     for each in config.statistics:
         together = workers if each.shared and each.pays(tokens, device) and not config.unit.ranks else 1
         flops += each.flops(tokens, *slot.shape) / together
@@ -134,7 +143,8 @@ def _outputs(config: RunConfig, model: StreamedModel, slot: Slot, tokens: int, w
     rows, columns = slot.shape
     if config.propagate is not Propagate.sublayer or not any(each.needs_output for each in config.statistics):
         return 0.0, 0.0
-    several = tokens >= SHARED_TOKENS and rows > ROWS and model.device.type == "cpu"
+    shared = not is_split(config, workers) and model.device.type == "cpu"
+    several = tokens >= SHARED_TOKENS and rows > ROWS and shared
     together = workers if several and not config.unit.ranks else 1
     return 2 * tokens * rows * columns / together, tokens * rows * model.dtype.itemsize * (together - 1) / together
 
@@ -154,16 +164,16 @@ def _evaluation(
     return 2 * max(compute, plan.bytes_source / rates.read)
 
 
-def lines_at_scale(config: RunConfig, model: StreamedModel, plan: Plan, rates: Rates) -> dict[str, str]:
-    """For people: what stands on the left of a line -> the line."""
+def lines_at_scale(config: RunConfig, model: StreamedModel, plan: Plan, alone: Plan, rates: Rates) -> dict[str, str]:
+    """For people: what stands on the left of a line -> the line. ``alone``: the plan of one that sees all tokens."""
     card, count = config.hardware, config.workers or 1
     link = card.link if card is not None else math.inf
-    found, alone = (at_scale(config, model, plan, rates, each, link) for each in (count, 1))
+    found, one = at_scale(config, model, plan, rates, count, link), at_scale(config, model, alone, rates, 1, link)
     machines = f" on {-(-count // int(card.workers))} machines" if card is not None else ""
     room = f" of {card.memory_gb:g} GB" if card is not None else ""
     host = f", and {plan.host_bytes / 1e9:,.1f} GB of its machine" if plan.device_bytes else ""
     return {
-        "at scale": f"{count} workers{machines}: about {span(found.seconds)}; one alone {span(alone.seconds)}",
+        "at scale": f"{count} workers{machines}: about {span(found.seconds)}; one alone {span(one.seconds)}",
         "parts": ", ".join(f"{name} {span(seconds)}" for name, seconds in found.parts.items()),
         "a worker": f"holds {(plan.device_bytes or plan.host_bytes) / 1e9:,.1f} GB{room}{host}; "
         f"is sent {found.traffic / 1e9:,.1f} GB",

@@ -19,6 +19,7 @@ from ace_cli.core import registry
 from ace_cli.core.device import Dtype, device_faults
 from ace_cli.core.errors import AceError, did_you_mean, first_line
 from ace_cli.core.stage import Stage
+from ace_cli.core.workers import Split
 from ace_cli.data.calibration import Calibration
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.gate import Gate
@@ -85,6 +86,7 @@ class Schema:
     keep_checkpoint: bool = True
     push_to_hub: str | None = None
     dry_run: bool = False
+    split: Split = Split.rows
     workers: int | None = None
     hardware: str | None = None
     verbose: bool = False
@@ -125,6 +127,7 @@ class RunConfig:
     keep_checkpoint: bool
     push_to_hub: str | None
     dry_run: bool
+    split: Split
     workers: int | None
     hardware: Hardware | None
     verbose: bool
@@ -278,6 +281,7 @@ def parse(config: DictConfig, output_dir: Path, output_dir_given: bool = True) -
         keep_checkpoint=parts.keep_checkpoint,
         push_to_hub=parts.push_to_hub,
         dry_run=parts.dry_run,
+        split=parts.split,
         workers=parts.workers,
         hardware=None if parts.hardware is None else _hardware(parts.hardware),
         verbose=parts.verbose,
@@ -337,7 +341,7 @@ def _misfits(parts: Any, pattern: Pattern) -> list[str]:
         faults.append("catch_up makes up for what was pruned before, propagate=dense looks at none of it")
     zeros = not parts.unit.cuts and pattern.pruned(9216, 9216) > 0
     faults += parts.recover.misfits(parts.unit.cuts, zeros)
-    faults += _misfits_of_quantize(parts)
+    faults += _misfits_of_quantize(parts) + _misfits_of_split(parts)
     if parts.pack and (8 if parts.quantize.acts else 16) * pattern.pruned(1, 9216) <= 9216:
         faults.append(f"pack: at sparsity={pattern} a bit mask takes more than the zeros did")
     return faults
@@ -356,6 +360,19 @@ def _misfits_of_quantize(parts: Any) -> list[str]:
     if parts.recover.acts:
         faults.append(f"recover would move weights off the grid of quantize={name}: recover first, then quantise")
     return faults
+
+
+def _misfits_of_split(parts: Any) -> list[str]:
+    """What looks at all calibration windows at once, where workers have windows of their own."""
+    if parts.split is Split.rows:
+        return []
+    looks = {
+        "unit": not parts.unit.splits_windows,
+        "allocation": parts.allocation.of_states,
+        "metric": any(statistic.needs_backward for statistic in parts.metric.needs()),
+    }
+    names = [f"{group}={registry.name_of(group, getattr(parts, group))}" for group, does in looks.items() if does]
+    return [f"split=windows does not go with {name}, which looks at all windows at once: split=rows" for name in names]
 
 
 def _stages(parts: Any) -> tuple[Stage, ...]:

@@ -102,7 +102,7 @@ def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Map
     if allocation.units_only:
         scores = UnitScores(config.metric.needs(), _scorer(config, cutting), cutting.model, gradients)
     with run.inner("survey"), run.terminal.progress("surveying", len(run.model.blocks)) as step:
-        measures = survey(run.model, batches, allocation, lambda _: step(), scores)
+        measures = survey(run.model, batches, allocation, lambda _: step(), scores, run.workers)
     assert isinstance(config.pattern, Ratio)
     filled = [index for index, block in enumerate(cutting.couplings) if block]
     sizes = [sum(each.width * each.regions for each in cutting.couplings[index]) for index in filled]

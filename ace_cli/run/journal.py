@@ -196,7 +196,8 @@ class Work:
     def _resume(self, journal: Journal | None) -> None:
         if journal is None:
             return self.restart()
-        if changed := [key for key in self.identity if journal.head.identity.get(key) != self.identity[key]]:
+        keys = {**self.identity, **journal.head.identity}
+        if changed := [key for key in keys if journal.head.identity.get(key) != self.identity.get(key)]:
             self.news = f"An unfinished run lies in {self.folder}, but {', '.join(changed)} changed: starting anew."
             return self.restart()
         done = self._unchanged(journal)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ace_cli.core import memory
+from ace_cli.core import workers as group
 from ace_cli.core.device import choose_device, choose_dtype
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.core.locks import fresh_folder, locked
@@ -61,6 +62,7 @@ from ace_cli.run.prune_checkpoint import identity_of, prune_checkpoint
 from ace_cli.run.quantised import check_grid, rounded
 from ace_cli.run.slice import slicer_files, slicer_of
 from ace_cli.run.speed import check_bench, measure_speed
+from ace_cli.run.split import check_split, is_split, most_tokens
 from ace_cli.run.stages import run_stage
 from ace_cli.run.words import chosen, details
 
@@ -119,6 +121,7 @@ def _run(
     check_tokens(model, texts)
     identity = identity_of(config, model, texts.windows_NL)
     workers.agree("before pruning", identity)
+    workers = dataclasses.replace(workers, apart=is_split(config, workers.size))
     folder = Path(workers.from_first(lambda: str(_output_folder(config, identity))))
     config = dataclasses.replace(config, output_dir=folder)
     run = RunContext(
@@ -187,7 +190,9 @@ def _plan(
     check_catch_up(config, model)
     if config.quantize.acts:
         check_grid(config.quantize, model)
-    tokens, repair = config.calib.tokens if config.needs_data else 0, config.repairing
+    count = config.workers or group.size()
+    check_split(config, count)
+    tokens, repair = most_tokens(config, count), config.repairing
     alone = pruned_by_rows(config, model) and cutting is None
 
     by_slots, planned = cutting is None or cutting.by_slots, model if cutting is None else cutting.planned
@@ -212,7 +217,8 @@ def _plan(
     )  # fmt: skip
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}
-    plan = make_plan(planned, patterns, demand, _budget(config, model.device), model)
+    budget = _budget(config, model.device)
+    plan = make_plan(planned, patterns, demand, budget, model)
     if cutting is not None:
         plan = plan.smaller(cutting.entries(), describe(cutting, config), cutting.speeds)
     if slicer is not None:
@@ -237,7 +243,9 @@ def _plan(
         rows["cheaper"] = instead
     terminal.plan(plan, chosen(config), rows)
     if config.workers is not None or config.hardware is not None:
-        for name, line in lines_at_scale(config, model, plan, rates).items():
+        whole = dataclasses.replace(demand, tokens=most_tokens(config, 1))
+        of_one = make_plan(planned, patterns, whole, budget, model)
+        for name, line in lines_at_scale(config, model, plan, of_one, rates).items():
             terminal.say(f"{name:12} {line}")
         return plan, limit  # whether this machine has room for it says nothing about those
     if config.bench is not None:

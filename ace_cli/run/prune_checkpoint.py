@@ -58,6 +58,7 @@ from ace_cli.run.journal import Work
 from ace_cli.run.low_rank import products_of, ranks_of
 from ace_cli.run.recover_checkpoint import forget_training, help_training, recorded, recover_checkpoint
 from ace_cli.run.slice import check_sliced, sliced, write_sliced
+from ace_cli.run.split import is_split, own_windows
 
 
 def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
@@ -79,6 +80,7 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
         "device": _device(config, model.device),
+        **({"workers": f"{group.size()}, each with its own windows"} if is_split(config, group.size()) else {}),
         "dtype": str(model.dtype),
         "threads": _threads(config),
         "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
@@ -330,13 +332,16 @@ def _stream(
 
 
 def _batches(run: RunContext, work: Work) -> tuple[list[Batch], Batch | None]:
-    """The calibration windows, embedded; and the first of them once more, to compare each block's outputs on."""
-    if run.texts.windows_NL is None:
+    """This worker's calibration windows, embedded; and the first of them once more, to compare blocks' outputs on."""
+    windows_NL = run.texts.windows_NL
+    if windows_NL is None:
         return [], None
+    if run.workers.apart:
+        windows_NL = windows_NL[own_windows(run.config, run.workers)]
     again = run.config.observe.windows
     with run.inner("embed"):
         spill = Spill(work.folder) if run.plan.spills(run.plan.tokens) else None
-        batches = kept(run.model.batches(run.texts.windows_NL, again), spill)
+        batches = kept(run.model.batches(windows_NL, again), spill)
         return batches, batches.pop() if again else None
 
 
@@ -345,7 +350,7 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
     recovery, windows_NL = run.config.recover, run.texts.windows_NL
     if not (recovery.acts and recovery.in_stream) or windows_NL is None:
         return None
-    steps = training_steps(windows_NL, recovery.batch)
+    steps = training_steps(len(windows_NL), windows_NL.shape[1], recovery.batch)
     with run.inner("embed"):
         dense = done if recovery.carries_dense else None
         return Recovering(model, recovery, windows_NL, steps, dense, run.workers, run.cutting)
@@ -420,5 +425,5 @@ def _allocate(run: RunContext, batches: list[Batch]) -> dict[str, Pattern]:
             measures = sensitivities(model, batches, run.config.metric, SHARES, step)
     elif allocation.surveys:
         with run.inner("survey"), run.terminal.progress("surveying", len(blocks)) as step:
-            measures = survey(model, batches, allocation, lambda _: step())
+            measures = survey(model, batches, allocation, lambda _: step(), workers=run.workers)
     return allocation.patterns(run.config.pattern, blocks, measures)

@@ -8,20 +8,21 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ace_cli.core import registry
+from ace_cli.core import registry, workers
 from ace_cli.methods.patterns import Ratio
 from ace_cli.report.markdown import gigabytes
 from ace_cli.run.assemble import calibration_line, method_line
 from ace_cli.run.config import RunConfig, Schema
 from ace_cli.run.machine_limit import Limit
 from ace_cli.run.plan import Plan
+from ace_cli.run.split import is_split
 
 #: Choices that are always named: what a run is about.
 _ALWAYS = ("metric", "calib")
 #: Choices that are plain where nothing is said.
 _PLAIN = {"unit": "weight", "allocation": "uniform", "repair": "none", "recover": "none", "tracker": "none"}
 #: Options of the whole that change the result.
-_OPTIONS = ("keep", "propagate", "permute", "catch_up", "include", "exclude", "device", "dtype")
+_OPTIONS = ("keep", "propagate", "permute", "catch_up", "include", "exclude", "split", "device", "dtype")
 
 
 def chosen(config: RunConfig) -> str:
@@ -60,6 +61,11 @@ def details(config: RunConfig, plan: Plan, limit: Limit, takes: str) -> dict[str
         "needs": f"{gigabytes(plan.host_bytes)} memory{device}, {gigabytes(plan.disk_bytes)} disk",
         "takes": f"{takes} to prune and write; the limit here is {limit.seconds:,.1f} s",
     }
+    if is_split(config, count := config.workers or workers.size()):
+        rows["windows"] = (
+            f"each of {count} workers has its own, {plan.tokens // config.calib.length} at most: sums, and so bytes, "
+            "depend on how many workers there are"
+        )
     if plan.cut:
         rows.pop("prunes")
         rows["cuts"] = _cut_line(plan)

@@ -29,6 +29,8 @@ class Unit:
     slices = False
     #: Whether a recovery trains single blocks that it was cut out of.
     trains = True
+    #: Whether workers may each have calibration windows of their own: statistics of all slots decide, and nothing else.
+    splits_windows = False
     #: Whether what comes after may see the dense model.
     dense_inputs = True
     #: Whether weights are observed one by one, so that each may be moved to make up for what was lost before it.

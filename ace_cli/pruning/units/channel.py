@@ -23,6 +23,7 @@ class Channel(Unit):
     folder then carries a modelling file, and transformers needs trust_remote_code to load it.
     """
 
+    splits_windows = True
     multiple: int = 64
     uneven: bool = False
 

@@ -28,6 +28,7 @@ class Head(Unit):
     more: of SmolLM2's three groups one, perplexity 61; one query head of each, 38.
     """
 
+    splits_windows = True
     of: Heads = Heads.query
     multiple: int = 1
 

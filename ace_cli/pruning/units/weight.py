@@ -19,6 +19,7 @@ class Weight(Unit):
     """Weights become zeros where they are; files keep their shapes and load everywhere."""
 
     cuts = False
+    splits_windows = True
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
         found = [] if metric.weights else ["metric: it does not score single weights"]
