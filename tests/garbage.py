@@ -11,4 +11,5 @@ def begin() -> None:
     """What is there stays, and is never looked at again; from now on garbage is collected."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700, 10, 50)  # what tests import later is looked at as well, each time: seldom will do
     gc.enable()

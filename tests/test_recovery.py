@@ -19,7 +19,9 @@ from ace_cli.recovery.training import split
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]
-TRAINED = ("metric=wanda", "recover=blocks", "recover.batch=32", "recover.lr=3e-3", "calib.n_samples=16")
+TRAINED = (
+    "metric=wanda", "recover=blocks", "recover.batch=32", "recover.lr=3e-3", "recover.epochs=2", "calib.n_samples=16",
+)  # fmt: skip
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

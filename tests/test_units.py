@@ -415,9 +415,9 @@ TAUGHT = (
     "calib.n_samples=48",
     "calib.seq_len=16",
     "recover=distill",
-    "recover.batch=32",
-    "recover.lr=1e-3",
-    "recover.epochs=5",
+    "recover.batch=64",
+    "recover.lr=3e-4",
+    "recover.epochs=3",
     "repair=none",
 )
 

@@ -121,6 +121,7 @@ def _no_such_task(name: str, known: Iterable[str]) -> str:
     return f"eval.tasks: lm-eval has no task '{name}'.{guess} `lm-eval ls tasks` lists them"
 
 
+@functools.cache
 def _lm_eval_files() -> str:
     """All that lm-eval's tasks are made from: its YAML files, and those without an ending that they include."""
     found = importlib.util.find_spec("lm_eval")
