@@ -466,6 +466,25 @@ def test_killed_and_continued_gives_the_same_bytes(
     assert whole == killed  # the blocks before and those after: so each of two runs makes the same ones
 
 
+@pytest.mark.parametrize("options", [UNEVEN, HEADS], ids=["uneven", "heads"])
+def test_a_run_stopped_behind_its_last_block_still_tells_what_got_smaller(
+    options: tuple[str, ...], llama: Path, tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths that an allocation found are then in no plan, but in what was written."""
+    whole = prune_here(llama, tmp_path / "whole", *options)
+    with monkeypatch.context() as patched:
+        patched.setattr("ace_cli.run.pipeline.make_report", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_here(llama, tmp_path / "killed", *options)
+    report = prune_here(llama, tmp_path / "killed", *options)
+    assert any("continued" in warning for warning in report.warnings)
+    assert (report.size, report.sparsity) == (whole.size, whole.sparsity)
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_damage_is_found(llama: Path, tmp_path: Path, prune_here: Any) -> None:
     prune_here(llama, tmp_path / "run", *RUN)
     flip_a_bit(tmp_path / "run" / "checkpoint", "model.layers.1.mlp.up_proj.weight")

@@ -73,7 +73,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         model=_model(config, model, plan),
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
-        sparsity=_sparsity(run, manifest, pruned, dense),
+        sparsity=_sparsity(run, work, manifest, pruned, dense),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
@@ -93,15 +93,15 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         speed=measured.speed,
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
-        size=_size(run, manifest) if _smaller(run) else None,
+        size=_size(run, work, manifest) if _smaller(run) else None,
         target=_target(config.target, work.final) if config.target is not None else None,
     )
 
 
-def _sparsity(run: RunContext, manifest: Manifest, zeros: int, dense: float) -> facts.Sparsity:
+def _sparsity(run: RunContext, work: Work, manifest: Manifest, zeros: int, dense: float) -> facts.Sparsity:
     """Shares of zeros; of a model that got smaller, the share of its parameters that is gone."""
     if _smaller(run):
-        gone = 1 - _size(run, manifest).parameters["pruned"] / run.plan.parameters
+        gone = 1 - _size(run, work, manifest).parameters["pruned"] / run.plan.parameters
         return facts.Sparsity(run.config.requested, gone, gone)
     return facts.Sparsity(run.config.requested, zeros / run.plan.slot_weights, zeros / run.plan.parameters, dense)
 
@@ -110,14 +110,18 @@ def _smaller(run: RunContext) -> bool:
     return run.cutting is not None or run.config.unit.ranks or run.config.unit.slices
 
 
-def _size(run: RunContext, manifest: Manifest) -> facts.Size:
-    if run.cutting is None:
-        stay = {cut.name: len(cut.kept) for cut in manifest.cuts}
-        left = run.plan.parameters - sum(cut.fewer for cut in manifest.cuts)
-        name, ranks = ("rank", True) if run.config.unit.ranks else ("direction", False)
-        return facts.Size(name, {"dense": run.plan.parameters, "pruned": left}, stay, as_products=ranks)
-    left = sum(entry.numel for entry in run.cutting.entries().values())
-    return facts.Size(run.cutting.name, {"dense": run.plan.parameters, "pruned": left}, run.cutting.stay)
+def _size(run: RunContext, work: Work, manifest: Manifest) -> facts.Size:
+    """By what was written: a run that was continued behind its last block knows nothing else of the widths."""
+    couplings = [] if run.cutting is None else [each for block in run.cutting.couplings for each in block]
+    regions = {each.name: each.regions for each in couplings}
+    stay = {cut.name: len(cut.kept) // regions.get(cut.name, 1) for cut in manifest.cuts}
+    dense = run.plan.parameters
+    if run.cutting is not None:
+        left = sum(entry.numel for entry in Checkpoint(work.final).tensors.values())
+        return facts.Size(run.cutting.name, {"dense": dense, "pruned": left}, stay)
+    left = dense - sum(cut.fewer for cut in manifest.cuts)
+    name, ranks = ("rank", True) if run.config.unit.ranks else ("direction", False)
+    return facts.Size(name, {"dense": dense, "pruned": left}, stay, as_products=ranks)
 
 
 def _target(target: Target, checkpoint: Path) -> facts.TargetFacts:
