@@ -64,7 +64,7 @@ def once(measure: Callable[..., float]) -> Callable[..., float]:
     return remembered
 
 
-limit._PROBE_SECONDS, limit._PIECE = 0.005, 64 << 10
+limit._PROBE_SECONDS, limit._PIECE = 0.005, 1 << 20
 for _name in ("_matmul", "_memory", "_fresh", "_prune"):
     setattr(limit, _name, once(getattr(limit, _name)))
 # Hydra copies all that it was ever told for each composition, and once more what it reads of it.
