@@ -99,7 +99,7 @@ def test_every_launcher_leaves_the_same_table_and_exit_code(
     arguments = ["-m", f"model.path={llama}", "metric=wanda", "sparsity=3:7,2:4,1:4", *EVAL, *launcher,
                  f"output_dir={tmp_path / 'sweep'}"]  # fmt: skip
     done = here(*arguments)
-    assert done.returncode == 1
+    assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     jobs = jobs_of(tmp_path / "sweep")
     assert ["error" in job for job in jobs] == [True, False, False]
@@ -123,7 +123,7 @@ def test_the_gate_closes_under_every_launcher(
 ) -> None:
     done = here("-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.1,0.2", *EVAL, "gate.max_ppl_ratio=0.5",
                 f"output_dir={tmp_path / 'sweep'}", *launcher)  # fmt: skip
-    assert done.returncode == 3
+    assert done.returncode == 3, done.stderr
     assert done.stderr.count("gate.max_ppl_ratio=0.5") == 2
 
 

@@ -463,7 +463,7 @@ def test_a_plan_shares_windows_that_workers_have_of_their_own(models: dict[str, 
     assert four.parts["forward"] == pytest.approx(one.parts["forward"] / 3)
     assert four.parts["statistics"] == pytest.approx(one.parts["statistics"] / 3)
     assert plan.device_bytes - own.device_bytes >= 4 * 128 * plan.token_bytes
-    grams = 2 * (6 * 128**2 + 224**2) * 4  # bytes, added up in quarters, which are then sent
+    grams = 2 * (6 * 128**2 + 224**2) * 2  # bytes of halves, added up in quarters, which are then sent
     weights = 2 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 224 * 128) * 4
     assert four.traffic == grams * 2 * 3 // 4 + weights * 3 // 4
     (_, one), (_, four) = found("recover=blocks", "workers=1"), found("recover=blocks", "workers=4", "split=windows")

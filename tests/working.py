@@ -72,7 +72,7 @@ def joins(rank: int, size: int, port: int, log: Path) -> None:
     from test_statistics import KINDS, OF_TOKENS, data, observed, results
 
     from ace_cli.core import workers
-    from ace_cli.methods.statistics import SecondMoment, Seen
+    from ace_cli.methods.statistics import Gram, SecondMoment, Seen
     from ace_cli.model.files import hash_of_tensor
 
     group = replace(workers.join("cpu"), apart=True)
@@ -92,6 +92,13 @@ def joins(rank: int, size: int, port: int, log: Path) -> None:
             for name, value in results(whole).items():
                 torch.testing.assert_close(results(mine)[name], value, rtol=1e-5, atol=1e-6)
             group.agree("at the end", {name: hash_of_tensor(value) for name, value in results(mine).items()})
+    x_TI = torch.randn(20, 300, generator=torch.Generator().manual_seed(1))  # several parts of a matrix
+    gram = Seen([Gram()])[Gram()]
+    gram.share_with(group)
+    gram.update(x_TI[rank::2], x_TI, x_TI)
+    gram.gather()
+    torch.testing.assert_close(gram.total_II, x_TI.T @ x_TI, rtol=1e-5, atol=1e-4)
+    assert torch.equal(gram.total_II, gram.total_II.T)
     workers.leave()
 
 

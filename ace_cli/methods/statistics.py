@@ -589,6 +589,23 @@ class Gram(Statistic):
                 total_II[parts[number], parts[number].start :] = part
         _mirror(total_II, parts)
 
+    def _join(self, workers: Workers) -> None:
+        """What lies on and above the diagonal: half of it."""
+        import torch
+
+        inputs = max(workers.told(len(self.total_II) if self.tokens else 0))
+        parts = _parts(inputs)
+        if self.tokens:
+            self.total_II = torch.cat([self.total_II[part, part.start :].flatten() for part in parts])
+        super()._join(workers)
+        if self.tokens:
+            lengths = [(part.stop - part.start) * (inputs - part.start) for part in parts]
+            pieces = torch.split(self.total_II, lengths)
+            self.total_II = self.total_II.new_empty((inputs, inputs))
+            for part, piece in zip(parts, pieces, strict=True):
+                self.total_II[part, part.start :] = piece.view(-1, inputs - part.start)
+            _mirror(self.total_II, parts)
+
 
 #: Inputs of a part of a Gram matrix: few enough that little below the diagonal is computed, enough for a fast product.
 _PART = 128

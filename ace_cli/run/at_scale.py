@@ -128,7 +128,7 @@ def _statistics(
     """Operations of a worker, and the bytes that it is sent."""
     flops = sent = 0.0
     if is_split(config, workers):  # each of them is added up in slices, which are then sent to all
-        held = sum(each.nbytes(tokens, *slot.shape) for each in config.statistics)
+        held = sum(each.sent(*slot.shape) for each in config.statistics)
         return sum(each.flops(tokens, *slot.shape) for each in config.statistics), 2 * held * (workers - 1) / workers
     for each in config.statistics:
         together = workers if each.shared and each.pays(tokens, device) and not config.unit.ranks else 1
