@@ -57,7 +57,7 @@ def test_any_path_is_a_value(path: str) -> None:
 
 def test_what_is_quoted_or_null_already_stays_as_it_is() -> None:
     typed = ["calib.path='a,b'", 'output_dir="x y"', "eval.path=null", "calib.path=", "metric=wanda", "x", "--help"]
-    assert for_hydra(typed) == typed
+    assert for_hydra(typed) == ["--help", *typed[:-1]]
 
 
 def test_commas_separate_paths_in_a_sweep_alone() -> None:
@@ -96,6 +96,22 @@ def test_a_hub_id_or_a_folder_may_stand_where_a_card_does(tmp_path: Path, monkey
 
 
 # --- names and values that cannot be -------------------------------------------------------------------------------
+
+
+def test_flags_may_stand_between_overrides() -> None:
+    """Hydra's parser takes what follows for unknown."""
+    assert for_hydra(["model=smollm2", "-m", "metric=wanda,ace"]) == ["-m", "model=smollm2", "metric=wanda,ace"]
+    assert for_hydra(["x=1", "--cfg", "job", "y=2"]) == ["--cfg", "job", "x=1", "y=2"]
+    assert for_hydra(["x=1", "--config-name=mine", "y=2", "--info"]) == [
+        "--config-name=mine",
+        "--info",
+        "all",
+        "x=1",
+        "y=2",
+    ]
+    assert for_hydra(["--info", "config", "x=1"]) == ["--info", "config", "x=1"]
+    with pytest.raises(AceError, match="unrecognized arguments: --foo"):
+        for_hydra(["x=1", "--foo", "y=2"])
 
 
 @pytest.mark.parametrize(

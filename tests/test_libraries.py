@@ -281,6 +281,11 @@ def _() -> bool:
     )
 
 
+@contract("hydra: its parser tells which flags take a value, read by flags_first")
+def _() -> bool:
+    return hydra_api.flags_first(["a=1", "--cfg", "job", "-m"]) == ["--cfg", "job", "-m", "a=1"]
+
+
 @contract("omegaconf: an option that a class lacks is named with the class, read by key_not_in_class")
 def _() -> bool:
     return hydra_api.key_not_in_class(composing("metric=ria", "metric.alpa=1")[1]) == ("metric.alpa", "RIA")

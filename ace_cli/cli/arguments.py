@@ -25,7 +25,7 @@ _LONGEST_NAME = 200
 
 
 def for_hydra(arguments: list[str]) -> list[str]:
-    """The arguments of ``ace-prune``, with every path quoted and ``model=PATH`` as ``model.path=PATH``.
+    """The arguments of ``ace-prune``, flags first, with every path quoted and ``model=PATH`` as ``model.path=PATH``.
 
     In a sweep (``--multirun``) commas separate values: a path with a comma is quoted by the person there. Raises
     AceError for what can name nothing.
@@ -33,6 +33,7 @@ def for_hydra(arguments: list[str]) -> list[str]:
     many = "-m" in arguments or "--multirun" in arguments
     for argument in arguments:
         _check(argument)
+    arguments = hydra_api.flags_first(arguments)
     if fault := hydra_api.unreadable_flags(arguments):
         raise AceError(fault, "See ace-prune --help.")
     arguments = _with_custom_model([_model_by_path(argument, arguments, many) for argument in arguments])

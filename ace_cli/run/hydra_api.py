@@ -47,6 +47,30 @@ def words(cause: BaseException) -> str:
     return " ".join(kept) or type(cause).__name__
 
 
+def flags_first(arguments: Sequence[str]) -> list[str]:
+    """The same arguments, every flag of Hydra's with its value in front: its parser knows no override between two.
+
+    ``ace-prune model=smollm2 -m metric=wanda,ace`` is as good as ``ace-prune -m model=smollm2 metric=wanda,ace``.
+    """
+    actions = {name: action for action in get_args_parser()._actions for name in action.option_strings}
+    flags, others, left = list[str](), list[str](), list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, given, _ = argument.partition("=")
+        if name not in actions:
+            others.append(argument)
+            continue
+        flags.append(argument)
+        action = actions[name]
+        if given or action.nargs == 0:
+            continue
+        if action.nargs == "?" and (not left or "=" in left[0] or left[0][:1] == "-"):
+            flags.append(str(action.const))  # or it would take the first override
+        elif left:
+            flags.append(left.pop(0))
+    return flags + others
+
+
 def unreadable_flags(arguments: Sequence[str]) -> str | None:
     """What Hydra's own parser would say of these arguments, with its usage, before it ends the process."""
     parser = get_args_parser()
