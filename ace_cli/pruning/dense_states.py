@@ -91,9 +91,16 @@ class DenseInputs:
             self._ahead.add(number)
         return found
 
+    def behind(self, end: int) -> list[Batch]:
+        """The states of the dense model in front of block ``end``; the loaded block is still dense."""
+        self._states.through(end, self._index)
+        return self._states.batches
+
     def after(self) -> None:
         """What is left of the dense states moves on; the copy of the block is let go of."""
-        left = [batch for number, batch in enumerate(self._states.batches) if number not in self._ahead]
-        self._copy.advance(self._index, left)
+        if self._states.passed <= self._index:
+            left = [batch for number, batch in enumerate(self._states.batches) if number not in self._ahead]
+            self._copy.advance(self._index, left)
+            self._states.passed = self._index + 1
         self._ahead.clear()
-        self._copy, self._states.passed = self._model, self._index + 1
+        self._copy = self._model

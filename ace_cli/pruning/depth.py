@@ -260,11 +260,17 @@ class Follow(Order):
             pruner.note("gone")
             return
         gap = pruner.cutting.gap_behind(self.index)
-        if gap and self.batches and self.recipe.repair.acts and self.block.layers:
+        if (gap or self._behind) and self.batches and self.recipe.repair.acts and self.block.layers:
             self._refit(pruner, gap)
         else:
             pruner.note("as it was")
         self._advance()
+
+    @property
+    def _behind(self) -> bool:
+        """Whether the states that come here are not the dense model's, and are to catch up with them."""
+        assert isinstance(self.pruner, DepthPruner)
+        return self.dense is not None and min(self.pruner.cutting.goes) < self.index
 
     def _refit(self, pruner: DepthPruner, gap: list[int]) -> None:
         start, (slot,) = time.perf_counter(), self.block.layers
@@ -280,6 +286,9 @@ class Follow(Order):
             for index in gap:
                 with self.model.loaded(self.model.blocks[index]):
                     self.model.advance(index, behind)
+            if self.dense is not None:
+                for batch, goal in zip(behind, self.dense.behind(self.index + 1 + len(gap)), strict=True):
+                    batch.hidden_BLH = batch.hidden_BLH.lerp(goal.hidden_BLH, self.recipe.catch_up)
         with self.clock("observe"):
             gram, cross_OI, energy = self._moments(slot, behind, scale)
         try:
@@ -288,7 +297,8 @@ class Follow(Order):
         except ArithmeticError as fault:
             raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         pruner.put(slot, repaired)
-        pruner.note(f"refitted to the states {len(gap)} further", gram.tokens, repaired, time.perf_counter() - start)
+        where = f"the states {len(gap)} further" if gap else "the dense states"
+        pruner.note(f"refitted to {where}", gram.tokens, repaired, time.perf_counter() - start)
 
     def _moments(self, slot: Slot, behind: list[Batch], scale: float) -> tuple[Gram, Tensor, float]:
         """Of the inputs x and the missing outputs d: sum x x^T, sum d x^T (O, I), sum ||d||^2."""

@@ -31,7 +31,6 @@ class Depth(Unit):
     """
 
     dense_inputs = False
-    catches_up = False
     choose: Choose = Choose.at_once
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
