@@ -199,7 +199,7 @@ def test_the_plan_counts_the_dense_model(llama: Path) -> None:
         ("catch_up=1.5", r"catch_up=1\.5: must be 0 up to 1"),
         ("catch_up=-0.1", r"catch_up=-0\.1: must be 0 up to 1"),
         ("propagate=dense", "propagate=dense looks at none of it"),
-        ("unit=block", "catch_up means nothing for unit=block"),
+        ("unit=expert", "catch_up means nothing for unit=expert"),
         ("unit=hidden", "catch_up means nothing for unit=hidden"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from tiny_models import add_tokenizer, load, make, token_windows, weights
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.timing import Clock
 from ace_cli.methods.metrics.angular import AngularDistance
 from ace_cli.methods.repair.lstsq import LeastSquares
 from ace_cli.methods.statistics import Gram
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.depth import DepthCutting, least_important
+from ace_cli.pruning.engine import prune
+from ace_cli.pruning.recipe import Propagate, Recipe
 from ace_cli.pruning.units.block import Choose, Depth
 
 CPU = torch.device("cpu")
@@ -150,6 +155,61 @@ def test_the_block_before_the_gap_learns_what_went(deep: Path, tmp_path: Path, p
     assert changed.pop().endswith("mlp.down_proj.weight")
 
 
+def slow_refits(folder: Path, goes: list[int], share: float) -> dict[str, Tensor]:
+    """Of every block that stays: its last weight, fitted to the states that it should put out."""
+    model = StreamedModel(Checkpoint(folder), CPU, torch.float32)
+    (dense,), (batch,) = model.batches(WINDOWS), model.batches(WINDOWS)
+    states, found = [], {}
+    with torch.no_grad():
+        for index in model.one_by_one():
+            model.advance(index, [dense])
+            states.append(dense.hidden_BLH)
+        for index in (index for index in range(len(model.blocks)) if index not in goes):
+            name = f"model.layers.{index}.mlp.down_proj.weight"
+            end = next((kept for kept in range(index + 1, len(model.blocks)) if kept not in goes), len(model.blocks))
+            with model.loaded(model.blocks[index]):
+                slot = next(slot for slot in model.blocks[index].slots if slot.name == name)
+                weight_OI, seen = slot.weight_OI.double(), list[Tensor]()
+                slot.module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))  # noqa: B023
+                out_BLH = model.forward(index, batch)
+            goal = dataclasses.replace(batch, hidden_BLH=out_BLH)
+            for gone in range(index + 1, end):
+                with model.loaded(model.blocks[gone]):
+                    model.advance(gone, [goal])
+            if end > index + 1 or index > goes[0]:
+                x_TI = seen[0].flatten(0, 1).double()
+                d_TO = (goal.hidden_BLH.lerp(states[end - 1], share) - out_BLH).flatten(0, 1).double()
+                pull = (2 * x_TI.shape[1] / len(x_TI)) ** 0.5 * torch.diag(x_TI.square().sum(0).sqrt())
+                nothing = torch.zeros(len(pull), len(weight_OI), dtype=torch.float64)
+                rows, goals = torch.cat([x_TI, pull]), torch.cat([d_TO, nothing])
+                weight_OI = weight_OI + torch.linalg.lstsq(rows, goals, driver="gelsd").solution.T
+            found[name] = weight_OI.float()
+            with model.loaded(model.blocks[index]):
+                slot.put(found[name])
+                model.advance(index, [batch])
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_blocks_behind_a_gap_catch_up_with_the_dense_states(share: float, deep: Path, tmp_path: Path) -> None:
+    cutting = cutting_of(deep, [1])
+    model, writer = cutting.watched, CheckpointWriter(cutting.model.checkpoint, tmp_path, cutting.entries())
+    batches = list(model.batches(WINDOWS))
+    recipe = Recipe(AngularDistance(), {}, LeastSquares(), Propagate.sublayer, cutting=cutting, catch_up=share)
+    beside = DenseInputs(model, batches) if share else None
+    facts = list(prune(model, batches, recipe, writer, Clock(), beside=beside))
+    writer.finish()
+    behind = "refitted to the dense states" if share else "as it was"
+    assert [block.slots[0].pattern for block in facts] == ["refitted to the states 1 further", "gone", behind, behind]
+    expected, found, old = slow_refits(deep, [1], share), Checkpoint(tmp_path, bare=True), weights(deep)
+    for new, index in enumerate((0, 2, 3)):
+        weight_OI = expected[f"model.layers.{index}.mlp.down_proj.weight"]
+        fitted_OI = found.read(f"model.layers.{new}.mlp.down_proj.weight")
+        torch.testing.assert_close(fitted_OI, weight_OI, rtol=1e-3, atol=1e-4)
+        moved = not torch.allclose(weight_OI, old[f"model.layers.{index}.mlp.down_proj.weight"], atol=1e-3)
+        assert moved == bool(share or new == 0)
+
+
 LEARNS = ("calib.n_samples=64", "recover.batch=32", "recover.epochs=3", "recover.lr=3e-4")
 BRIEFLY = ("calib.n_samples=32", "recover.batch=32", "recover.epochs=1", "recover.lr=3e-4")
 
@@ -202,6 +262,8 @@ def test_the_dense_model_teaches_one_of_fewer_blocks(deep: Path, tmp_path: Path,
         (".3.", ("keep=2", "recover=both", "recover.block_epochs=1", "recover.epochs=1", "recover.batch=32")),
         (".2.", ("keep=2", "recover=blocks", "recover.target=model", *BRIEFLY)),
         (".3.", ("keep=2", "recover=blocks", "recover.target=model", *BRIEFLY)),
+        (".2.", ("keep=2", "catch_up=0.5")),
+        (".3.", ("keep=2", "catch_up=0.5")),
     ],
 )
 def test_killed_and_continued_gives_the_same_bytes(
@@ -241,6 +303,7 @@ def test_killed_and_continued_gives_the_same_bytes(
         (["sparsity=2:4"], "sparsity=2:4 means nothing for unit=block"),
         (["metric=wanda"], "metric=wanda does not go with unit=block: it scores no whole blocks"),
         (["repair=obs"], "repair=obs does not go with unit=block"),
+        (["catch_up=0.5", "repair=none"], "catch_up tells a refit of unit=block what to aim at"),
         (["propagate=dense"], "propagate=dense means nothing for unit=block"),
         (["unit=channel", "metric=angular"], "metric=angular does not go with unit=channel"),
     ],

@@ -251,7 +251,11 @@ class DepthPruner(SlotPruner):
 
 
 class Follow(Order):
-    """Takes the states past what goes; teaches the block before a gap what those behind it would have added."""
+    """Takes the states past what goes; teaches the block before a gap what those behind it would have added.
+
+    With ``recipe.catch_up`` = p, that block and all kept ones behind a gap are to put out (1 - p) times that (or what
+    they would themselves) plus p times the dense model's states.
+    """
 
     def run(self) -> None:
         pruner = self.pruner

@@ -398,7 +398,9 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
             f"{group}={registry.name_of(group, getattr(parts, group))} does not go with unit={unit}: {reason}"
         )
     if parts.catch_up > 0 and not parts.unit.catches_up:
-        faults.append(f"catch_up means nothing for unit={unit}: it moves weights that are observed one by one")
+        faults.append(f"catch_up means nothing for unit={unit}: no weight of what stays is refitted")
+    if parts.catch_up > 0 and parts.metric.of_states and not parts.repair.acts:
+        faults.append(f"catch_up tells a refit of unit={unit} what to aim at, repair=none has none")
     if parts.allocation.of_ranks and not parts.unit.ranks:
         name = registry.name_of("allocation", parts.allocation)
         faults.append(f"allocation={name} tries products: unit=rank")

@@ -33,7 +33,7 @@ class Unit:
     splits_windows = False
     #: Whether what comes after may see the dense model.
     dense_inputs = True
-    #: Whether weights are observed one by one, so that each may be moved to make up for what was lost before it.
+    #: Whether weights are moved, or refitted, so that they may make up for what was lost before them.
     catches_up = True
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
