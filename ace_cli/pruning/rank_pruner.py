@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
@@ -31,8 +31,7 @@ class RankPruner(SlotPruner):
             raise AceError(f"No calibration token reached {slot.name}.", "Use more windows.")
         metric, rank = self._recipe.metric, self._recipe.ranks[slot.name]
         assert isinstance(metric, Factorisation)
-        diagnosis: dict[str, Any] = {}
-        dense_OI = self._start(slot, seen, diagnosis)
+        dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
         check_finite(dense_OI, slot.name)
         try:
             with self._clock("score"):
@@ -48,10 +47,10 @@ class RankPruner(SlotPruner):
             self._store(slot, new_OI)
         if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
             self._activations[slot.name] = seen[self._looked_at]
-        diagnosis["off"] = float((new_OI.float() - dense_OI).norm() / dense_OI.norm().clamp(min=1e-30))
+        off = float((new_OI.float() - dense_OI).norm() / dense_OI.norm().clamp(min=1e-30))
         words, seconds = f"rank {rank} of {min(slot.shape)}", time.perf_counter() - start
         kept = list(range(rank))
-        return SlotFacts(slot.name, slot.shape, words, tokens, diagnosis, notes, seconds, routed, kept=kept)
+        return SlotFacts(slot.name, slot.shape, words, tokens, {"off": off}, notes, seconds, routed, kept=kept)
 
     def take_weights(self) -> dict[str, Tensor]:
         """The tensors of the block with products in them, as they will be written."""

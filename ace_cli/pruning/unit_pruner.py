@@ -85,8 +85,8 @@ class UnitPruner(SlotPruner):
     def _cut(self, slot: Slot, seen: Seen, each: Coupling, diagnosis: dict[str, Any]) -> tuple[Tensor, list[str]]:
         """Score, select, repair and zero; which units stay, bool (U,), and what the repair noted."""
         units = self._cutting.units(self._block.name, each, self.gradients)
-        dense_OI = self._start(slot, seen, diagnosis)
         with self._clock("score"):
+            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
             score_U = unit_scores(self._recipe.metric, dense_OI, seen, units, slot.name)
         with self._clock("select"):
             keep_U = units.best(score_U, self._cutting.stay[each.name])

@@ -256,11 +256,11 @@ def _factor(run: RunContext, work: Work) -> None:
     batches, compared = _batches(run, work)
     shapes = {slot.name: slot.shape for block in model.blocks for slot in block.slots}
     ranks = {name: ranks_of(shapes[name], pattern) for name, pattern in _allocate(run, batches).items()}
-    recipe, beside = dataclasses.replace(_recipe(run, {}), ranks=ranks), _dense_inputs(run, batches, done)
+    recipe = dataclasses.replace(_recipe(run, {}), ranks=ranks)
     if batches and 0 < done < len(model.blocks):
         weights = source if recipe.propagate is Propagate.dense else Checkpoint(work.partial, bare=True)
         replay(model.reading(weights), batches, done, clock)
-    _stream(run, work, done, batches, recipe, writer, compared, beside=beside)
+    _stream(run, work, done, batches, recipe, writer, compared)
     with clock("write"):
         cuts = products_of(work.finished, writer.entries)
         sparsity = sum(cut["fewer"] for cut in cuts) / run.plan.slot_weights

@@ -33,8 +33,8 @@ class Unit:
     splits_windows = False
     #: Whether what comes after may see the dense model.
     dense_inputs = True
-    #: Whether weights are moved, or refitted, so that they may make up for what was lost before them.
-    catches_up = True
+    #: Whether weights may make up for what was lost before them; where units are cut inside blocks, that loses.
+    catches_up = False
     #: Widths are multiples of ``multiple``; ``uneven``: blocks may keep different numbers.
     multiple = 1
     uneven = False

@@ -31,6 +31,7 @@ class Depth(Unit):
     """
 
     dense_inputs = False
+    catches_up = True
     choose: Choose = Choose.at_once
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:

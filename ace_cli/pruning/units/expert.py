@@ -24,7 +24,6 @@ class ExpertUnit(Unit):
 
     trains = False
     dense_inputs = False
-    catches_up = False
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
         found = [] if metric.experts else ["metric: it scores no experts"]

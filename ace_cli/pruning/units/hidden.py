@@ -24,7 +24,6 @@ class Hidden(Unit):
 
     cuts = False
     slices = True
-    catches_up = False
     multiple: int = 8
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:

@@ -20,6 +20,7 @@ class Weight(Unit):
 
     cuts = False
     splits_windows = True
+    catches_up = True
 
     def refusals(self, metric: Metric, repair: Repair) -> list[str]:
         found = [] if metric.weights else ["metric: it does not score single weights"]
