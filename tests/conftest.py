@@ -1,9 +1,11 @@
-"""What tests share. They are to be fast, so that they are run often: the whole set takes five minutes on two cores.
+"""What tests share. They are to be fast, so that they are run often: the whole set takes minutes on two cores.
 
 - A test calls functions; a whole run in this process is ``prune_here`` (0.1 s), the command line is ``here``; a process
   of its own (``command``, 1 s) is for what only a process shows: exit codes, what is written where, signals, memory.
 - A grid of choices covers each pair of values, not each cell of the product: ``grids.pairs``.
 - Models and texts that are only read are made once (``llama``, ``documents``); ``own_llama`` may be damaged.
+- What costs and is the same each time is done once: configurations (``composed``), what Hydra composes for ``here``
+  and what tiny models write (``shortcuts``), tiny models themselves (``tiny_models.make``).
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 # before any library reads them: no network, and no thread storm on a shared machine
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,11 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 import garbage  # before what is large
 import programs
 import pytest
+import shortcuts  # noqa: F401 (in place for all tests)
 import torch
-import xxhash
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
@@ -39,36 +39,13 @@ from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.cli.prune import main
 from ace_cli.core import registry
-from ace_cli.data.generation import sample_windows
-from ace_cli.data.sources import self_written
 from ace_cli.evaluation.dense import DenseCache
-from ace_cli.model.files import Checkpoint
 from ace_cli.report import plots
 from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
-from ace_cli.run import machine_limit as limit
 from ace_cli.run.config import RunConfig, config_folder, parse, store_schemas
 from ace_cli.run.pipeline import run
 
-
-def once(measure: Callable[..., float]) -> Callable[..., float]:
-    """Rates are needed, not exact ones: what was measured first stays so for all tests of this process."""
-    found: list[float] = []
-
-    @functools.wraps(measure)
-    def remembered(*arguments: Any) -> float:
-        if not found:
-            found.append(measure(*arguments))
-        return found[0]
-
-    return remembered
-
-
-limit._PROBE_SECONDS, limit._PIECE = 0.005, 1 << 20
-for _name in ("_matmul", "_memory", "_fresh", "_prune"):
-    setattr(limit, _name, once(getattr(limit, _name)))
-# Hydra copies all that it was ever told for each composition, and once more what it reads of it.
-ConfigStore.__deepcopy__ = lambda store, memo: store  # type: ignore[attr-defined]
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
@@ -158,46 +135,6 @@ def _chosen(*choices: str) -> DictConfig:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
         return compose("prune", list(choices))
-
-
-def remembered(compose: Callable[..., DictConfig]) -> Callable[..., DictConfig]:
-    """Hydra composes a sweep of two jobs six times, a tenth of a second each: what it was asked before is copied.
-
-    But for files of a test's own, which another one may write anew.
-    """
-    known: dict[tuple[Any, ...], DictConfig] = {}
-
-    @functools.wraps(compose)
-    def again(loader: ConfigLoaderImpl, config_name: str, overrides: list[str], *more: Any, **named: Any) -> DictConfig:
-        places = tuple((place.provider, place.path) for place in loader.get_search_path().get_path())
-        key = (places, config_name, *overrides, more, *named.items())
-        if any("searchpath" in override for override in overrides) or "command-line" in dict(places):
-            return compose(loader, config_name, overrides, *more, **named)
-        if key not in known:
-            known[key] = compose(loader, config_name, overrides, *more, **named)
-        if len(known) > 16:  # they are large, and asked for again soon or never
-            del known[next(iter(known))]
-        found = copy.deepcopy(known[key])
-        found.hydra.runtime.cwd = str(Path.cwd())
-        return found
-
-    return again
-
-
-ConfigLoaderImpl._load_configuration_impl = remembered(ConfigLoaderImpl._load_configuration_impl)
-
-
-def sampled(checkpoint: Checkpoint, *asked: Any) -> torch.Tensor:
-    """What a model writes, for windows of ``calib=self``: once for the same files and the same wish."""
-    files = [checkpoint.folder / "config.json", *sorted({entry.file for entry in checkpoint.tensors.values()})]
-    key = (*(xxhash.xxh3_128_digest(file.read_bytes()) for file in files), checkpoint.adapter, *asked[:5])
-    if key not in _sampled:
-        _sampled[key] = sample_windows(checkpoint, *asked)
-    return _sampled[key].clone()
-
-
-_sampled: dict[tuple[Any, ...], torch.Tensor] = {}
-self_written.sample_windows = sampled
 
 
 @pytest.fixture

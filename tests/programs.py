@@ -12,12 +12,23 @@ import runpy
 import subprocess
 import sys
 import tempfile
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 #: What takes the seconds. torch is imported, and no thread of it started: a fork may only have one.
-PRELOADED = ["ace_cli.cli.prune", "ace_cli.run.pipeline", "transformers.models.llama.modeling_llama"]
+PRELOADED = ["shortcuts", "torch.distributed"]
+
+
+def server() -> Any:
+    """The context of processes that are forks of one that has imported these; it finds them by PYTHONPATH alone."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(path for path in sys.path if path)):
+        forkserver.ensure_running()
+    return context
 
 
 def start(
@@ -27,9 +38,7 @@ def start(
 
     What it says on standard output may also go into a pipe.
     """
-    fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(PRELOADED)
-    process = fork.Process(target=_be, args=(module, arguments, cwd, out, err, {**os.environ, **(env or {})}))
+    process = server().Process(target=_be, args=(module, arguments, cwd, out, err, {**os.environ, **(env or {})}))
     process.start()
     return process
 
@@ -56,6 +65,7 @@ def _be(module: str, arguments: list[str], cwd: Path, out: Path | Connection, er
         stream = file.fileno() if given else os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(stream, number)
         os.close(stream)
+    import shortcuts  # noqa: F401 (there already, unless the server was started for others)
     import torch
 
     torch.set_num_threads(1)

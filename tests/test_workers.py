@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import multiprocessing
 import platform
 import shutil
 import socket
@@ -15,9 +14,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import programs
 import pytest
 import torch
 import working
+from conftest import composed
 from safetensors.torch import load_file
 from tiny_models import add_tokenizer, make
 
@@ -97,10 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def start() -> Callable[..., list[int | None]]:
     """Run ``function`` as two workers, from a server that has imported everything; their exit codes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["ace_cli.cli.prune", "ace_cli.run.pipeline", "torch.distributed", "transformers.models.llama.modeling_llama"]
-    )
+    context = programs.server()
 
     def begin(function: Callable[..., None], log: Path, *given: Any) -> list[int | None]:
         with socket.socket() as free:
@@ -136,8 +134,8 @@ def test_two_workers_write_the_bytes_of_one_and_find_its_numbers(
         for name, overrides in given.items()
     }
     each = [
-        [f"model.path={models[cells[name][0]]}", f"output_dir='{tmp_path / 'two' / name}'", *overrides]
-        for name, overrides in given.items()
+        composed("model=custom", f"model.path={models[cells[name][0]]}", f"output_dir={tmp_path / 'two' / name}", *more)
+        for name, more in given.items()
     ]
     log, results = tmp_path / "log", tmp_path / "results.json"
     assert start(working.jobs, log, each, results) == [0, 0], log.read_text()
@@ -169,9 +167,12 @@ def test_workers_with_windows_of_their_own_choose_what_one_does(
         for name, (family, *choices) in APART.items()
     }
     each = [
-        [f"model.path={models[family]}", f"output_dir='{tmp_path / 'two' / name}'", "split=windows", *options, *choices]
+        composed(
+            "model=custom", f"model.path={models[family]}", f"output_dir={tmp_path / 'two' / name}", "split=windows",
+            *options, *choices,
+        )
         for name, (family, *choices) in APART.items()
-    ]
+    ]  # fmt: skip
     log, results = tmp_path / "log", tmp_path / "results.json"
     assert start(working.jobs, log, each, results, 32) == [0, 0], log.read_text()
     for name, report in zip(APART, json.loads(results.read_text()), strict=True):

@@ -8,7 +8,10 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ace_cli.run.config import RunConfig
 
 
 def set_up(rank: int, size: int, port: int, log: Path) -> None:
@@ -20,6 +23,7 @@ def set_up(rank: int, size: int, port: int, log: Path) -> None:
     with open(log, "a") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
+    import shortcuts  # noqa: F401 (there already, unless the server was started for others)
     import torch
 
     torch.set_num_threads(1)
@@ -103,27 +107,20 @@ def joins(rank: int, size: int, port: int, log: Path) -> None:
 
 
 def jobs(
-    rank: int, size: int, port: int, log: Path, each: list[list[str]], results: Path, batch_tokens: int | None = None
+    rank: int, size: int, port: int, log: Path, each: list[RunConfig], results: Path, batch_tokens: int | None = None
 ) -> None:
     """Several runs by the same workers; the first one leaves its reports in ``results``."""
     set_up(rank, size, port, log)
-    from ace_cli.model import streamed
-
-    streamed.BATCH_TOKENS = batch_tokens or streamed.BATCH_TOKENS
-    from hydra import compose, initialize_config_dir
-
     from ace_cli.core import workers
     from ace_cli.evaluation.dense import DenseCache
+    from ace_cli.model import streamed
     from ace_cli.report.terminal import Terminal
-    from ace_cli.run.config import config_folder, parse, store_schemas
     from ace_cli.run.pipeline import run
 
-    store_schemas()
+    streamed.BATCH_TOKENS = batch_tokens or streamed.BATCH_TOKENS
     group, found = workers.join("cpu"), []
-    for overrides in each:
-        with initialize_config_dir(str(config_folder().absolute()), version_base="1.3"):
-            config = compose("prune", overrides)
-        report = run(parse(config, Path(config.output_dir)), "test", Terminal(), DenseCache(), group)
+    for config in each:
+        report = run(config, "test", Terminal(), DenseCache(), group)
         if report is not None:
             found.append(dataclasses.asdict(report))
     workers.leave()
