@@ -49,6 +49,12 @@ def jobs_of(sweep: Path) -> list[dict[str, Any]]:
     return list(json.loads((sweep / "sweep.json").read_text())["jobs"])
 
 
+def skip_unless_ray_started(said: str) -> None:
+    """Ray's own limit, on a busy machine: then no job has begun, and each counts as failed."""
+    if "The launcher stopped: Exception: The current node timed out during startup" in said:
+        pytest.skip("Ray did not start within its 30 s")
+
+
 # --- two sweeps in one folder, and a sweep that is started again ------------------------------------------------------
 
 
@@ -99,6 +105,7 @@ def test_every_launcher_leaves_the_same_table_and_exit_code(
     arguments = ["-m", f"model.path={llama}", "metric=wanda", "sparsity=3:7,2:4,1:4", *EVAL, *launcher,
                  f"output_dir={tmp_path / 'sweep'}"]  # fmt: skip
     done = here(*arguments)
+    skip_unless_ray_started(done.stderr)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     jobs = jobs_of(tmp_path / "sweep")
@@ -123,6 +130,7 @@ def test_the_gate_closes_under_every_launcher(
 ) -> None:
     done = here("-m", f"model.path={llama}", "metric=magnitude", "sparsity=0.1,0.2", *EVAL, "gate.max_ppl_ratio=0.5",
                 f"output_dir={tmp_path / 'sweep'}", *launcher)  # fmt: skip
+    skip_unless_ray_started(done.stderr)
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("gate.max_ppl_ratio=0.5") == 2
 
