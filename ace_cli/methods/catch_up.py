@@ -8,9 +8,8 @@ nearly what the dense model does, of the inputs that there are now, are
     W + W C (G + shrinkage * diag(G))^{-1},   C = sum_t (d_t - x_t) x_t^T,   G = sum_t x_t x_t^T,
 
 the least squares of sum_t ||W' x_t - W d_t||^2 drawn to W. ``share`` of that way is gone before the weight is scored
-and repaired. The whole way is the asymmetric calibration of quantisers (GPTAQ, arXiv 2504.02692) and the dense targets
-of D2Prune (AAAI 2026); here half of it is better than either end (docs/results.md). shrinkage = I / T, as repairs take
-(``Factors.noise``).
+and repaired. The whole way is the asymmetric calibration of quantisers (GPTAQ, arXiv 2504.02692); here half of it is
+better (docs/results.md). shrinkage = I / T, as repairs take (``Factors.noise``).
 """
 
 from __future__ import annotations
