@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -150,6 +151,22 @@ def test_weights_that_stay_are_computed_with_too(llama: Path) -> None:
     assert watched.slot_weights < watched.passed
     plain, gradient = (Demand(64, 16, statistics).forwards(64) for statistics in ((), (Gradient(Source.block, 0),)))
     assert gradient == plain + 3
+
+
+def test_a_run_that_cuts_units_counts_the_weights_that_read_none(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = []
+
+    def made(*asked: Any) -> Plan:
+        plans.append(make_plan(*asked))
+        return plans[-1]
+
+    monkeypatch.setattr("ace_cli.run.pipeline.make_plan", made)
+    for number, options in enumerate((["sparsity=0.5"], ["unit=channel", "sparsity=40%", "unit.multiple=8"])):
+        prune_here(llama, tmp_path / str(number), "metric=wanda", *options)
+    zeroed, cut = plans
+    assert cut.passed == zeroed.passed == zeroed.slot_weights > cut.slot_weights
 
 
 def test_the_forecast_adds_up_what_was_measured(llama: Path) -> None:

@@ -218,7 +218,8 @@ def _plan(
     # an allocation moves the weights to be pruned between blocks, but neither their number nor M
     patterns = {slot.name: config.pattern for block in planned.blocks for slot in block.slots}
     budget = _budget(config, model.device)
-    plan = make_plan(planned, patterns, demand, budget, model)
+    dense = model if cutting is None else cutting.model
+    plan = make_plan(planned, patterns, demand, budget, dense)
     if cutting is not None:
         plan = plan.smaller(cutting.entries(), describe(cutting, config), cutting.speeds)
     if slicer is not None:
@@ -244,7 +245,7 @@ def _plan(
     terminal.plan(plan, chosen(config), rows)
     if config.workers is not None or config.hardware is not None:
         whole = dataclasses.replace(demand, tokens=most_tokens(config, 1))
-        of_one = make_plan(planned, patterns, whole, budget, model)
+        of_one = make_plan(planned, patterns, whole, budget, dense)
         for name, line in lines_at_scale(config, model, plan, of_one, rates).items():
             terminal.say(f"{name:12} {line}")
         return plan, limit  # whether this machine has room for it says nothing about those
@@ -252,7 +253,7 @@ def _plan(
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
     check_training(config, plan)
-    check_gradients(config, model if cutting is None else cutting.model, plan)
+    check_gradients(config, dense, plan)
     if sparse := already_sparse(model, config.pattern):
         terminal.say(f"Warning: {sparse}.", "yellow")
     if (loops := loops_of(config, model)).startswith("not compiled"):
