@@ -178,6 +178,22 @@ def test_killed_and_continued_gives_the_same_bytes(
     assert whole != without
 
 
+def test_a_run_stopped_behind_its_last_block_takes_no_text_through_the_dense_model(
+    tmp_path: Path, prune_here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = add_tokenizer(make(tmp_path / "model", "llama"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ace_cli.run.prune_checkpoint.Rereading.zeros", interrupted)
+        prune_here(model, tmp_path / "run", "metric=wanda", "catch_up=0.5")
+    monkeypatch.setattr(StreamedModel, "forward", lambda *_: pytest.fail("a block runs"))
+    prune_here(model, tmp_path / "run", "metric=wanda", "catch_up=0.5")
+    assert verify(tmp_path / "run" / "checkpoint") == 14
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_the_plan_counts_the_dense_model(llama: Path) -> None:
     model = StreamedModel(Checkpoint(llama), CPU, torch.float32)
     patterns = {slot.name: NofM(2, 4) for block in model.blocks for slot in block.slots}
@@ -199,6 +215,7 @@ def test_the_plan_counts_the_dense_model(llama: Path) -> None:
         ("propagate=dense", "propagate=dense looks at none of it"),
         ("unit=channel", "catch_up does not go with unit=channel"),
         ("unit=hidden", "catch_up does not go with unit=hidden"),
+        ("unit=expert", r"catch_up does not go with unit=expert: [^;]*$"),
     ],
 )
 def test_what_cannot_be_is_one_line(override: str, said: str) -> None:

@@ -210,6 +210,11 @@ def test_blocks_behind_a_gap_catch_up_with_the_dense_states(share: float, deep: 
         assert moved == bool(share or new == 0)
 
 
+def test_where_all_blocks_stay_none_catches_up(deep: Path, tmp_path: Path, prune_here: Any) -> None:
+    report = run(prune_here, deep, tmp_path / "run", "keep=4", "catch_up=0.5")
+    assert {slot["pattern"] for slot in report.slots} == {"as it was"}
+
+
 LEARNS = ("calib.n_samples=64", "recover.batch=32", "recover.epochs=3", "recover.lr=3e-4")
 BRIEFLY = ("calib.n_samples=32", "recover.batch=32", "recover.epochs=1", "recover.lr=3e-4")
 

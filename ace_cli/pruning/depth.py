@@ -274,7 +274,7 @@ class Follow(Order):
     def _behind(self) -> bool:
         """Whether the states that come here are not the dense model's, and are to catch up with them."""
         assert isinstance(self.pruner, DepthPruner)
-        return self.dense is not None and min(self.pruner.cutting.goes) < self.index
+        return self.dense is not None and any(gone < self.index for gone in self.pruner.cutting.goes)
 
     def _refit(self, pruner: DepthPruner, gap: list[int]) -> None:
         start, (slot,) = time.perf_counter(), self.block.layers

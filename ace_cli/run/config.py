@@ -399,7 +399,7 @@ def _misfits_of_unit(parts: Any, pattern: Pattern) -> list[str]:
         )
     if parts.catch_up > 0 and not parts.unit.catches_up:
         faults.append(f"catch_up does not go with unit={unit}: it is for single weights and for whole blocks that go")
-    if parts.catch_up > 0 and parts.metric.of_states and not parts.repair.acts:
+    elif parts.catch_up > 0 and parts.metric.of_states and not parts.repair.acts:
         faults.append(f"catch_up tells a refit of unit={unit} what to aim at, repair=none has none")
     if parts.allocation.of_ranks and not parts.unit.ranks:
         name = registry.name_of("allocation", parts.allocation)

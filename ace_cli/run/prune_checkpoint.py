@@ -357,11 +357,11 @@ def _recovering(run: RunContext, model: StreamedModel, done: int) -> Recovering 
 
 
 def _dense_inputs(run: RunContext, batches: list[Batch], done: int) -> DenseInputs | None:
-    """What slots have in the dense model, ``done`` blocks of which are passed, if they are to catch up with it.
+    """What slots have in the dense model, ``done`` blocks of which are passed, if any are still to catch up with it.
 
     ``batches`` are still in front of block 0.
     """
-    if not run.config.catch_up:
+    if not run.config.catch_up or done == len(run.model.blocks):
         return None
     with run.inner("replay"):
         return DenseInputs(run.model, batches, done)
