@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import add_tokenizer, edit, load, make, token_windows
+from torch import nn
 
 from ace_cli.core.errors import AceError
 from ace_cli.evaluation.perplexity import perplexity, window_losses
 from ace_cli.methods.patterns import NofM
 from ace_cli.model import streamed
+from ace_cli.model.auto import LargeOnMeta
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.run.plan import Demand, Plan, make_plan
@@ -80,6 +82,18 @@ def test_between_two_batches_gradients_are_as_the_caller_has_them(llama: Path) -
             assert torch.is_grad_enabled()
             assert not batch.hidden_BLH.is_inference()
             assert not any(value.is_inference() for value in batch.calls[0].kwargs.values() if torch.is_tensor(value))
+
+
+def test_where_a_skeleton_is_made_tables_get_values_and_weights_need_none() -> None:
+    with LargeOnMeta(1):
+        tables = [
+            torch.empty(3).fill_(2),
+            nn.init.constant_(torch.empty(3), 2),
+            nn.init.ones_(tensor=torch.empty(3)) * 2,
+        ]
+        weight = nn.init.normal_(torch.empty(3, device="meta"))
+    assert all(torch.equal(table, torch.full((3,), 2.0)) for table in tables)
+    assert weight.is_meta
 
 
 def test_equal_masks_and_tables_are_kept_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
