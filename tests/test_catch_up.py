@@ -223,6 +223,10 @@ def test_what_cannot_be_is_one_line(override: str, said: str) -> None:
         composed("model=custom", "model.path=x", "catch_up=0.5", override)
 
 
-def test_experts_are_refused_before_work(tmp_path: Path, prune_here: Any) -> None:
-    with pytest.raises(AceError, match="experts see other tokens"):
-        prune_here(make(tmp_path / "model", "mixtral"), tmp_path / "run", "catch_up=0.5")
+def test_experts_are_refused_before_work_and_what_is_beside_them_is_not(tmp_path: Path, prune_here: Any) -> None:
+    model = add_tokenizer(make(tmp_path / "model", "qwen2_moe"))
+    with pytest.raises(AceError, match=r"experts see other tokens .* exclude=\"\*\.experts\.\*\""):
+        prune_here(model, tmp_path / "run", "catch_up=0.5")
+    report = prune_here(model, tmp_path / "run", "catch_up=0.5", "metric=wanda", "exclude=*.experts.*")
+    moved = {slot["name"]: slot["diagnosis"]["moved"] for slot in report.slots}
+    assert moved["model.layers.1.mlp.shared_expert.down_proj.weight"] > 0

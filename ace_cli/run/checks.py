@@ -123,7 +123,8 @@ def check_catch_up(config: RunConfig, model: StreamedModel) -> None:
     """AceError where slots do not see the tokens that they see in the dense model: routers may send those elsewhere."""
     if config.catch_up and not config.metric.of_states and any(block.experts for block in model.blocks):
         raise AceError(
-            f"catch_up={config.catch_up:g}: experts see other tokens than in the dense model.", "Leave catch_up=0."
+            f"catch_up={config.catch_up:g}: experts see other tokens than in the dense model.",
+            'Leave catch_up=0, or the experts dense: exclude="*.experts.*".',
         )
 
 
