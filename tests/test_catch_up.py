@@ -37,7 +37,9 @@ INSIDE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def target(weight_OI: Tensor, x_TI: Tensor, d_TI: Tensor, share: float) -> Tensor:
     """The least squares of sum_t ||W' x_t - W d_t||^2 + I / T * ||(W' - W) s||^2, float64, and ``share`` of the way."""
     w_OI, x_TI, d_TI = weight_OI.double(), x_TI.double(), d_TI.double()
-    pull = (x_TI.shape[1] / len(x_TI)) ** 0.5 * torch.diag(x_TI.square().sum(0).sqrt())
+    pull = (x_TI.shape[1] / len(x_TI)) ** 0.5 * torch.diag(
+        torch.maximum(x_TI.square().sum(0), d_TI.square().sum(0)).sqrt()
+    )
     rows, goals = (
         torch.cat([x_TI, pull]),
         torch.cat([(d_TI - x_TI) @ w_OI.T, torch.zeros(len(pull), len(w_OI)).double()]),
@@ -65,6 +67,18 @@ def test_it_is_part_of_the_way_to_the_least_squares(share: float, tokens: int) -
     found_OI = caught_up(weight_OI, share, looked_at(x_TI, d_TI, weight_OI))
     torch.testing.assert_close(found_OI.double(), target(weight_OI, x_TI, d_TI, share), rtol=1e-4, atol=1e-5)
     assert not torch.equal(found_OI, weight_OI)
+
+
+@pytest.mark.parametrize("left", [0.1, 0.01, 0.001])
+def test_an_input_of_which_little_is_left_is_not_moved_without_bound(left: float) -> None:
+    """Of three tokens in 200, all that the input says: what lies behind it needs 1 / left of the weight."""
+    generator = torch.Generator().manual_seed(0)
+    d_TI = torch.randn(200, 6, generator=generator)
+    d_TI[3:, 0] = 0
+    x_TI, weight_OI = d_TI.clone(), torch.randn(3, 6, generator=generator)
+    x_TI[:, 0] *= left
+    found_OI = caught_up(weight_OI, 1.0, looked_at(x_TI, d_TI, weight_OI))
+    assert float(found_OI[:, 0].norm() / weight_OI[:, 0].norm()) < 5
 
 
 def test_it_moves_nothing_where_nothing_was_lost() -> None:

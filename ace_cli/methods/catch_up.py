@@ -5,11 +5,13 @@ Shapes: T tokens, I inputs, O outputs.
 Pruning what comes before a slot changes its inputs from d_t (the dense model's) to x_t. The weights that put out most
 nearly what the dense model does, of the inputs that there are now, are
 
-    W + W C (G + shrinkage * diag(G))^{-1},   C = sum_t (d_t - x_t) x_t^T,   G = sum_t x_t x_t^T,
+    W + W C (G + shrinkage * diag(s^2))^{-1},   C = sum_t (d_t - x_t) x_t^T,   G = sum_t x_t x_t^T,
 
 the least squares of sum_t ||W' x_t - W d_t||^2 drawn to W. ``share`` of that way is gone before the weight is scored
-and repaired. The whole way is the asymmetric calibration of quantisers (GPTAQ, arXiv 2504.02692); here half of it is
-better (docs/results.md). shrinkage = I / T, as repairs take (``Factors.noise``).
+and repaired. The whole way is the asymmetric calibration of quantisers (GPTAQ, arXiv 2504.02692) and the dense targets
+of D2Prune (AAAI 2026); here half of it is better than either end (docs/results.md). shrinkage = I / T, as repairs take
+(``Factors.noise``); s_j^2 is the larger of sum x_j^2 and sum d_j^2: by its own size alone, an input of which pruning left
+a hundredth would be moved without bound.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def caught_up(weight_OI: Tensor, share: float, seen: Seen) -> Tensor:
     if not bool(lag.total_II.any()):
         return weight_OI
     factors = factors_of(gram)
-    change_OI = factors.learned(weight_OI @ lag.total_II, factors.noise())
+    change_OI = factors.learned(weight_OI @ lag.total_II, factors.noise(), lag.dense_I)
     return weight_OI + share * change_OI.float()
 
 

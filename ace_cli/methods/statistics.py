@@ -647,14 +647,15 @@ def _mirror(total_II: Tensor, parts: list[slice]) -> None:
 @dataclass(unsafe_hash=True)
 class Lag(Statistic):
     """``total_II`` = sum over tokens of (d_t - x_t) x_t^T, float32 (I, I): d_t is what the dense model has where the
-    pruned one has the input x_t. Exactly zero while nothing before the slot has changed.
+    pruned one has the input x_t. Exactly zero while nothing before the slot has changed. ``dense_I`` = sum of d_t^2, (I,).
 
-    Workers share its rows; gathering them costs 4 I^2 bytes.
+    Workers share the rows of the matrix; gathering them costs 4 I^2 bytes.
     """
 
     shared = True
     needs_dense = True
     total_II: Tensor = accumulated("II", lambda earlier, later: earlier.add_(later))
+    dense_I: Tensor = accumulated("I")
 
     def flops(self, tokens: int, rows: int, columns: int) -> int:
         return 2 * tokens * columns**2
@@ -671,12 +672,13 @@ class Lag(Statistic):
     def update(self, x_TI: Tensor, y_TO: Tensor, weight_OI: Tensor) -> None:
         """``y_TO`` is d, (T, I)."""
         x_TI = x_TI.float()
-        behind_TI = y_TO.float() - x_TI
+        dense_TI = y_TO.float()
+        behind_TI = dense_TI - x_TI
         pieces = _row_pieces(self._sharing(x_TI), behind_TI)
         total_II = x_TI.new_zeros((x_TI.shape[1], x_TI.shape[1]))
         for rows in pieces:
             total_II[rows] = behind_TI[:, rows].T @ x_TI
-        self.add(len(x_TI), total_II=total_II)
+        self.add(len(x_TI), total_II=total_II, dense_I=dense_TI.square().sum(0))
 
     def _gather(self, workers: Workers) -> None:
         _gather_rows(self.total_II, workers)

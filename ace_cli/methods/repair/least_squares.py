@@ -127,15 +127,18 @@ class Factors:
             self._made[key] = torch.cholesky_inverse(lower).float()
         return self._made[key]
 
-    def learned(self, cross_OI: Tensor, shrinkage: float) -> Tensor:
-        """D = C (G + shrinkage * diag(G))^{-1}, float64 (O, I), for C = sum_t d_t x_t^T, (O, I).
+    def learned(self, cross_OI: Tensor, shrinkage: float, least_I: Tensor | None = None) -> Tensor:
+        """D = C (G + shrinkage * diag(s^2))^{-1}, float64 (O, I), for C = sum_t d_t x_t^T, (O, I).
 
-        The exact minimum of sum_t ||D x_t - d_t||^2 + shrinkage * ||D s||^2: what of the outputs d the inputs tell. By
-        Cholesky in float64 and the damping ladder.
+        s_j^2 is G_jj, or ``least_I`` (I,) where that is more. The exact minimum of sum_t ||D x_t - d_t||^2 + shrinkage *
+        ||D s||^2: what of the outputs d the inputs tell. By Cholesky in float64 and the damping ladder.
         """
         import torch
 
-        lower_II = self.cholesky(self.damped(0.0).double(), shrinkage)
+        unit_II = self.damped(0.0).double()
+        if least_I is not None:
+            unit_II.diagonal().add_(shrinkage * (least_I / self.scale_I.square() - 1).clamp_min(0))
+        lower_II = self.cholesky(unit_II, shrinkage)
         unit_IO = (cross_OI / self.scale_I).T.double()
         return torch.cholesky_solve(unit_IO, lower_II).T / self.scale_I
 
