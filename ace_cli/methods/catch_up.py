@@ -10,8 +10,8 @@ nearly what the dense model does, of the inputs that there are now, are
 the least squares of sum_t ||W' x_t - W d_t||^2 drawn to W. ``share`` of that way is gone before the weight is scored
 and repaired. The whole way is the asymmetric calibration of quantisers (GPTAQ, arXiv 2504.02692) and the dense targets
 of D2Prune (AAAI 2026); here half of it is better than either end (docs/results.md). shrinkage = I / T, as repairs take
-(``Factors.noise``); s_j^2 is the larger of sum x_j^2 and sum d_j^2: by its own size alone, an input of which pruning left
-a hundredth would be moved without bound.
+(``Factors.noise``); s_j^2 is the larger of sum x_j^2 and sum d_j^2: by its own size alone, an input of which pruning
+left a hundredth would be moved without bound.
 """
 
 from __future__ import annotations

@@ -647,7 +647,7 @@ def _mirror(total_II: Tensor, parts: list[slice]) -> None:
 @dataclass(unsafe_hash=True)
 class Lag(Statistic):
     """``total_II`` = sum over tokens of (d_t - x_t) x_t^T, float32 (I, I): d_t is what the dense model has where the
-    pruned one has the input x_t. Exactly zero while nothing before the slot has changed. ``dense_I`` = sum of d_t^2, (I,).
+    pruned one has the input x_t. Exactly zero while nothing before the slot has changed. ``dense_I`` = sum of d_t^2.
 
     Workers share the rows of the matrix; gathering them costs 4 I^2 bytes.
     """

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from ace_cli.run.context import RunContext
 
 #: What is forecast may take so many times less or more: a probe of a tenth of a second knows no better. Of 14 runs of
-#: SmolLM2 on cores shared with others (weights, channels, blocks; repairs, training) 13 ended within; one lost its core.
+#: SmolLM2 on cores shared with others (weights, channels, blocks; repairs, training) 13 ended within; one lost its
+#: core.
 UNSURE = 2.0
 #: A step of writing text costs about so much for every block beside its arithmetic: Python calls every module.
 _STEP = 1e-3

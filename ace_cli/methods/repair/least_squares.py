@@ -130,8 +130,8 @@ class Factors:
     def learned(self, cross_OI: Tensor, shrinkage: float, least_I: Tensor | None = None) -> Tensor:
         """D = C (G + shrinkage * diag(s^2))^{-1}, float64 (O, I), for C = sum_t d_t x_t^T, (O, I).
 
-        s_j^2 is G_jj, or ``least_I`` (I,) where that is more. The exact minimum of sum_t ||D x_t - d_t||^2 + shrinkage *
-        ||D s||^2: what of the outputs d the inputs tell. By Cholesky in float64 and the damping ladder.
+        s_j^2 is G_jj, or ``least_I`` (I,) where that is more. The exact minimum of sum_t ||D x_t - d_t||^2 +
+        shrinkage * ||D s||^2: what of the outputs d the inputs tell. By Cholesky in float64 and the damping ladder.
         """
         import torch
 
