@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.methods.catch_up import NEEDS, caught_up
+from ace_cli.methods.catch_up import caught_up, needs
 from ace_cli.methods.metrics.wanda import Wanda
 from ace_cli.methods.patterns import NofM, Scope, parse_sparsity
 from ace_cli.methods.repair.none import NoRepair
@@ -49,7 +49,7 @@ def target(weight_OI: Tensor, x_TI: Tensor, d_TI: Tensor, share: float) -> Tenso
 
 
 def looked_at(x_TI: Tensor, d_TI: Tensor, weight_OI: Tensor) -> Seen:
-    seen = Seen(NEEDS)
+    seen = Seen(needs(SHARE))
     for part in (slice(0, 7), slice(7, None)):
         seen[Gram()].update(x_TI[part], x_TI[part], weight_OI)
         seen[Lag()].update(x_TI[part], d_TI[part], weight_OI)

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
     from ace_cli.methods.statistics import Seen, Statistic
 
-#: What ``caught_up`` reads.
-NEEDS: tuple[Statistic, ...] = (Gram(), Lag())
+
+def needs(share: float) -> tuple[Statistic, ...]:
+    """What ``caught_up`` reads; nothing where ``share`` is 0 and it is not called."""
+    return (Gram(), Lag()) if share else ()
 
 
 def caught_up(weight_OI: Tensor, share: float, seen: Seen) -> Tensor:

@@ -661,7 +661,7 @@ class Lag(Statistic):
         return 2 * tokens * columns**2
 
     def nbytes(self, tokens: int, rows: int, columns: int) -> int:
-        return 4 * columns**2
+        return 4 * columns * (columns + 1)
 
     def sent(self, rows: int, columns: int) -> int:
         return 4 * columns**2

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from ace_cli.methods.catch_up import NEEDS as CATCH_UP
+from ace_cli.methods import catch_up
 
 if TYPE_CHECKING:
     from ace_cli.methods.metrics.base import Metric
@@ -57,5 +57,5 @@ class Recipe:
     @property
     def wanted(self) -> tuple[Statistic, ...]:
         """The statistics that the methods read, each once."""
-        own = CATCH_UP if self.catch_up else ()
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs(), *own)))
+        moving = catch_up.needs(self.catch_up)
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repair.needs(), *moving)))

@@ -105,10 +105,9 @@ def _observe(
     for experts in block.experts:
         for expert in range(experts.count):
             slots = [slot for stage in experts.stages(expert) for slot in stage]
-            idle = not sum(
-                apart.told(experts.tokens(calls.get(id(experts), []), expert))
-            )  # all tokens rather than none
-            seen |= observe_expert(experts, expert, slots, calls.get(id(experts), []), idle, needs, apart)
+            shown = calls.get(id(experts), [])
+            idle = not sum(apart.told(experts.tokens(shown, expert)))  # seen on all tokens rather than on none
+            seen |= observe_expert(experts, expert, slots, shown, idle, needs, apart)
     for each in seen.values():
         each.gather(own_rows=False)
     return seen

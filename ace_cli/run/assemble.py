@@ -56,7 +56,8 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
     """The report of a run whose checkpoint is in place."""
     config, model, plan, windows_NL = run.config, run.model, run.plan, run.texts.windows_NL
     slots = [slot for block in work.finished for slot in block.slots]
-    manifest = read_manifest(work.final)
+    manifest, written = read_manifest(work.final), Checkpoint(work.final)
+    size = _size(run, written, manifest) if _smaller(run) else None
     zeros = {name: entry.zeros for name, entry in manifest.slots.items()}
     zeros |= {cut.name: cut.fewer for cut in manifest.cuts}  # what is no longer there
     pruned = sum(zeros.values())
@@ -73,7 +74,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         model=_model(config, model, plan),
         method=_method(config, plan),
         calibration=_calibration(config, windows_NL) if windows_NL is not None else None,
-        sparsity=_sparsity(run, work, manifest, pruned, dense),
+        sparsity=_sparsity(run, size, pruned, dense),
         perplexity=measured.perplexity,
         fidelity=measured.fidelity,
         zero_shot=measured.zero_shot,
@@ -83,7 +84,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         efficiency=_efficiency(run, seconds) if not work.resumed else {},
         peak_memory_bytes=_peaks(model.device, run.phases),
         timeline=_timeline(run.phases),
-        bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": Checkpoint(work.final).file_bytes},
+        bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": written.file_bytes},
         checkpoint=str(work.final),
         slots=[_slot(slot, zeros.get(slot.name, 0)) for slot in slots],
         blocks=[_block(block) for block in work.finished],
@@ -93,15 +94,15 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         speed=measured.speed,
         recovery=read_object(work.final / MANIFEST).get(RECOVERED),
         warnings=[*_warnings(config, work.finished, plan, work, loops), *measured.notes],
-        size=_size(run, work, manifest) if _smaller(run) else None,
+        size=size,
         target=_target(config.target, work.final) if config.target is not None else None,
     )
 
 
-def _sparsity(run: RunContext, work: Work, manifest: Manifest, zeros: int, dense: float) -> facts.Sparsity:
+def _sparsity(run: RunContext, size: facts.Size | None, zeros: int, dense: float) -> facts.Sparsity:
     """Shares of zeros; of a model that got smaller, the share of its parameters that is gone."""
-    if _smaller(run):
-        gone = 1 - _size(run, work, manifest).parameters["pruned"] / run.plan.parameters
+    if size is not None:
+        gone = 1 - size.parameters["pruned"] / run.plan.parameters
         return facts.Sparsity(run.config.requested, gone, gone)
     return facts.Sparsity(run.config.requested, zeros / run.plan.slot_weights, zeros / run.plan.parameters, dense)
 
@@ -110,14 +111,14 @@ def _smaller(run: RunContext) -> bool:
     return run.cutting is not None or run.config.unit.ranks or run.config.unit.slices
 
 
-def _size(run: RunContext, work: Work, manifest: Manifest) -> facts.Size:
+def _size(run: RunContext, written: Checkpoint, manifest: Manifest) -> facts.Size:
     """By what was written: a run that was continued behind its last block knows nothing else of the widths."""
     couplings = [] if run.cutting is None else [each for block in run.cutting.couplings for each in block]
     regions = {each.name: each.regions for each in couplings}
     stay = {cut.name: len(cut.kept) // regions.get(cut.name, 1) for cut in manifest.cuts}
     dense = run.plan.parameters
     if run.cutting is not None:
-        left = sum(entry.numel for entry in Checkpoint(work.final).tensors.values())
+        left = sum(entry.numel for entry in written.tensors.values())
         return facts.Size(run.cutting.name, {"dense": dense, "pruned": left}, stay)
     left = dense - sum(cut.fewer for cut in manifest.cuts)
     name, ranks = ("rank", True) if run.config.unit.ranks else ("direction", False)

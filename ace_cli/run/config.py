@@ -31,8 +31,8 @@ from ace_cli.export.gguf import Gguf
 from ace_cli.export.gguf import fault as gguf_fault
 from ace_cli.export.packed import Pack
 from ace_cli.export.quantised import Quantised
+from ace_cli.methods import catch_up
 from ace_cli.methods.allocation.base import Allocation
-from ace_cli.methods.catch_up import NEEDS as CATCH_UP
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.patterns import NofM, Pattern, Ratio, Scope, parse_sparsity
 from ace_cli.methods.quantize.base import Quantize
@@ -143,8 +143,8 @@ class RunConfig:
     @property
     def statistics(self) -> tuple[Statistic, ...]:
         """What the methods read, each once."""
-        own = CATCH_UP if self.catch_up else ()
-        return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs(), *own)))
+        moving = catch_up.needs(self.catch_up)
+        return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs(), *moving)))
 
     @property
     def needs_data(self) -> bool:
