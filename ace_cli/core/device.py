@@ -49,6 +49,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def with_others(device: torch.device) -> list[torch.device]:
+    """This device first, then all others of its kind that this machine has."""
+    import torch
+
+    if device.type != "cuda":
+        return [device]
+    first = torch.cuda.current_device() if device.index is None else device.index
+    others = [number for number in range(torch.cuda.device_count()) if number != first]
+    return [torch.device("cuda", number) for number in (first, *others)]
+
+
 def _of_worker(name: str) -> torch.device:
     """Each worker of a machine has a GPU of its own, or all compute on the CPU."""
     import torch

@@ -40,6 +40,8 @@ class Recovery:
     in_stream = True
     #: Whether the whole model is trained, when all blocks are pruned.
     whole = False
+    #: Whether that one lies on all GPUs of this machine.
+    spread = False
     #: Tokens of one training step.
     batch = 512
     #: Whether targets are the dense model's own hidden states, which then have to be carried along.

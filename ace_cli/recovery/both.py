@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @register("recover", "both")
 @dataclass
 class Both(Recovery):
-    """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill`` for ``epochs`` at ``lr``."""
+    """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill`` for ``epochs`` at ``lr``; ``spread`` or not."""
 
     epochs: int = 2
     lr: float = 3e-4
@@ -39,6 +39,7 @@ class Both(Recovery):
     batch: int = 512
     held_out: float = 0.1
     seed: int = 0
+    spread: bool = False
 
     whole = True
 
@@ -48,7 +49,7 @@ class Both(Recovery):
 
     @property
     def _distill(self) -> Distill:
-        return Distill(self.epochs, self.lr, self.batch, self.held_out, self.seed)
+        return Distill(self.epochs, self.lr, self.batch, self.held_out, self.seed, self.spread)
 
     def faults(self) -> list[str]:
         faults = self._distill.faults()

@@ -61,7 +61,7 @@ class Distill(WholeModel):
         streamed = StreamedModel(pruned, dense.device, torch.float32)
         own_NL, steps = shared_steps(windows_NL, self.batch, workers)
         states_NLH = last_states(dense, own_NL, progress)
-        student = loaded(pruned, dense.device)
+        student = loaded(pruned, dense.device, self.spread)
         keep, parameters = _trained(streamed, student), dict(student.named_parameters())
         predictions = DensePredictions(dense, student, own_NL, states_NLH)
         weights = {name: parameters[name] for name in keep}

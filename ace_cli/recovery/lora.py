@@ -133,7 +133,7 @@ class Lora(WholeModel):
         streamed = StreamedModel(pruned, dense.device, torch.float32)
         own_NL, steps = shared_steps(windows_NL, self.batch, workers)
         states_NLH, ranks = self._heard(dense, own_NL, progress, workers)
-        student = loaded(pruned, dense.device)
+        student = loaded(pruned, dense.device, self.spread)
         adapters = Adapters(student, streamed, ranks, self.alpha / self.rank, self.merge, self.seed)
         objective = (
             DensePredictions(dense, adapters.model, own_NL, states_NLH)

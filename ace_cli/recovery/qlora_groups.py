@@ -97,7 +97,7 @@ class QloraGroups(WholeModel):
         streamed = StreamedModel(pruned, dense.device, torch.float32)
         own_NL, steps = shared_steps(windows_NL, self.batch, workers)
         states_NLH = last_states(dense, own_NL, progress)
-        student = loaded(pruned, dense.device).requires_grad_(False)
+        student = loaded(pruned, dense.device, self.spread).requires_grad_(False)
         layers = self._layers(student, [path for block in streamed.blocks for path in adapted_paths(block)])
         weights = {f"{letter} {path}": factor for path, layer in layers.items()
                    for letter, factor in (("A", layer.down_RG), ("B", layer.up_OR))}  # fmt: skip

@@ -64,7 +64,8 @@ class WholeModel(Recovery):
 
     ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
     the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
-    What is kept is the epoch that is best on the windows held out.
+    What is kept is the epoch that is best on the windows held out. ``spread``: the model lies on all GPUs of this
+    machine, some blocks on each, so that it need not fit on one.
     """
 
     epochs: int = 2
@@ -72,6 +73,7 @@ class WholeModel(Recovery):
     batch: int = 512
     held_out: float = 0.1
     seed: int = 0
+    spread: bool = False
 
     in_stream = False
     whole = True
@@ -83,13 +85,17 @@ class WholeModel(Recovery):
         return training_forwards(self.epochs, self.held_out)
 
 
-def loaded(pruned: Checkpoint, device: torch.device) -> Any:
-    """The whole pruned model in float32, by transformers."""
+def loaded(pruned: Checkpoint, device: torch.device, spread: bool) -> Any:
+    """The whole pruned model in float32, by transformers; on this device, or ``spread`` over all of its kind."""
     import torch
 
+    from ace_cli.core.device import with_others
     from ace_cli.data.generation import whole_model
+    from ace_cli.model.spread import spread_out
 
     hint = "Use recover=blocks, which needs one block at a time in memory."
+    if spread:
+        return spread_out(whole_model(pruned, torch.float32, "cpu", hint), with_others(device))
     return whole_model(pruned, torch.float32, device, hint)
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from ace_cli.core import memory
+from ace_cli.core.device import with_others
 from ace_cli.core.errors import AceError
 from ace_cli.core.registry import name_of
-from ace_cli.core.workers import on_this_machine
+from ace_cli.core.workers import on_this_machine, size
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.base import Evaluation
@@ -27,6 +28,18 @@ from ace_cli.run.plan import Plan
 
 #: A source with at least this share of zeros was pruned before: training alone leaves next to none.
 SPARSE = 0.05
+
+
+def spread_budget(config: RunConfig, device: torch.device) -> float:
+    """Bytes of all GPUs that a model in training is spread over; AceError where there is one, or none."""
+    devices = with_others(device)
+    if len(devices) < 2:
+        raise AceError(f"recover.spread=true: device={device} has no other beside it on this machine.", "Leave it out.")
+    if size() > 1:
+        raise AceError(
+            "recover.spread=true: each of several workers has one GPU.", "Start one process, or leave it out."
+        )
+    return sum(memory_budget(config.memory_gb, each) for each in devices)
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
@@ -89,16 +102,20 @@ def already_sparse(model: StreamedModel, pattern: Pattern) -> str | None:
     return f"about {share:.0%} of the source's weights are zero already: sparsity={pattern} {what}"
 
 
-def check_training(config: RunConfig, plan: Plan) -> None:
+def check_training(config: RunConfig, plan: Plan, device: torch.device) -> None:
     """AceError if the memory has no room for a whole model in training, or a package is missing for it."""
     config.recover.check_installed()
     trained = plan.parameters if config.unit.cuts else plan.slot_weights
     needed = config.recover.whole_bytes(plan.parameters, trained, list(plan.shapes.values()))
-    if needed > plan.budget_bytes:
+    room = spread_budget(config, device) if config.recover.spread else plan.budget_bytes
+    if needed > room:
         name = name_of("recover", config.recover)
+        more = (
+            "" if config.recover.spread or len(with_others(device)) < 2 else ", or recover.spread=true, over all GPUs"
+        )
         raise AceError(
-            f"recover={name} needs {needed / 1e9:.1f} GB of memory, {plan.budget_bytes / 1e9:.1f} GB may be used.",
-            "Use recover=blocks, which trains one block at a time.",
+            f"recover={name} needs {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB may be used.",
+            f"Use recover=blocks, which trains one block at a time{more}.",
         )
 
 

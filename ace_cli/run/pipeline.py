@@ -252,7 +252,7 @@ def _plan(
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
-    check_training(config, plan)
+    check_training(config, plan, model.device)
     check_gradients(config, dense, plan)
     if sparse := already_sparse(model, config.pattern):
         terminal.say(f"Warning: {sparse}.", "yellow")
