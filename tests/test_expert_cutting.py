@@ -175,7 +175,8 @@ def test_the_dense_model_teaches_one_of_fewer_experts(
 ) -> None:
     """Stopped after the first epoch, and before the trained files are put in place."""
     folder = add_tokenizer(make(tmp_path / "dense", "gpt_oss"))
-    options = ("keep=3", "calib.n_samples=64", "recover=distill", "recover.batch=32", "recover.lr=2e-4")
+    options = ("keep=3", "calib.n_samples=64", "recover=distill", "recover.batch=32", "recover.lr=2e-4",
+               "recover.windows=64")  # fmt: skip
     straight = run(prune_here, folder, tmp_path / "whole", *options)
 
     def stop(*_: object) -> None:

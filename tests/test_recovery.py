@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import composed
 from safetensors.torch import load_file
 from tiny_models import make
 
 from ace_cli.core.errors import AceError
+from ace_cli.core.steps import NOBODY
 from ace_cli.kernels.divergence import divergence
-from ace_cli.model.files import CheckpointWriter
+from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.recovery.blocks import relative_error
-from ace_cli.recovery.training import split
+from ace_cli.recovery.training import split, training_steps
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]
@@ -162,6 +164,7 @@ TAUGHT = (
     "recover.batch=64",
     "recover.lr=3e-3",
     "calib.n_samples=16",
+    "recover.windows=16",
     "recover.epochs=2",
 )
 
@@ -191,11 +194,8 @@ def test_the_divergence_is_that_of_the_whole_models(tmp_path: Path, prune_here: 
     model = add_tokenizer(make(tmp_path / "m", "llama"))
     options = ("calib=text", f"calib.path={documents}", "calib.n_samples=8", "calib.seq_len=16")
     prune_here(model, tmp_path / "pruned", "metric=wanda", *options)
-    report = prune_here(model, tmp_path / "taught", *TAUGHT, *options, "recover.held_out=0.5", "recover.batch=16")
-    from conftest import composed
-
-    from ace_cli.model.files import Checkpoint
-
+    report = prune_here(model, tmp_path / "taught", *TAUGHT, *options, "recover.held_out=0.5", "recover.batch=16",
+                        "recover.windows=8")  # fmt: skip
     config = composed("model=custom", f"model.path={model}", "metric=wanda", *options)
     ids_NL = config.calib.windows(Checkpoint(model), "cpu")[4:]
     log_p, log_q = (
@@ -292,3 +292,46 @@ def test_blocks_first_then_the_whole(llama: Path, tmp_path: Path, prune_here: Pr
 def test_bad_options_of_both_name_their_own(configure: Callable[..., object]) -> None:
     with pytest.raises(AceError, match=r"recover.block_epochs=0: must be at least 1"):
         configure("model.path=x", "model=custom", "recover=both", "recover.block_epochs=0")
+
+
+def test_what_is_held_out_is_nothing_that_pruning_saw(documents: Path, llama: Path) -> None:
+    """A tenth is held out: of 143 windows 128 are those that prune, 15 follow them in the same draw."""
+    options = ("calib=text", f"calib.path={documents}", "calib.seq_len=8", "recover=distill")
+    config = composed("model=custom", f"model.path={llama}", *options)
+    count = config.recover.trained_on(config.calib.n_samples)
+    source = Checkpoint(llama)
+    windows_NL = config.calib.windows(source, "cpu")
+    more_NL = config.calib.more(windows_NL, count, source, "cpu", NOBODY)
+    larger = composed("model=custom", f"model.path={llama}", *options, "calib.n_samples=143")
+    assert count == len(more_NL) == 143
+    assert torch.equal(more_NL[:128], windows_NL)
+    assert torch.equal(more_NL, larger.calib.windows(source, "cpu"))
+    assert torch.equal(config.calib.more(windows_NL, 7, source, "cpu", NOBODY), windows_NL[:7])
+    held = split(len(training_steps(count, 8, config.recover.batch)), config.recover.held_out)[1]
+    assert min(training_steps(count, 8, config.recover.batch)[held[0]]) >= 128
+
+
+@pytest.mark.parametrize("how", ["calib.continue_to=12", "calib.pack=24"])
+def test_windows_that_follow_are_made_like_those_before(documents: Path, llama: Path, how: str) -> None:
+    options = ("calib=text", f"calib.path={documents}", "calib.seq_len=8", "calib.n_samples=9", how)
+    config = composed("model=custom", f"model.path={llama}", *options)
+    source = Checkpoint(llama)
+    windows_NL = config.calib.windows(source, "cpu")
+    more_NL = config.calib.more(windows_NL, 12, source, "cpu", NOBODY)
+    assert len(more_NL) * 9 == len(windows_NL) * 12
+    assert torch.equal(more_NL[: len(windows_NL)], windows_NL)
+    assert more_NL.unique(dim=0).shape == more_NL.shape
+
+
+def test_more_windows_than_the_text_has(
+    documents: Path, llama: Path, tmp_path: Path, prune_here: Prune, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As many as prune were there: by default it is said, and goes on; what was asked for is an error."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(documents.read_text().splitlines(keepends=True)[:1]))
+    options = (*(each for each in TAUGHT if "windows" not in each), "calib=text", f"calib.path={few}")
+    report = prune_here(llama, tmp_path / "out", *options, "calib.n_samples=40", "calib.seq_len=16")
+    assert report.recovery is not None
+    assert "the text has no more windows" in capsys.readouterr().out
+    with pytest.raises(AceError, match="Too few long documents"):
+        prune_here(llama, tmp_path / "more", *options, "calib.seq_len=16", "recover.windows=60")

@@ -35,6 +35,7 @@ from ace_cli.report.facts import Report
 from ace_cli.report.terminal import Terminal
 from ace_cli.run import pipeline, prune_checkpoint
 from ace_cli.run.at_scale import AtScale, at_scale, rates_of
+from ace_cli.run.context import Texts
 from ace_cli.run.plan import Demand, Plan, make_plan
 
 no_forks = pytest.mark.skipif(sys.platform == "win32", reason="no forks")
@@ -397,7 +398,8 @@ def test_what_a_run_is_has_no_node_and_the_number_of_workers_only_where_sums_dep
     model = StreamedModel(Checkpoint(models["llama"]), torch.device("cpu"), torch.float32)
 
     def identity(*overrides: str) -> dict[str, Any]:
-        return prune_checkpoint.identity_of(configure(f"model.path={models['llama']}", *overrides), model, None)
+        config = configure(f"model.path={models['llama']}", *overrides)
+        return prune_checkpoint.identity_of(config, model, Texts(None, None, None, None))
 
     alone, trained = identity("metric=ace"), identity("metric=ace", "recover=blocks")
     assert identity("metric=ace", "split=windows") == alone, "one worker has all windows"

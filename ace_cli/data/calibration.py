@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
 from ace_cli.core.steps import NOBODY, Steps
-from ace_cli.data.generation import CALIBRATION, continue_windows
+from ace_cli.data.generation import CALIBRATION, TRAINING, continue_windows
 from ace_cli.data.sources.base import FromSource, offer
 
 if TYPE_CHECKING:
@@ -81,14 +82,31 @@ class Calibration(FromSource):
 
         ``steps`` hears how far it is.
         """
+        return self._drawn(checkpoint, self.n_samples, 0, device, steps)
+
+    def more(self, windows_NL: Tensor, count: int, checkpoint: Checkpoint, device: str, steps: Steps) -> Tensor:
+        """The windows that ``windows`` gave and those that follow them, as of ``count`` in all: rows of ``length``.
+
+        Of fewer windows the first ones. Raises AceError when the source has not so many.
+        """
+        import torch
+
+        rows = max(1, round(count * len(windows_NL) / self.n_samples))
+        if rows <= len(windows_NL):
+            return windows_NL[:rows]
+        further = math.ceil((rows - len(windows_NL)) * self.n_samples / len(windows_NL))
+        return torch.cat([windows_NL, self._drawn(checkpoint, further, self.n_samples, device, steps)])
+
+    def _drawn(self, checkpoint: Checkpoint, count: int, skip: int, device: str, steps: Steps) -> Tensor:
         source = self.source
-        ids_NL = source.draw(checkpoint, self.n_samples, self.seq_len, self.seed, device, steps)
+        ids_NL = source.draw(checkpoint, count, self.seq_len, self.seed, device, steps, skip)
         if self.start_token:
             ids_NL = source.begin(ids_NL, checkpoint)
         if self.continue_to:
-            longer, seed = self.continue_to, self.seed
-            ids_NL = continue_windows(checkpoint, ids_NL, longer, seed, CALIBRATION, device, steps)
-        return ids_NL.reshape(-1, self.length)
+            longer, seed, purpose = self.continue_to, self.seed, TRAINING if skip else CALIBRATION
+            ids_NL = continue_windows(checkpoint, ids_NL, longer, seed, purpose, device, steps)
+        whole = ids_NL.numel() // self.length
+        return ids_NL.flatten()[: whole * self.length].reshape(-1, self.length)
 
 
 offer("calib", Calibration)

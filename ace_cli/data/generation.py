@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from ace_cli.model.files import Checkpoint
 
-#: What windows are for: the same seed never gives calibration and evaluation the same text.
-CALIBRATION, EVALUATION = 0, 1
+#: What windows are for: the same seed never gives two of them the same text.
+CALIBRATION, EVALUATION, TRAINING = 0, 1, 1 << 40
 
 
 def sample_windows(

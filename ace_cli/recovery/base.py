@@ -51,8 +51,20 @@ class Recovery:
         """What is wrong with the knobs, one line each; empty when all is well."""
         return []
 
-    def forwards(self) -> float:
-        """What it costs beside pruning, in forwards of all calibration tokens through the model."""
+    @property
+    def insists(self) -> bool:
+        """Whether ``trained_on`` is what the user said: then a text that has fewer windows will not do."""
+        return False
+
+    def trained_on(self, windows: int) -> int:
+        """How many windows it takes where so many prune: those, then others that no choice of pruning has seen."""
+        return windows
+
+    def forwards(self, share: float = 1.0) -> float:
+        """What it costs beside pruning, in forwards of all calibration tokens through the model.
+
+        ``share``: what ``trained_on`` has more of them, as a ratio.
+        """
         return 0.0
 
     def bytes_per_weight(self) -> int:

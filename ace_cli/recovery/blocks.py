@@ -69,7 +69,7 @@ class Blocks(Recovery):
     def faults(self) -> list[str]:
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
 
-    def forwards(self) -> float:
+    def forwards(self, share: float = 1.0) -> float:
         return training_forwards(self.epochs, self.held_out)
 
     def bytes_per_weight(self) -> int:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @register("recover", "both")
 @dataclass
 class Both(Recovery):
-    """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill`` for ``epochs`` at ``lr``; ``spread`` or not."""
+    """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill``, which the others are for."""
 
     epochs: int = 2
     lr: float = 3e-4
@@ -39,6 +39,7 @@ class Both(Recovery):
     batch: int = 512
     held_out: float = 0.1
     seed: int = 0
+    windows: int | None = None
     spread: bool = False
 
     whole = True
@@ -49,15 +50,22 @@ class Both(Recovery):
 
     @property
     def _distill(self) -> Distill:
-        return Distill(self.epochs, self.lr, self.batch, self.held_out, self.seed, self.spread)
+        return Distill(self.epochs, self.lr, self.batch, self.held_out, self.seed, self.windows, self.spread)
 
     def faults(self) -> list[str]:
         faults = self._distill.faults()
         of_blocks = training_faults(self.block_epochs, self.block_lr, 1, 0.5, 0)
         return faults + [each.replace("recover.", "recover.block_", 1) for each in of_blocks]
 
-    def forwards(self) -> float:
-        return self._blocks.forwards() + self._distill.forwards()
+    @property
+    def insists(self) -> bool:
+        return self._distill.insists
+
+    def trained_on(self, windows: int) -> int:
+        return self._distill.trained_on(windows)
+
+    def forwards(self, share: float = 1.0) -> float:
+        return self._blocks.forwards() + self._distill.forwards(share)
 
     def bytes_per_weight(self) -> int:
         return self._blocks.bytes_per_weight()

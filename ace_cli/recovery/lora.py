@@ -40,6 +40,7 @@ from ace_cli.recovery.whole import (
     last_states,
     loaded,
     shared_steps,
+    window_faults,
     write_weights,
 )
 
@@ -94,7 +95,7 @@ class Lora(WholeModel):
     def faults(self) -> list[str]:
         alone = self.init is Init.svd and self.epochs == 0  # the closed form, and no training
         faults = training_faults(1 if alone else self.epochs, self.lr, self.batch, self.held_out, self.seed)
-        faults += adapter_faults(self.rank, self.alpha)
+        faults += adapter_faults(self.rank, self.alpha) + window_faults(self.windows)
         if self.init is Init.svd and self.merge:
             faults.append(
                 "recover.init=svd stands for the weights that went, where a merge keeps zeros: add recover.merge=false"
@@ -114,8 +115,8 @@ class Lora(WholeModel):
         """The adapter, where it is not merged."""
         return () if self.merge else ADAPTER_FILES
 
-    def forwards(self) -> float:
-        return super().forwards() + (self.init is Init.svd)
+    def forwards(self, share: float = 1.0) -> float:
+        return super().forwards(share) + share * (self.init is Init.svd)
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         factors = self.rank * sum(rows + columns for rows, columns in shapes)

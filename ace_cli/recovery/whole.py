@@ -6,6 +6,7 @@ Shapes: N windows, B of them at once, L tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -64,8 +65,11 @@ class WholeModel(Recovery):
 
     ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
     the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
-    What is kept is the epoch that is best on the windows held out. ``spread``: the model lies on all GPUs of this
-    machine, some blocks on each, so that it need not fit on one.
+    What is kept is the epoch that is best on the windows held out.
+
+    ``windows`` of the calibration text: those that pruning saw, then the ones that follow. By default as many more as
+    are held out, so that these are none that weights were refitted to: on such a model looks better than it is.
+    ``spread``: the model lies on all GPUs of this machine, some blocks on each, so that it need not fit on one.
     """
 
     epochs: int = 2
@@ -73,16 +77,29 @@ class WholeModel(Recovery):
     batch: int = 512
     held_out: float = 0.1
     seed: int = 0
+    windows: int | None = None
     spread: bool = False
 
     in_stream = False
     whole = True
 
     def faults(self) -> list[str]:
-        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed)
+        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed) + window_faults(self.windows)
 
-    def forwards(self) -> float:
-        return training_forwards(self.epochs, self.held_out)
+    @property
+    def insists(self) -> bool:
+        return self.windows is not None
+
+    def trained_on(self, windows: int) -> int:
+        return self.windows or math.ceil(windows / (1 - self.held_out))
+
+    def forwards(self, share: float = 1.0) -> float:
+        return share * training_forwards(self.epochs, self.held_out)
+
+
+def window_faults(windows: int | None) -> list[str]:
+    """What is wrong with the number of windows, one line."""
+    return [] if windows is None or windows >= 1 else [f"recover.windows={windows}: must be at least 1"]
 
 
 def loaded(pruned: Checkpoint, device: torch.device, spread: bool) -> Any:

@@ -112,14 +112,14 @@ def _of_rows(config: RunConfig, model: StreamedModel, slot: Slot, workers: int) 
 
 def _forwards(config: RunConfig, model: StreamedModel, plan: Plan, workers: int) -> tuple[float, float]:
     """Forwards of all tokens that pruning takes, and those that training takes of a worker."""
-    training = config.recover.forwards()
+    training = config.forwards_of_training
     together = 1 if is_split(config, workers) else min(workers, max(1, config.recover.batch // config.calib.length))
     return plan.forwards - training, training / together
 
 
 def _gradients(config: RunConfig, plan: Plan, tokens: int) -> float:
     """Bytes of all gradients of all steps: a step is three forwards of its tokens."""
-    return 4 * plan.slot_weights * config.recover.forwards() / 3 * tokens / config.recover.batch
+    return 4 * plan.slot_weights * config.forwards_of_training / 3 * tokens / config.recover.batch
 
 
 def _statistics(

@@ -153,7 +153,7 @@ def check_left(model: StreamedModel, config: RunConfig) -> None:
 
 def check_tokens(model: StreamedModel, texts: Texts) -> None:
     """AceError if a text that will go through the model, after hours perhaps, has a token that the model lacks."""
-    windows = {"the calibration text": texts.windows_NL}
+    windows = {"the calibration text": texts.windows_NL, "the text to train on": texts.training_NL}
     windows["the evaluation text"] = None if texts.evaluation is None else texts.evaluation.ids_NL
     for where, ids_NL in windows.items():
         if ids_NL is not None:

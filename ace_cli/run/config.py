@@ -147,6 +147,12 @@ class RunConfig:
         return tuple(dict.fromkeys((*self.metric.needs(), *self.repairing.needs(), *moving)))
 
     @property
+    def forwards_of_training(self) -> float:
+        """Forwards of all calibration tokens that the recovery costs."""
+        windows = self.calib.n_samples
+        return self.recover.forwards(self.recover.trained_on(windows) / windows)
+
+    @property
     def needs_data(self) -> bool:
         """Whether any of the chosen methods looks at calibration windows."""
         parts = (self.metric, self.repairing, self.allocation)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ace_cli.core import memory
 from ace_cli.core import workers as group
@@ -119,7 +120,7 @@ def _run(
         return None
     texts = _texts(config, model.checkpoint, device, terminal, phases)
     check_tokens(model, texts)
-    identity = identity_of(config, model, texts.windows_NL)
+    identity = identity_of(config, model, texts)
     workers.agree("before pruning", identity)
     workers = dataclasses.replace(workers, apart=is_split(config, workers.size))
     folder = Path(workers.from_first(lambda: str(_output_folder(config, identity))))
@@ -209,7 +210,7 @@ def _plan(
     demand = Demand(
         tokens, config.calib.length, config.statistics if by_slots else (), config.propagate,
         config.allocation.surveys if cutting is None else config.allocation.surveys + cutting.looks, alone, flops,
-        config.recover.forwards(), config.recover.bytes_per_weight(),
+        config.forwards_of_training, config.recover.bytes_per_weight(),
         nbytes,
         config.eval.seq_len if isinstance(config.eval, Evaluation) else 0,
         0 if cutting is None else cutting.beside,
@@ -290,12 +291,31 @@ def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal
     """All that will be read, before hours of pruning: a missing evaluation text is found now."""
     with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}") as steps:
         windows_NL = config.calib.windows(source, str(device), steps) if config.needs_data else None
+        training_NL, few = _for_training(config, windows_NL, source, device, steps)
+    if few:
+        terminal.say(f"Warning: {few}.", "yellow")
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}") as steps:
         texts = config.eval if isinstance(config.eval, Evaluation) else None
         evaluation = texts.windows(source, str(device), steps) if texts is not None else None
     with phases("evaluate"), terminal.waiting("data of the zero-shot tasks") as steps:
         tasks = harness.load(config.eval, source, steps)
-    return Texts(windows_NL, evaluation, tasks)
+    return Texts(windows_NL, training_NL, evaluation, tasks)
+
+
+def _for_training(
+    config: RunConfig, windows_NL: Tensor | None, source: Checkpoint, device: torch.device, steps: Steps
+) -> tuple[Tensor | None, str]:
+    """Windows for a training of the whole model, if there is one; and what to say where the text has few."""
+    recovery = config.recover
+    if windows_NL is None or not (recovery.acts and recovery.whole):
+        return None, ""
+    count = recovery.trained_on(config.calib.n_samples)
+    try:
+        return config.calib.more(windows_NL, count, source, str(device), steps), ""
+    except AceError:
+        if recovery.insists:
+            raise
+        return windows_NL, "the text has no more windows: those held out of training are some that pruning sees"
 
 
 def _stage_bytes(config: RunConfig, source: Checkpoint) -> int:

@@ -51,7 +51,7 @@ from ace_cli.report.terminal import Terminal
 from ace_cli.run.assemble import summary_of, versions, with_options
 from ace_cli.run.checks import loops_of
 from ace_cli.run.config import RunConfig
-from ace_cli.run.context import RunContext
+from ace_cli.run.context import RunContext, Texts
 from ace_cli.run.cut import check_loads, settle, smaller, with_new_hashes
 from ace_cli.run.forecast import PRUNING, VERIFYING
 from ace_cli.run.journal import Work
@@ -61,7 +61,7 @@ from ace_cli.run.slice import check_sliced, sliced, write_sliced
 from ace_cli.run.split import is_split, own_windows
 
 
-def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | None) -> dict[str, Any]:
+def identity_of(config: RunConfig, model: StreamedModel, texts: Texts) -> dict[str, Any]:
     """What decides every byte of the checkpoint: an interrupted run continues only if all of it is the same."""
     choices = {
         group: with_options(group, getattr(config, group))
@@ -78,7 +78,8 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "catch_up": config.catch_up,
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
-        "calibration": [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none",
+        "calibration": _named(texts.windows_NL),
+        "trained on": _named(texts.training_NL),
         "device": _device(config, model.device),
         **({"workers": f"{group.size()}, each with its own windows"} if is_split(config, group.size()) else {}),
         "dtype": str(model.dtype),
@@ -86,6 +87,10 @@ def identity_of(config: RunConfig, model: StreamedModel, windows_NL: Tensor | No
         "versions": {name: found[name] for name in ("ace-prune", "torch", "transformers", "numba", "scipy")},
         "loops": loops_of(config, model),
     }
+
+
+def _named(windows_NL: Tensor | None) -> list[Any] | str:
+    return [*windows_NL.shape, fingerprint(windows_NL)] if windows_NL is not None else "none"
 
 
 def _device(config: RunConfig, device: torch.device) -> str:
@@ -115,7 +120,7 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         return
     if run.slicer is None and not run.config.unit.ranks:
         (_prune if run.cutting is None else _cut)(run, work)
-    if (windows_NL := _whole_windows(run)) is not None:
+    if (windows_NL := run.texts.training_NL) is not None:
         help_training(run, work, windows_NL)
     run.workers.await_first(f"pruned {run.folder}")
 
@@ -163,7 +168,7 @@ def _prune(run: RunContext, work: Work) -> None:
             zeros = written.zeros()
     recovered = recorded(work)
     _describe(run, work, pruned, patterns, zeros, recovered)
-    if (windows_NL := _whole_windows(run)) is not None:
+    if (windows_NL := run.texts.training_NL) is not None:
         with clock("recover"):
             recovered = recover_checkpoint(run, work, windows_NL)
         with clock("verify"), run.terminal.waiting(VERIFYING):
@@ -212,7 +217,7 @@ def _cut(run: RunContext, work: Work) -> None:
         return
     _stream(run, work, done, batches, recipe, writer, compared, recovering, beside, workers=run.workers)
     _describe_cut(run, work, writer.entries, recorded(work))
-    if (windows_NL := _whole_windows(run)) is not None:
+    if (windows_NL := run.texts.training_NL) is not None:
         with clock("recover"):
             recovered = recover_checkpoint(run, work, windows_NL)
         _describe_cut(run, work, writer.entries, recovered)
@@ -239,12 +244,6 @@ def _describe_cut(
     with run.inner("verify"), run.terminal.waiting(VERIFYING):
         verify(work.partial)
         check_loads(run.model, work.partial, run.plan.host_bytes)
-
-
-def _whole_windows(run: RunContext) -> Tensor | None:
-    """What the whole model is trained on once all blocks are pruned; None if it is not."""
-    recovery = run.config.recover
-    return run.texts.windows_NL if recovery.acts and recovery.whole else None
 
 
 def _factor(run: RunContext, work: Work) -> None:

@@ -37,11 +37,12 @@ class TextSource:
         return []
 
     def draw(
-        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
-    ) -> Tensor:
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
+        skip: int = 0,
+    ) -> Tensor:  # fmt: skip
         """Windows to calibrate on, int64 (count, length), on the CPU. Raises AceError when there are not so many.
 
-        ``steps`` hears how far it is.
+        ``steps`` hears how far it is. ``skip``: those that come after so many of the same seed.
         """
         raise NotImplementedError
 
@@ -67,9 +68,10 @@ class DocumentSource(TextSource):
         raise NotImplementedError
 
     def draw(
-        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
-    ) -> Tensor:
-        return random_windows(self.documents(), load_tokenizer(checkpoint), count, length, seed, steps)
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
+        skip: int = 0,
+    ) -> Tensor:  # fmt: skip
+        return random_windows(self.documents(), load_tokenizer(checkpoint), skip + count, length, seed, steps)[skip:]
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         if (start := text_start(checkpoint)) is not None:

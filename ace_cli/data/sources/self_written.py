@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ace_cli.core.registry import register
 from ace_cli.core.steps import NOBODY, Steps
-from ace_cli.data.generation import CALIBRATION, EVALUATION, sample_windows
+from ace_cli.data.generation import CALIBRATION, EVALUATION, TRAINING, sample_windows
 from ace_cli.data.sources.base import TextSource
 
 if TYPE_CHECKING:
@@ -32,9 +32,10 @@ class SelfWritten(TextSource):
         return [f"{group}.seed={self.seed}: must not be negative"] if self.seed < 0 else []
 
     def draw(
-        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY
-    ) -> Tensor:
-        return sample_windows(checkpoint, count, length, seed, CALIBRATION, device, steps)
+        self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
+        skip: int = 0,
+    ) -> Tensor:  # fmt: skip
+        return sample_windows(checkpoint, count, length, seed, TRAINING if skip else CALIBRATION, device, steps)
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         """As they are: the start token is what they were sampled from."""
