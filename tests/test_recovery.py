@@ -17,7 +17,8 @@ from ace_cli.core.steps import NOBODY
 from ace_cli.kernels.divergence import divergence
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.recovery.blocks import relative_error
-from ace_cli.recovery.training import split, training_steps
+from ace_cli.recovery.training import LOWER, split, training_steps
+from ace_cli.recovery.whole import Fit
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]
@@ -221,8 +222,6 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
 def interrupted(moment: str, llama: Path, out: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch) -> Report:
     """A run that is stopped at this moment of its training, and goes on. No epoch is trained twice."""
     epochs = []
-    from ace_cli.recovery.whole import Fit
-
     original = Fit._epoch
 
     def epoch(fit: Fit, step: Callable[[], None]) -> None:
@@ -335,3 +334,48 @@ def test_more_windows_than_the_text_has(
     assert "the text has no more windows" in capsys.readouterr().out
     with pytest.raises(AceError, match="Too few long documents"):
         prune_here(llama, tmp_path / "more", *options, "calib.seq_len=16", "recover.windows=60")
+
+
+# --- a learning rate that is too high --------------------------------------------------------------------------------
+
+
+def test_blocks_that_get_worse_begin_again_with_a_lower_rate(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    report = prune_here(llama, tmp_path / "out", *TRAINED, "recover.lr=0.1", "sparsity=2:4")
+    for block in report.blocks:
+        assert block["recovery"]["lowered"] > 0
+        assert block["recovery"]["after"] < block["recovery"]["before"]
+
+
+def test_a_lowered_rate_is_that_rate(llama: Path, tmp_path: Path, prune_here: Prune) -> None:
+    begun = prune_here(llama, tmp_path / "begun", *TAUGHT, "recover.lr=0.9", "sparsity=2:4")
+    assert begun.recovery is not None
+    lowered = begun.recovery["lowered"]
+    assert lowered > 0
+    assert begun.recovery["after"] < begun.recovery["before"]
+    known = prune_here(llama, tmp_path / "known", *TAUGHT, f"recover.lr={0.9 * LOWER**lowered!r}", "sparsity=2:4")
+    assert known.recovery == {**begun.recovery, "lowered": 0}
+    assert digest(tmp_path / "begun") == digest(tmp_path / "known")
+
+
+def test_a_lowered_rate_outlives_an_interruption(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*TAUGHT, "recover.lr=0.9", "sparsity=2:4")
+    straight = prune_here(llama, tmp_path / "straight", *options)
+    assert straight.recovery is not None
+    assert straight.recovery["lowered"] > 0
+    save, left = Fit._save, [2]
+
+    def stop(fit: Fit) -> None:
+        save(fit)
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Fit, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prune_here(llama, tmp_path / "stopped", *options)
+    monkeypatch.undo()
+    again = prune_here(llama, tmp_path / "stopped", *options)
+    assert again.recovery == straight.recovery
+    assert digest(tmp_path / "stopped") == digest(tmp_path / "straight")

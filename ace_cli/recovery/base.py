@@ -23,11 +23,13 @@ class RecoveryFacts:
     """What training a block, or the model, did: the error on held-out windows before and after, the epochs kept.
 
     0 epochs: training made it no better. Then it keeps the weights it had, or those that training was to start from.
+    ``lowered``: how often it began again, with a lower learning rate.
     """
 
     before: float
     after: float
     epochs: int
+    lowered: int = 0
 
 
 @dataclass

@@ -5,7 +5,8 @@ After EBFT (arXiv 2402.12419) and the refinement of 3BASiL (arXiv 2603.01376): m
 makes of the same x (``target=block``) or what the dense model has there (``target=model``). Adam, warm-up and cosine.
 
 Where this departs from the papers: the error of a token is relative to its size, for a plain mean is ruled by a few
-tokens with massive activations; and a block that gets no better on windows held out from training stays as it was.
+tokens with massive activations; a block that gets no better on windows held out from training stays as it was; and a
+learning rate whose first epoch makes a block worse is lowered, for what is too much differs from family to family.
 
 Shapes: B windows, L tokens, H hidden size.
 """
@@ -21,8 +22,12 @@ from ace_cli.core.torch_api import own_parameters
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 from ace_cli.recovery.training import (
+    LOWER,
+    LOWERINGS,
     adam,
+    copies,
     half_precision,
+    put_back,
     rate,
     split,
     training_faults,
@@ -31,7 +36,7 @@ from ace_cli.recovery.training import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
 
@@ -79,36 +84,50 @@ class Blocks(Recovery):
         self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
         keep: Mapping[str, Tensor], workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
-        import torch
-
         training, held = split(len(batches), self.held_out)
         module = model.blocks[index].module
         loaded = dict(module.named_parameters())
         masters = _masters(module, keep)
         step = _Step(model, index, batches, targets, workers)
-        optimiser = adam(masters.values(), self.lr, model.device)
+        before = best = step.error(held)
+        kept, epochs, lowered = copies(masters), 0, 0
+        while True:
+            for epoch in self._epochs(index, step, masters, keep, training, self.lr * LOWER**lowered):
+                error = step.error(held)
+                if error < best:  # false for NaN: a block that diverged keeps what it had
+                    best, epochs, kept = error, epoch, copies(masters)
+                elif epoch == 1:
+                    break
+            if epochs or lowered == LOWERINGS:
+                break
+            lowered += 1
+            put_back(masters, kept)
+        better = {name: weight.masked_fill_(~keep[name], 0) for name, weight in kept.items()} if epochs else {}
+        _put(module, {**loaded, **better})
+        return RecoveryFacts(before, best, epochs, lowered)
+
+    def _epochs(
+        self, index: int, step: _Step, masters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor],
+        training: Sequence[int], lr: float,
+    ) -> Iterator[int]:  # fmt: skip
+        """Trains ``masters`` for another epoch at each turn; its number, from 1."""
+        import torch
+
+        optimiser = adam(masters.values(), lr, step.device)
         steps = self.epochs * len(training)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
         generator = torch.Generator().manual_seed(self.seed + index)
-        before = best = step.error(held)
-        kept, epochs = {name: master.detach().clone() for name, master in masters.items()}, 0
         for epoch in range(1, self.epochs + 1):
             for number in torch.randperm(len(training), generator=generator).tolist():
                 step.backward(training[number])
-                with_gradients_of(masters.values(), workers)
+                with_gradients_of(masters.values(), step.workers)
                 for name, master in masters.items():
                     assert master.grad is not None
                     master.grad.mul_(keep[name])  # a fifth of the time of masked_fill_
                 optimiser.step()
                 optimiser.zero_grad()
                 schedule.step()
-            error = step.error(held)
-            if error < best:  # false for NaN: a block that diverged keeps what it had
-                best, epochs = error, epoch
-                kept = {name: master.detach().clone() for name, master in masters.items()}
-        better = {name: weight.masked_fill_(~keep[name], 0) for name, weight in kept.items()} if epochs else {}
-        _put(module, {**loaded, **better})
-        return RecoveryFacts(before, best, epochs)
+            yield epoch
 
 
 class _Step:
@@ -118,7 +137,7 @@ class _Step:
         self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
         workers: Workers,
     ) -> None:  # fmt: skip
-        self._model, self._index, self._workers = model, index, workers
+        self._model, self._index, self.workers, self.device = model, index, workers, model.device
         self._batches, self._targets = batches, targets
         windows = [0 if batch is None else len(batch.ids_BL) for batch in batches]
         everyone = zip(*workers.told(windows), strict=True)
@@ -139,7 +158,7 @@ class _Step:
         with torch.no_grad():
             mine = [(number, batch) for number in numbers if (batch := self._batches[number]) is not None]
             error = sum(float(self._loss(number, batch)) for number, batch in mine)
-        return sum(self._workers.told(error)) / len(numbers)
+        return sum(self.workers.told(error)) / len(numbers)
 
     def _loss(self, number: int, batch: Batch) -> Tensor:
         target_BLH = self._targets[number]
@@ -147,7 +166,7 @@ class _Step:
         call, calls = batch.calls[self._index], [*batch.calls]
         calls[self._index] = replace(call, args=_in_float32(call.args), kwargs=_in_float32(call.kwargs))
         batch = replace(batch, hidden_BLH=batch.hidden_BLH.float(), calls=calls)
-        with half_precision(self._model.device):
+        with half_precision(self.device):
             out_BLH = self._model.forward(self._index, batch)
         error: Tensor = relative_error(out_BLH.float(), target_BLH.float()) * self._shares[number]
         return error

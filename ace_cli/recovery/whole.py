@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ace_cli.recovery.base import Recovery, RecoveryFacts
 from ace_cli.recovery.training import (
+    LOWER,
+    LOWERINGS,
     adam,
+    copies,
     half_precision,
+    put_back,
     rate,
     split,
     training_faults,
@@ -254,11 +258,10 @@ class Fit:
         self._knobs, self._objective, self._file = knobs, objective, file
         self._keep, self._start, self._workers = keep or {}, start, workers
         self._weights = {name: weight.requires_grad_(True) for name, weight in weights.items()}
-        device = next(iter(self._weights.values())).device
         training, held = split(len(steps), knobs.held_out)
         self._training, self._held = [steps[i] for i in training], [steps[i] for i in held]
-        self._optimiser = adam(self._weights.values(), knobs.lr, device)
-        self._done = 0
+        self._optimiser = self._adam()
+        self._done = self._lowered = 0
         self._errors: list[float] = []
         #: Name of each weight -> its values when the held-out windows were predicted best.
         self.best: dict[str, Tensor] = {}
@@ -266,38 +269,56 @@ class Fit:
     def run(self, progress: Progress) -> RecoveryFacts:
         """All epochs, or those that are left."""
         self._load()
-        self._workers.agree("before it is trained", {"finished epochs": self._done, "their errors": self._errors})
+        told = {"finished epochs": self._done, "their errors": self._errors, "lowered": self._lowered}
+        self._workers.agree("before it is trained", told)
         with self._objective.ready():
             return self._run(progress)
 
     def _run(self, progress: Progress) -> RecoveryFacts:
-        import torch
-
         if not self._errors:
             self._measure()
             if self._start is not None:
-                with torch.no_grad():
-                    for name, value in self._start().items():
-                        self._weights[name].copy_(value)
+                put_back(self._weights, self._start())
                 self._measure()
         steps = len(self._training)
-        with progress(self._objective.words, self._knobs.epochs * steps, self._done * steps) as step:
-            while self._done < self._knobs.epochs:
-                self._epoch(step)
-                if self._workers.several:
-                    self._workers.agree("after an epoch", self._weights_alike())
-                if self._workers.first:
-                    self._save()
+        while self._done < self._knobs.epochs or self._too_fast:
+            if self._too_fast:
+                self._lower()
+            with progress(self._objective.words, self._knobs.epochs * steps, self._done * steps) as step:
+                while self._done < self._knobs.epochs and not self._too_fast:
+                    self._epoch(step)
+                    if self._workers.several:
+                        self._workers.agree("after an epoch", self._weights_alike())
+                    if self._workers.first:
+                        self._save()
         best = min(range(len(self._errors)), key=self._errors.__getitem__)
-        return RecoveryFacts(self._errors[0], self._errors[best], max(0, best - (self._start is not None)))
+        epochs = max(0, best - (self._start is not None))
+        return RecoveryFacts(self._errors[0], self._errors[best], epochs, self._lowered)
+
+    @property
+    def _too_fast(self) -> bool:
+        """Whether the first epoch made the held-out windows worse, and a lower rate can be tried."""
+        return self._done == 1 and self._lowered < LOWERINGS and not self._errors[-1] < self._errors[-2]
+
+    def _lower(self) -> None:
+        """Begin again, with a lower rate."""
+        self._errors.pop()
+        self._done, self._lowered = 0, self._lowered + 1
+        put_back(self._weights, self._start() if self._start is not None else self.best)
+        self._optimiser = self._adam()
+
+    def _adam(self) -> torch.optim.Adam:
+        weights = self._weights.values()
+        return adam(weights, self._knobs.lr, next(iter(weights)).device)
 
     def _epoch(self, step: Callable[[], None]) -> None:
         import torch
 
         steps, knobs = len(self._training), self._knobs
+        lr = knobs.lr * LOWER**self._lowered
         generator = torch.Generator().manual_seed(knobs.seed + self._done)
         for done, number in enumerate(torch.randperm(steps, generator=generator).tolist(), self._done * steps):
-            self._optimiser.param_groups[0]["lr"] = knobs.lr * rate(done, knobs.epochs * steps)
+            self._optimiser.param_groups[0]["lr"] = lr * rate(done, knobs.epochs * steps)
             self._objective.share(self._training[number], backward=True)
             with_gradients_of(self._weights.values(), self._workers)
             for name, keep in self._keep.items():
@@ -317,7 +338,7 @@ class Fit:
         error = sum(self._workers.told(mine)) / windows
         error = error if error == error else float("inf")  # a training that diverged keeps what it had
         if error < min(self._errors, default=float("inf")) or not self.best:
-            self.best = {name: weight.detach().clone() for name, weight in self._weights.items()}
+            self.best = copies(self._weights)
         self._errors.append(error)
 
     def _weights_alike(self) -> dict[str, str]:
@@ -338,7 +359,7 @@ class Fit:
             tensors |= {f"weight {name}": weight.detach(), f"best {name}": self.best[name],
                         f"first {name}": moments["exp_avg"], f"second {name}": moments["exp_avg_sq"],
                         f"step {name}": moments["step"]}  # fmt: skip
-        content = {"done": self._done, "errors": self._errors}
+        content = {"done": self._done, "errors": self._errors, "lowered": self._lowered}
         partial, final = (self._file.with_suffix(end) for end in (".partial", ".safetensors"))
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial,
                   {"state": json.dumps(content)})  # fmt: skip
@@ -353,7 +374,7 @@ class Fit:
             return
         with safe_open(file, "pt") as stored:
             content = json.loads(stored.metadata()["state"])
-            self._done, self._errors = content["done"], content["errors"]
+            self._done, self._errors, self._lowered = content["done"], content["errors"], content["lowered"]
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(stored.get_tensor(f"weight {name}"))

@@ -106,9 +106,11 @@ def recovery_line(report: Report) -> str:
         return whole
     gain = 1 - math.exp(statistics.fmean(math.log(max(t["after"], 1e-30) / max(t["before"], 1e-30)) for t in trained))
     better = sum(block["epochs"] > 0 for block in trained)
+    slower = sum(block.get("lowered", 0) > 0 for block in trained)
+    lowered = f" In {slower} of them the learning rate was too high and was lowered." if slower else ""
     return (
         f"Trained block by block: {better} of {len(trained)} blocks got better; the error on held-out windows fell by "
-        f"{gain:.0%} a block. {whole}"
+        f"{gain:.0%} a block.{lowered} {whole}"
     ).rstrip()
 
 
@@ -124,6 +126,8 @@ def _whole_line(report: Report) -> str:
         f"Trained on {what}: {error} on held-out windows {found['before']:.4f} to {found['after']:.4f} nats, the best "
         f"after {found['epochs']} epochs."
     )
+    if lowered := found.get("lowered", 0):
+        line += f" The learning rate was too high: it was lowered {lowered} {'time' if lowered == 1 else 'times'}."
     better = found["after"] < found["before"]
     if report.method["recover"] == "qlora_groups":
         return (
