@@ -47,7 +47,7 @@ def smollm2() -> Checkpoint:
 def pruned(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The quickstart's command with fewer windows: no data, no network."""
     out = tmp_path_factory.mktemp("real") / "out"
-    config = composed("model=smollm2", "metric=varp", "sparsity=2:4", "calib.n_samples=8", "calib.seq_len=16",
+    config = composed("model=smollm2", "metric=varp", "sparsity=2:4", "calib.n_samples=16", "calib.seq_len=6",
                       "eval=none", "device=cpu", "html=false", "samples.prompts=[]", f"output_dir={out}")  # fmt: skip
     report = run(config, "test", Terminal(), DenseCache())
     assert report is not None
@@ -81,7 +81,7 @@ def test_loads_and_equals_the_streamed_computation(pruned: Report) -> None:
 def test_it_still_writes_english(smollm2: Checkpoint, pruned: Report) -> None:
     """Perplexity of the first validation windows: pruned is worse than dense and far better than noise."""
     text = "\n\n".join(local_documents(str(EVALUATION), "text"))
-    windows = consecutive_windows(text, load_tokenizer(smollm2), 256)[:1]
+    windows = consecutive_windows(text, load_tokenizer(smollm2), 128)[:1]
 
     def measure(folder: Path) -> float:
         return perplexity(window_losses(StreamedModel(Checkpoint(folder), torch.device("cpu"), torch.float32), windows))
