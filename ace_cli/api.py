@@ -41,13 +41,17 @@ class Result:
         return self.report.perplexity
 
     def model(self, **options: Any) -> Any:
-        """The pruned model, loaded by transformers; ``options`` go to its ``from_pretrained``."""
+        """The pruned model, loaded by transformers; ``options`` go to its ``from_pretrained``.
+
+        One whose layers differ in width is loaded, too, without code from the folder.
+        """
         from transformers import AutoConfig
 
-        from ace_cli.model.auto import auto_class
+        from ace_cli.model.loading import class_that_loads
 
         config = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=False)
-        return auto_class(config).from_pretrained(self.checkpoint, trust_remote_code=False, **options)
+        loads = class_that_loads(config)
+        return loads.from_pretrained(self.checkpoint, config=config, trust_remote_code=False, **options)
 
 
 def prune(

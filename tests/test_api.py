@@ -69,3 +69,12 @@ def test_evaluate_side_by_side(llama: Path, documents: Path) -> None:
     assert found.perplexity[0].models[str(llama)] > 1
     with pytest.raises(AceError, match="nothing to measure"):
         evaluate(llama)
+
+
+def test_a_model_of_uneven_widths_is_loaded_too(llama: Path, tmp_path: Path) -> None:
+    uneven = {"name": "channel", "uneven": True, "multiple": 16}
+    result = prune(
+        llama, unit=uneven, allocation="angular", sparsity=0.3, calib=FEW, output_dir=tmp_path / "out", **NONE
+    )
+    widths = {block.mlp.up_proj.out_features for block in result.model().model.layers}
+    assert len(widths) > 1

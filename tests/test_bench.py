@@ -110,6 +110,21 @@ def test_a_dense_model_is_for_transformers_alone(llama: Path) -> None:
     assert [subject.engine for subject in subjects("x", llama, CPU, None, 10)] == ["transformers, float32"]
 
 
+@pytest.mark.parametrize("options", [
+    ("unit=channel", "unit.uneven=true", "allocation=angular", "unit.multiple=16", "sparsity=30%"), ("unit=hidden",),
+    ("unit=rank", "unit.factors=true"),
+])  # fmt: skip
+def test_shapes_that_transformers_has_not_are_measured_too(
+    llama: Path, tmp_path: Path, prune_here: Any, options: tuple[str, ...]
+) -> None:
+    report = prune_here(llama, tmp_path / "out", *options)
+    folder = Path(report.stages["factors"]["result"]) if "factors" in report.stages else Path(report.checkpoint)
+    found = subjects("x", folder, CPU, None, 10)
+    assert found[0].engine == "transformers, float32"
+    measured = measure(found, Bench(prompt=5, new=3, rounds=1), CPU)
+    assert all(entry.decode.median > 0 for entry in measured.entries)
+
+
 @packed_here
 def test_a_pruned_model_is_measured_packed_too(llama: Path, tmp_path: Path, prune_here: Any) -> None:
     report = prune_here(llama, tmp_path / "out", "metric=magnitude", "pack=true")

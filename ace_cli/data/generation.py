@@ -69,25 +69,13 @@ def whole_model(checkpoint: Checkpoint, dtype: torch.dtype | str, device: torch.
     ``dtype``: "auto" for the stored one. Raises AceError with ``hint`` when transformers cannot load the folder.
     """
     from ace_cli.model.adapted import peft, quietly
-    from ace_cli.model.auto import auto_class
     from ace_cli.model.configuration import transformers_config
-    from ace_cli.model.factored import factor, ranks_of
-    from ace_cli.model.sliced import add_shortcuts, shortcuts_of
-    from ace_cli.model.uneven import class_of, shapes_of
+    from ace_cli.model.loading import class_that_loads
 
-    config = transformers_config(checkpoint.folder)
-    auto, folder = auto_class(config), checkpoint.folder
+    config, folder = transformers_config(checkpoint.folder), checkpoint.folder
+    loads = class_that_loads(config)
     try:
-        if shapes_of(config) or shortcuts_of(config) or ranks_of(config):
-
-            def change(model: Any, config: Any) -> None:
-                add_shortcuts(model, shortcuts_of(config))
-                factor(model, ranks_of(config))
-
-            resized = class_of(config, change)
-            model = resized.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
-        else:
-            model = auto.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
+        model = loads.from_pretrained(folder, config=config, dtype=dtype, trust_remote_code=False)
         if checkpoint.adapter is not None:
             model = quietly(peft().PeftModel.from_pretrained, model, str(checkpoint.adapter))
         return model.to(device).eval()

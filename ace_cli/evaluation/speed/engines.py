@@ -19,9 +19,9 @@ from torch import nn
 from ace_cli import sparse
 from ace_cli.core.errors import AceError, first_line
 from ace_cli.kernels.bitmask import why_slow
-from ace_cli.model.auto import auto_class
 from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.loading import class_that_loads
 from ace_cli.model.opening import open_folder
 from ace_cli.model.packed import is_packed
 from ace_cli.model.pruned import MANIFEST
@@ -190,7 +190,8 @@ def no_semi_structured(device: torch.device, dtype: torch.dtype) -> str:
 
 def _plain(path: Path, device: torch.device, dtype: torch.dtype) -> Any:
     config = transformers_config(path, experts=None)
-    model = auto_class(config).from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
+    loads = class_that_loads(config)
+    model = loads.from_pretrained(path, config=config, dtype=dtype, trust_remote_code=False)
     return model.to(device)
 
 
