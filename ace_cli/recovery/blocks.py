@@ -29,6 +29,7 @@ from ace_cli.recovery.training import (
     half_precision,
     put_back,
     rate,
+    sizes,
     split,
     training_faults,
     training_forwards,
@@ -56,11 +57,12 @@ class Blocks(Recovery):
     """Every block is trained to put out what the dense one does, right after it is pruned.
 
     ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
-    the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
+    the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it, of each weight relative to
+    its root mean square. ``seed`` orders the steps.
     """
 
     epochs: int = 4
-    lr: float = 1e-3
+    lr: float = 5e-3
     batch: int = 512
     target: Target = Target.block
     held_out: float = 0.1
@@ -92,7 +94,7 @@ class Blocks(Recovery):
         before = best = step.error(held)
         kept, epochs, lowered = copies(masters), 0, 0
         while True:
-            for epoch in self._epochs(index, step, masters, keep, training, self.lr * LOWER**lowered):
+            for epoch in self._epochs(index, step, masters, keep, training, LOWER**lowered):
                 error = step.error(held)
                 if error < best:  # false for NaN: a block that diverged keeps what it had
                     best, epochs, kept = error, epoch, copies(masters)
@@ -108,12 +110,13 @@ class Blocks(Recovery):
 
     def _epochs(
         self, index: int, step: _Step, masters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor],
-        training: Sequence[int], lr: float,
+        training: Sequence[int], share: float,
     ) -> Iterator[int]:  # fmt: skip
-        """Trains ``masters`` for another epoch at each turn; its number, from 1."""
+        """Trains ``masters`` for another epoch at each turn, at this share of the rate; its number, from 1."""
         import torch
 
-        optimiser = adam(masters.values(), lr, step.device)
+        rates = [self.lr * share * size for size in sizes(masters, keep)]
+        optimiser = adam(masters.values(), rates, step.device)
         steps = self.epochs * len(training)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
         generator = torch.Generator().manual_seed(self.seed + index)

@@ -33,9 +33,9 @@ class Both(Recovery):
     """``blocks`` for ``block_epochs`` at ``block_lr``, then ``distill``, which the others are for."""
 
     epochs: int = 2
-    lr: float = 3e-4
+    lr: float = 1.5e-3
     block_epochs: int = 4
-    block_lr: float = 1e-3
+    block_lr: float = 5e-3
     batch: int = 512
     held_out: float = 0.1
     seed: int = 0

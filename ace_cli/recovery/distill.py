@@ -43,9 +43,14 @@ if TYPE_CHECKING:
 @register("recover", "distill")
 @dataclass
 class Distill(WholeModel):
-    """The whole pruned model is trained on the dense model's predictions, once all blocks are pruned."""
+    """The whole pruned model is trained on the dense model's predictions, once all blocks are pruned.
 
-    lr: float = 3e-4
+    ``lr`` of each weight is relative to its root mean square.
+    """
+
+    lr: float = 1.5e-3
+
+    relative = True
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS

@@ -20,6 +20,7 @@ from ace_cli.recovery.training import (
     half_precision,
     put_back,
     rate,
+    sizes,
     split,
     training_faults,
     training_forwards,
@@ -86,6 +87,8 @@ class WholeModel(Recovery):
 
     in_stream = False
     whole = True
+    #: Whether the learning rate of each weight is relative to its root mean square.
+    relative = False
 
     def faults(self) -> list[str]:
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed) + window_faults(self.windows)
@@ -258,6 +261,7 @@ class Fit:
         self._knobs, self._objective, self._file = knobs, objective, file
         self._keep, self._start, self._workers = keep or {}, start, workers
         self._weights = {name: weight.requires_grad_(True) for name, weight in weights.items()}
+        self._sizes = sizes(weights, self._keep) if knobs.relative else [1.0] * len(weights)
         training, held = split(len(steps), knobs.held_out)
         self._training, self._held = [steps[i] for i in training], [steps[i] for i in held]
         self._optimiser = self._adam()
@@ -309,7 +313,7 @@ class Fit:
 
     def _adam(self) -> torch.optim.Adam:
         weights = self._weights.values()
-        return adam(weights, self._knobs.lr, next(iter(weights)).device)
+        return adam(weights, self._sizes, next(iter(weights)).device)
 
     def _epoch(self, step: Callable[[], None]) -> None:
         import torch
@@ -318,7 +322,8 @@ class Fit:
         lr = knobs.lr * LOWER**self._lowered
         generator = torch.Generator().manual_seed(knobs.seed + self._done)
         for done, number in enumerate(torch.randperm(steps, generator=generator).tolist(), self._done * steps):
-            self._optimiser.param_groups[0]["lr"] = lr * rate(done, knobs.epochs * steps)
+            for group, size in zip(self._optimiser.param_groups, self._sizes, strict=True):
+                group["lr"] = size * lr * rate(done, knobs.epochs * steps)
             self._objective.share(self._training[number], backward=True)
             with_gradients_of(self._weights.values(), self._workers)
             for name, keep in self._keep.items():
