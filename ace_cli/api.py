@@ -50,8 +50,7 @@ class Result:
         from ace_cli.model.loading import class_that_loads
 
         config = AutoConfig.from_pretrained(self.checkpoint, trust_remote_code=False)
-        loads = class_that_loads(config)
-        return loads.from_pretrained(self.checkpoint, config=config, trust_remote_code=False, **options)
+        return class_that_loads(config).from_pretrained(self.checkpoint, trust_remote_code=False, **options)
 
 
 def prune(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +18,10 @@ from ace_cli.core.errors import AceError
 from ace_cli.core.steps import NOBODY
 from ace_cli.kernels.divergence import divergence
 from ace_cli.model.files import Checkpoint, CheckpointWriter
+from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.recovery.blocks import relative_error
-from ace_cli.recovery.training import LOWER, split, training_steps
+from ace_cli.recovery.distill import Distill
+from ace_cli.recovery.training import LOWER, split
 from ace_cli.recovery.whole import Fit
 from ace_cli.report.facts import Report
 
@@ -293,21 +297,36 @@ def test_bad_options_of_both_name_their_own(configure: Callable[..., object]) ->
         configure("model.path=x", "model=custom", "recover=both", "recover.block_epochs=0")
 
 
-def test_what_is_held_out_is_nothing_that_pruning_saw(documents: Path, llama: Path) -> None:
-    """A tenth is held out: of 143 windows 128 are those that prune, 15 follow them in the same draw."""
-    options = ("calib=text", f"calib.path={documents}", "calib.seq_len=8", "recover=distill")
+@pytest.mark.parametrize(("count", "given", "expected"), [
+    (128, {}, (128, 15)), (1, {}, (1, 1)), (4, {"held_out": 0.99}, (4, 4)),  # at most as many again
+    (128, {"windows": 384}, (346, 38)), (128, {"windows": 16}, (14, 2)), (128, {"windows": 2, "held_out": 0.9}, (1, 1)),
+])  # fmt: skip
+def test_how_many_windows_are_held_out(count: int, given: dict[str, Any], expected: tuple[int, int]) -> None:
+    assert Distill(**given).trained_on(count) == expected
+
+
+@pytest.mark.parametrize("more", [(), ("calib.pack=24",), ("calib.n_samples=1",), ("calib.n_samples=100",)])
+def test_what_is_held_out_is_nothing_that_pruning_saw(
+    documents: Path, llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, more: tuple[str]
+) -> None:
+    """They are the windows that a larger draw would have next; training has those that prune."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watch(*given: Any) -> RecoveryFacts:
+        seen.append(given[3:5])
+        return RecoveryFacts(1, 1, 0)
+
+    monkeypatch.setattr(Distill, "recover_model", watch)
+    options = ("calib=text", f"calib.path={documents}", "calib.seq_len=8", "calib.n_samples=12", *more)
+    prune_here(llama, tmp_path / "out", "metric=wanda", *options, "recover=distill")
     config = composed("model=custom", f"model.path={llama}", *options)
-    count = config.recover.trained_on(config.calib.n_samples)
-    source = Checkpoint(llama)
-    windows_NL = config.calib.windows(source, "cpu")
-    more_NL = config.calib.more(windows_NL, count, source, "cpu", NOBODY)
-    larger = composed("model=custom", f"model.path={llama}", *options, "calib.n_samples=143")
-    assert count == len(more_NL) == 143
-    assert torch.equal(more_NL[:128], windows_NL)
-    assert torch.equal(more_NL, larger.calib.windows(source, "cpu"))
-    assert torch.equal(config.calib.more(windows_NL, 7, source, "cpu", NOBODY), windows_NL[:7])
-    held = split(len(training_steps(count, 8, config.recover.batch)), config.recover.held_out)[1]
-    assert min(training_steps(count, 8, config.recover.batch)[held[0]]) >= 128
+    ((trained_NL, held_NL),) = seen
+    assert torch.equal(trained_NL, config.calib.windows(Checkpoint(llama), "cpu"))
+    assert len(held_NL) == math.ceil(len(trained_NL) / 9)
+    drawn = config.calib.source.draw(Checkpoint(llama), 200, 8, 0, "cpu")
+    drawn = config.calib.source.begin(drawn, Checkpoint(llama))
+    drawn = drawn.flatten()[: 1200 // config.calib.length * config.calib.length].reshape(-1, config.calib.length)
+    assert torch.equal(torch.cat([trained_NL, held_NL]), drawn[: len(trained_NL) + len(held_NL)])
 
 
 @pytest.mark.parametrize("how", ["calib.continue_to=12", "calib.pack=24"])
@@ -316,8 +335,8 @@ def test_windows_that_follow_are_made_like_those_before(documents: Path, llama: 
     config = composed("model=custom", f"model.path={llama}", *options)
     source = Checkpoint(llama)
     windows_NL = config.calib.windows(source, "cpu")
-    more_NL = config.calib.more(windows_NL, 12, source, "cpu", NOBODY)
-    assert len(more_NL) * 9 == len(windows_NL) * 12
+    more_NL = config.calib.more(windows_NL, len(windows_NL) + 2, source, "cpu", NOBODY)
+    assert len(more_NL) == len(windows_NL) + 2
     assert torch.equal(more_NL[: len(windows_NL)], windows_NL)
     assert more_NL.unique(dim=0).shape == more_NL.shape
 

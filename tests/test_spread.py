@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed
 from tiny_models import make
 from transformers import AutoModelForCausalLM
 
 from ace_cli.core.device import with_others
 from ace_cli.core.errors import AceError
-from ace_cli.model.spread import share_out
+from ace_cli.model.spread import _parts, share_out
 from ace_cli.report.facts import Report
-from ace_cli.run import checks
 
 Prune = Callable[..., Report]
 TAUGHT = ("metric=wanda", "recover.batch=64", "calib.n_samples=16", "recover.epochs=1")
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_every_device_has_blocks_in_their_order_and_none_is_split(tmp_path: Path, family: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "m", family, num_hidden_layers=7))
-    where = share_out(model, 3)
-    blocks = [where[path] for path in where if path.rpartition(".")[2].isdigit()]
+@pytest.mark.parametrize("beside", [0, 4.25])
+@pytest.mark.parametrize(
+    ("family", "more"), [("llama", {"tie_word_embeddings": True}), ("llama", {}), ("gpt2", {}), ("mixtral", {})]
+)
+def test_every_device_has_neighbours_and_as_little_as_can_be(
+    tmp_path: Path, family: str, more: dict[str, bool], beside: float
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(make(tmp_path / "m", family, num_hidden_layers=7, **more))
+    where, parts = share_out(model, 3, beside), _parts(model, beside)
+    blocks = [path for path in where if path.rpartition(".")[2].isdigit()]
     assert len(blocks) == 7
-    assert blocks == sorted(blocks)
+    assert [where[path] for path in blocks] == sorted(where[path] for path in blocks)
     assert set(where.values()) == {0, 1, 2}
-    assert all(any(name.startswith(path) for path in where) for name, _ in model.named_parameters())
+    assert all(any(name.startswith(f"{path}.") for path in where) for name, _ in model.named_parameters())
+    nbytes = {id(each): each.nbytes for each in model.parameters()}
+    of_blocks = sum(each.nbytes for path in blocks for each in model.get_submodule(path).parameters())
+    assert sum(parts.values()) == pytest.approx(sum(nbytes.values()) + beside * of_blocks, abs=7)
+    filled = [sum(size for path, size in parts.items() if where[path] == device) for device in range(3)]
+    cuts = itertools.combinations(range(1, len(parts)), 2)  # each way to cut a row of parts in three
+    sizes = list(parts.values())
+    assert max(filled) == min(max(sum(sizes[:a]), sum(sizes[a:b]), sum(sizes[b:])) for a, b in cuts)
 
 
 @pytest.mark.parametrize("recover", ["distill", "lora"])
@@ -61,8 +72,19 @@ def test_without_a_second_device_it_is_refused(llama: Path, tmp_path: Path, prun
         prune_here(llama, tmp_path / "out", *TAUGHT, "recover=distill", "recover.spread=true")
 
 
-def test_the_memory_of_all_devices_counts(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_itself_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert with_others(torch.device("cuda:1")) == [torch.device("cuda", number) for number in (1, 0, 2)]
-    config = composed("model=custom", f"model.path={llama}", "recover=distill", "recover.spread=true", "memory_gb=5")
-    assert checks.spread_budget(config, torch.device("cuda:1")) == 15e9
+
+
+def test_what_each_device_needs_is_compared_with_its_memory(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of LOGITS alone 1.6 GB are counted: that is what each of two has half of."""
+    monkeypatch.setattr("ace_cli.run.checks.with_others", lambda device: [device, device])
+    monkeypatch.setattr("ace_cli.core.device.with_others", lambda device: [device, device])
+    with pytest.raises(AceError, match=r"needs 1.6 GB of memory, .*recover.spread=true takes all GPUs"):
+        prune_here(llama, tmp_path / "a", *TAUGHT, "recover=distill", "memory_gb=1")
+    with pytest.raises(AceError, match=r"needs 0.8 GB of memory on each GPU, 0.7 GB may be used"):
+        prune_here(llama, tmp_path / "c", *TAUGHT, "recover=distill", "recover.spread=true", "memory_gb=0.7")
+    prune_here(llama, tmp_path / "b", *TAUGHT, "recover=distill", "recover.spread=true", "memory_gb=0.9")

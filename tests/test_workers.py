@@ -399,7 +399,7 @@ def test_what_a_run_is_has_no_node_and_the_number_of_workers_only_where_sums_dep
 
     def identity(*overrides: str) -> dict[str, Any]:
         config = configure(f"model.path={models['llama']}", *overrides)
-        return prune_checkpoint.identity_of(config, model, Texts(None, None, None, None))
+        return prune_checkpoint.identity_of(config, model, Texts(None, None, None, None, None))
 
     alone, trained = identity("metric=ace"), identity("metric=ace", "recover=blocks")
     assert identity("metric=ace", "split=windows") == alone, "one worker has all windows"

@@ -84,14 +84,13 @@ class Calibration(FromSource):
         """
         return self._drawn(checkpoint, self.n_samples, 0, device, steps)
 
-    def more(self, windows_NL: Tensor, count: int, checkpoint: Checkpoint, device: str, steps: Steps) -> Tensor:
-        """The windows that ``windows`` gave and those that follow them, as of ``count`` in all: rows of ``length``.
+    def more(self, windows_NL: Tensor, rows: int, checkpoint: Checkpoint, device: str, steps: Steps) -> Tensor:
+        """The rows of ``length`` that ``windows`` gave and those that follow them, so many in all.
 
-        Of fewer windows the first ones. Raises AceError when the source has not so many.
+        Raises TooFewWindows when the source has not so many.
         """
         import torch
 
-        rows = max(1, round(count * len(windows_NL) / self.n_samples))
         if rows <= len(windows_NL):
             return windows_NL[:rows]
         further = math.ceil((rows - len(windows_NL)) * self.n_samples / len(windows_NL))

@@ -76,13 +76,17 @@ def text_start(checkpoint: Checkpoint) -> int | None:
     return int(whole[0]) if bare and whole[1 : 1 + len(bare)] == bare else None
 
 
+class TooFewWindows(AceError):
+    """A text has not as many windows as were asked for."""
+
+
 def random_windows(
     documents: Sequence[str], tokenizer: Any, count: int, length: int, seed: int, steps: Steps = NOBODY
 ) -> Tensor:
     """Windows drawn as SparseGPT and Wanda draw them: int64 (count, length); a step each.
 
     Repeat: a document at random; skip it unless it has more than ``length`` tokens; a start at random in
-    [0, tokens - length - 1]. Documents may be drawn again. Raises AceError when there are not ``count`` different
+    [0, tokens - length - 1]. Documents may be drawn again. Raises TooFewWindows when there are not ``count`` different
     windows to draw.
     """
     import torch
@@ -110,7 +114,7 @@ def random_windows(
     longest = max((len(ids) for ids in encoded.values()), default=0)
     available = sum(max(0, len(ids) - length) for ids in encoded.values())
     if len(windows) < count or (len(encoded) == len(documents) and available < count):
-        raise AceError(
+        raise TooFewWindows(
             f"Too few long documents: {available if windows else 0} different windows of {length} tokens, "
             f"{count} asked for; the longest of {len(documents)} documents has {longest} tokens.",
             "Give longer documents, or lower calib.seq_len or calib.n_samples.",

@@ -48,7 +48,7 @@ def continue_windows(
     dtype = on_cpu if device == "cpu" else "auto"
     model = whole_model(checkpoint, dtype, device, "Use text of your own.")
     check_ids(ids_NL, model.get_input_embeddings().weight.shape[0], checkpoint, "the text to be written on")
-    generator = torch.Generator().manual_seed(2 * seed + purpose)
+    generator = torch.Generator().manual_seed((2 * seed + purpose) % 2**64)
     kept = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # before 5.24
     cache, new_NL, trimmer = None, ids_NL, Trimmer()
     steps.of(length - ids_NL.shape[1])

@@ -58,14 +58,15 @@ class Recovery:
         """Whether ``trained_on`` is what the user said: then a text that has fewer windows will not do."""
         return False
 
-    def trained_on(self, windows: int) -> int:
-        """How many windows it takes where so many prune: those, then others that no choice of pruning has seen."""
-        return windows
+    def trained_on(self, windows: int) -> tuple[int, int]:
+        """Where so many windows prune: how many the whole model is trained on, the same ones first, and how many that
+        follow are held out."""
+        return windows, 0
 
     def forwards(self, share: float = 1.0) -> float:
         """What it costs beside pruning, in forwards of all calibration tokens through the model.
 
-        ``share``: what ``trained_on`` has more of them, as a ratio.
+        ``share``: how many times as many tokens train the whole model.
         """
         return 0.0
 
@@ -104,13 +105,13 @@ class Recovery:
         return 0
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
-        workers: Workers = ONE,
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
+        progress: Progress, workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
-        """Train the whole model of the finished folder ``pruned``.
+        """Train the whole model of the finished folder ``pruned`` on some windows, watched on those held out.
 
         What takes the place of its weight files, or comes beside them, goes into the folder ``target``; nothing where
-        nothing got better. ``windows_NL``: token ids, int64. An interrupted training in ``target`` is continued.
+        nothing got better. Windows are token ids, int64. An interrupted training in ``target`` is continued.
         ``workers``: all train it, each on its windows of every step; the first one writes.
         """
         raise NotImplementedError

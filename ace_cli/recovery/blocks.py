@@ -98,7 +98,7 @@ class Blocks(Recovery):
                 error = step.error(held)
                 if error < best:  # false for NaN: a block that diverged keeps what it had
                     best, epochs, kept = error, epoch, copies(masters)
-                elif epoch == 1:
+                elif epoch == 1 and lowered < LOWERINGS:
                     break
             if epochs or lowered == LOWERINGS:
                 break

@@ -61,7 +61,7 @@ class Both(Recovery):
     def insists(self) -> bool:
         return self._distill.insists
 
-    def trained_on(self, windows: int) -> int:
+    def trained_on(self, windows: int) -> tuple[int, int]:
         return self._distill.trained_on(windows)
 
     def forwards(self, share: float = 1.0) -> float:
@@ -80,7 +80,7 @@ class Both(Recovery):
         return self._blocks.recover(model, index, batches, targets, keep, workers)
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
-        workers: Workers = ONE,
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
+        progress: Progress, workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
-        return self._distill.recover_model(dense, pruned, windows_NL, target, progress, workers)
+        return self._distill.recover_model(dense, pruned, windows_NL, held_NL, target, progress, workers)

@@ -51,26 +51,27 @@ class Distill(WholeModel):
     lr: float = 1.5e-3
 
     relative = True
+    beside = (4 + 8 + 4 + 1) / 4
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
-        workers: Workers = ONE,
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
+        progress: Progress, workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
         import torch
 
         from ace_cli.model.streamed import StreamedModel
 
         streamed = StreamedModel(pruned, dense.device, torch.float32)
-        own_NL, steps = shared_steps(windows_NL, self.batch, workers)
+        own_NL, steps, held = shared_steps(windows_NL, held_NL, self.batch, workers)
         states_NLH = last_states(dense, own_NL, progress)
-        student = loaded(pruned, dense.device, self.spread)
+        student = loaded(pruned, dense.device, self)
         keep, parameters = _trained(streamed, student), dict(student.named_parameters())
         predictions = DensePredictions(dense, student, own_NL, states_NLH)
         weights = {name: parameters[name] for name in keep}
-        fit = Fit(self, weights, predictions, steps, target / STATE, workers, keep)
+        fit = Fit(self, weights, predictions, (steps, held), target / STATE, workers, keep)
         facts = fit.run(progress)
         if facts.epochs and workers.first:
             write_weights(streamed, pruned, fit.best, target)

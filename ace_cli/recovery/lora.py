@@ -124,17 +124,17 @@ class Lora(WholeModel):
         return 4 * parameters + (4 + 4 + 8 + 4) * factors + 3 * 4 * largest + 6 * LOGITS
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
-        workers: Workers = ONE,
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
+        progress: Progress, workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
         import torch
 
         from ace_cli.model.streamed import StreamedModel
 
         streamed = StreamedModel(pruned, dense.device, torch.float32)
-        own_NL, steps = shared_steps(windows_NL, self.batch, workers)
+        own_NL, steps, held = shared_steps(windows_NL, held_NL, self.batch, workers)
         states_NLH, ranks = self._heard(dense, own_NL, progress, workers)
-        student = loaded(pruned, dense.device, self.spread)
+        student = loaded(pruned, dense.device, self)
         adapters = Adapters(student, streamed, ranks, self.alpha / self.rank, self.merge, self.seed)
         objective = (
             DensePredictions(dense, adapters.model, own_NL, states_NLH)
@@ -145,8 +145,8 @@ class Lora(WholeModel):
         def start() -> dict[str, Tensor]:
             return adapters.started(corrections(dense, streamed, windows_NL, ranks, progress))
 
-        svd = self.init is Init.svd
-        fit = Fit(self, adapters.weights, objective, steps, target / STATE, workers, start=start if svd else None)
+        begin = start if self.init is Init.svd else None
+        fit = Fit(self, adapters.weights, objective, (steps, held), target / STATE, workers, start=begin)
         facts = fit.run(progress)
         if not (facts.after < facts.before and workers.first):
             return facts

@@ -87,22 +87,22 @@ class QloraGroups(WholeModel):
         return 4 * parameters + trained + (4 + 4 + 8 + 4) * factors + grids + 6 * LOGITS
 
     def recover_model(
-        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, target: Path, progress: Progress,
-        workers: Workers = ONE,
+        self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
+        progress: Progress, workers: Workers = ONE,
     ) -> RecoveryFacts:  # fmt: skip
         import torch
 
         from ace_cli.model.streamed import StreamedModel
 
         streamed = StreamedModel(pruned, dense.device, torch.float32)
-        own_NL, steps = shared_steps(windows_NL, self.batch, workers)
+        own_NL, steps, held = shared_steps(windows_NL, held_NL, self.batch, workers)
         states_NLH = last_states(dense, own_NL, progress)
-        student = loaded(pruned, dense.device, self.spread).requires_grad_(False)
+        student = loaded(pruned, dense.device, self).requires_grad_(False)
         layers = self._layers(student, [path for block in streamed.blocks for path in adapted_paths(block)])
         weights = {f"{letter} {path}": factor for path, layer in layers.items()
                    for letter, factor in (("A", layer.down_RG), ("B", layer.up_OR))}  # fmt: skip
         predictions = DensePredictions(dense, student, own_NL, states_NLH)
-        fit = Fit(self, weights, predictions, steps, target / STATE, workers)
+        fit = Fit(self, weights, predictions, (steps, held), target / STATE, workers)
         facts = fit.run(progress)
         with torch.no_grad():
             for name, weight in weights.items():

@@ -21,7 +21,6 @@ from ace_cli.recovery.training import (
     put_back,
     rate,
     sizes,
-    split,
     training_faults,
     training_forwards,
     training_steps,
@@ -54,14 +53,20 @@ class Step:
     count: int
 
 
-def shared_steps(windows_NL: Tensor, tokens: int, workers: Workers) -> tuple[Tensor, list[Step]]:
-    """This worker's windows, some of every step of about so many ``tokens``; and the steps."""
-    mine, steps = list[int](), list[Step]()
-    for step in training_steps(len(windows_NL), windows_NL.shape[1], tokens):
-        part = workers.part(step)
-        steps.append(Step(range(len(mine), len(mine) + len(part)), len(step)))
-        mine += part
-    return windows_NL[mine], steps
+def shared_steps(
+    windows_NL: Tensor, held_NL: Tensor, tokens: int, workers: Workers
+) -> tuple[Tensor, list[Step], list[Step]]:
+    """This worker's windows, some of every step of about so many ``tokens``; steps that train, steps held out."""
+    import torch
+
+    own: list[Tensor] = []
+    steps, done = (list[Step](), list[Step]()), 0
+    for given_NL, found in zip((windows_NL, held_NL), steps, strict=True):
+        for step in training_steps(len(given_NL), given_NL.shape[1], tokens):
+            own.append(given_NL[list(workers.part(step))])
+            found.append(Step(range(done, done + len(own[-1])), len(step)))
+            done += len(own[-1])
+    return torch.cat(own), *steps
 
 
 @dataclass
@@ -72,8 +77,9 @@ class WholeModel(Recovery):
     the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
     What is kept is the epoch that is best on the windows held out.
 
-    ``windows`` of the calibration text: those that pruning saw, then the ones that follow. By default as many more as
-    are held out, so that these are none that weights were refitted to: on such a model looks better than it is.
+    ``windows`` of the calibration text, held out or not: those that pruning saw, then the ones that follow. By default
+    those that pruning saw are trained on, and the ones held out follow: a model looks better than it is on windows that
+    weights were refitted to.
     ``spread``: the model lies on all GPUs of this machine, some blocks on each, so that it need not fit on one.
     """
 
@@ -89,6 +95,8 @@ class WholeModel(Recovery):
     whole = True
     #: Whether the learning rate of each weight is relative to its root mean square.
     relative = False
+    #: Bytes that training holds for each byte of a block.
+    beside = 0.0
 
     def faults(self) -> list[str]:
         return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed) + window_faults(self.windows)
@@ -97,8 +105,11 @@ class WholeModel(Recovery):
     def insists(self) -> bool:
         return self.windows is not None
 
-    def trained_on(self, windows: int) -> int:
-        return self.windows or math.ceil(windows / (1 - self.held_out))
+    def trained_on(self, windows: int) -> tuple[int, int]:
+        if self.windows is None:
+            return windows, min(windows, math.ceil(windows * self.held_out / (1 - self.held_out)))
+        held = min(self.windows - 1, max(1, round(self.windows * self.held_out)))
+        return self.windows - held, held
 
     def forwards(self, share: float = 1.0) -> float:
         return share * training_forwards(self.epochs, self.held_out)
@@ -106,11 +117,11 @@ class WholeModel(Recovery):
 
 def window_faults(windows: int | None) -> list[str]:
     """What is wrong with the number of windows, one line."""
-    return [] if windows is None or windows >= 1 else [f"recover.windows={windows}: must be at least 1"]
+    return [] if windows is None or windows >= 2 else [f"recover.windows={windows}: must be at least 2, one held out"]
 
 
-def loaded(pruned: Checkpoint, device: torch.device, spread: bool) -> Any:
-    """The whole pruned model in float32, by transformers; on this device, or ``spread`` over all of its kind."""
+def loaded(pruned: Checkpoint, device: torch.device, knobs: WholeModel) -> Any:
+    """The whole pruned model in float32, by transformers; on this device, or spread over all of its kind."""
     import torch
 
     from ace_cli.core.device import with_others
@@ -118,8 +129,8 @@ def loaded(pruned: Checkpoint, device: torch.device, spread: bool) -> Any:
     from ace_cli.model.spread import spread_out
 
     hint = "Use recover=blocks, which needs one block at a time in memory."
-    if spread:
-        return spread_out(whole_model(pruned, torch.float32, "cpu", hint), with_others(device))
+    if knobs.spread:
+        return spread_out(whole_model(pruned, torch.float32, "cpu", hint), with_others(device), knobs.beside)
     return whole_model(pruned, torch.float32, device, hint)
 
 
@@ -149,7 +160,14 @@ def last_states(
             del before
             trimmer()
             step()
-    return torch.cat([batch.hidden_BLH.cpu() for batch in batches]).clone()
+    first = batches[0].hidden_BLH
+    states_NLH, done = torch.empty(len(windows_NL), *first.shape[1:], dtype=first.dtype), 0
+    del first
+    while batches:
+        hidden_BLH = batches.pop(0).hidden_BLH
+        states_NLH[done : done + len(hidden_BLH)].copy_(hidden_BLH)
+        done += len(hidden_BLH)
+    return states_NLH
 
 
 def slot_parameters(block: Block) -> set[str]:
@@ -242,9 +260,9 @@ class NextTokens(Objective):
 class Fit:
     """The training of ``weights``, changed in place: epochs, the best of them, what an interrupted one left on disk.
 
-    ``workers`` train together: gradients are summed, and all have the same weights; the first one saves.
-    ``keep``: of some, what may change, a bool of their shape. ``start``: values to train from, where these are not the
-    ones that the model comes with; both are measured.
+    ``steps`` that train, and those held out. ``workers`` train together: gradients are summed, and all have the same
+    weights; the first one saves. ``keep``: of some, what may change, a bool of their shape. ``start``: values to train
+    from, where these are not the ones that the model comes with; both are measured.
     """
 
     def __init__(
@@ -252,7 +270,7 @@ class Fit:
         knobs: WholeModel,
         weights: Mapping[str, nn.Parameter],
         objective: Objective,
-        steps: Sequence[Step],
+        steps: tuple[Sequence[Step], Sequence[Step]],
         file: Path,
         workers: Workers,
         keep: Mapping[str, Tensor] | None = None,
@@ -262,8 +280,7 @@ class Fit:
         self._keep, self._start, self._workers = keep or {}, start, workers
         self._weights = {name: weight.requires_grad_(True) for name, weight in weights.items()}
         self._sizes = sizes(weights, self._keep) if knobs.relative else [1.0] * len(weights)
-        training, held = split(len(steps), knobs.held_out)
-        self._training, self._held = [steps[i] for i in training], [steps[i] for i in held]
+        self._training, self._held = steps
         self._optimiser = self._adam()
         self._done = self._lowered = 0
         self._errors: list[float] = []
@@ -379,13 +396,13 @@ class Fit:
             return
         with safe_open(file, "pt") as stored:
             content = json.loads(stored.metadata()["state"])
-            self._done, self._errors, self._lowered = content["done"], content["errors"], content["lowered"]
+            self._done, self._errors, self._lowered = content["done"], content["errors"], content.get("lowered", 0)
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(stored.get_tensor(f"weight {name}"))
                     self.best[name] = stored.get_tensor(f"best {name}").to(weight.device)
                     self._optimiser.state[weight] = {
-                        "step": stored.get_tensor(f"step {name}"),
+                        "step": stored.get_tensor(f"step {name}").to(weight.device),  # fused kernels read it there
                         "exp_avg": stored.get_tensor(f"first {name}").to(weight.device),
                         "exp_avg_sq": stored.get_tensor(f"second {name}").to(weight.device),
                     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,18 +29,6 @@ from ace_cli.run.plan import Plan
 
 #: A source with at least this share of zeros was pruned before: training alone leaves next to none.
 SPARSE = 0.05
-
-
-def spread_budget(config: RunConfig, device: torch.device) -> float:
-    """Bytes of all GPUs that a model in training is spread over; AceError where there is one, or none."""
-    devices = with_others(device)
-    if len(devices) < 2:
-        raise AceError(f"recover.spread=true: device={device} has no other beside it on this machine.", "Leave it out.")
-    if size() > 1:
-        raise AceError(
-            "recover.spread=true: each of several workers has one GPU.", "Start one process, or leave it out."
-        )
-    return sum(memory_budget(config.memory_gb, each) for each in devices)
 
 
 def memory_budget(memory_gb: float | None, device: torch.device) -> float:
@@ -102,21 +91,50 @@ def already_sparse(model: StreamedModel, pattern: Pattern) -> str | None:
     return f"about {share:.0%} of the source's weights are zero already: sparsity={pattern} {what}"
 
 
-def check_training(config: RunConfig, plan: Plan, device: torch.device) -> None:
+def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
     """AceError if the memory has no room for a whole model in training, or a package is missing for it."""
-    config.recover.check_installed()
+    recovery = config.recover
+    recovery.check_installed()
+    if not (recovery.acts and recovery.whole):
+        return
     trained = plan.parameters if config.unit.cuts else plan.slot_weights
-    needed = config.recover.whole_bytes(plan.parameters, trained, list(plan.shapes.values()))
-    room = spread_budget(config, device) if config.recover.spread else plan.budget_bytes
+    needed = recovery.whole_bytes(plan.parameters, trained, list(plan.shapes.values()))
+    rows = sum(recovery.trained_on(max(1, config.calib.tokens // config.calib.length)))
+    states = rows * config.calib.length * plan.token_bytes  # of the dense model, on the host
+    others = with_others(model.device)[1:] if size() == 1 else []
+    places = _devices_to_spread_over(others, plan) if recovery.spread else 1
+    if places > 1:
+        # the fullest device has an even share and the largest part at most: what lies outside of the blocks, or a
+        # block with its gradients and moments
+        outside = 4 * (plan.parameters - plan.slot_weights)
+        needed = needed // places + max(outside, (4 + 17) * plan.slot_weights // plan.blocks)
+    elif model.device.type == "cpu":
+        needed += 2 * states
+    room = min(memory_budget(config.memory_gb, each) for each in (model.device, *others[: places - 1]))
     if needed > room:
-        name = name_of("recover", config.recover)
-        more = (
-            "" if config.recover.spread or len(with_others(device)) < 2 else ", or recover.spread=true, over all GPUs"
-        )
+        name = name_of("recover", recovery)
+        where = " on each GPU" if places > 1 else ""
+        more = "; recover.spread=true takes all GPUs" if others and places == 1 else ""
         raise AceError(
-            f"recover={name} needs {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB may be used.",
+            f"recover={name} needs {needed / 1e9:.1f} GB of memory{where}, {room / 1e9:.1f} GB may be used.",
             f"Use recover=blocks, which trains one block at a time{more}.",
         )
+
+
+def _devices_to_spread_over(others: Sequence[torch.device], plan: Plan) -> int:
+    """How many there are; AceError where there is one, or none, or where the model cannot be read to share it out."""
+    if size() > 1:
+        raise AceError("recover.spread=true: of several workers each has one GPU.", "Start one, or leave it out.")
+    if not others:
+        fault = f"recover.spread=true: device={plan.device} has no other beside it on this machine."
+        raise AceError(fault, "Leave it out.")
+    read, free = 4 * plan.parameters, memory.available()
+    if read > 0.9 * free:
+        raise AceError(
+            f"recover.spread=true reads the model into memory first: {read / 1e9:.1f} GB; {free / 1e9:.1f} GB is free.",
+            "Use recover=blocks, which trains one block at a time.",
+        )
+    return 1 + len(others)
 
 
 def check_gradients(config: RunConfig, model: StreamedModel, plan: Plan) -> None:
@@ -154,6 +172,7 @@ def check_left(model: StreamedModel, config: RunConfig) -> None:
 def check_tokens(model: StreamedModel, texts: Texts) -> None:
     """AceError if a text that will go through the model, after hours perhaps, has a token that the model lacks."""
     windows = {"the calibration text": texts.windows_NL, "the text to train on": texts.training_NL}
+    windows["the text held out of training"] = texts.held_NL
     windows["the evaluation text"] = None if texts.evaluation is None else texts.evaluation.ids_NL
     for where, ids_NL in windows.items():
         if ids_NL is not None:

@@ -149,8 +149,8 @@ class RunConfig:
     @property
     def forwards_of_training(self) -> float:
         """Forwards of all calibration tokens that the recovery costs."""
-        windows = self.calib.n_samples
-        return self.recover.forwards(self.recover.trained_on(windows) / windows)
+        rows = max(1, self.calib.tokens // self.calib.length)
+        return self.recover.forwards(sum(self.recover.trained_on(rows)) / rows)
 
     @property
     def needs_data(self) -> bool:

@@ -24,11 +24,12 @@ from ace_cli.run.plan import Plan
 
 @dataclass(frozen=True)
 class Texts:
-    """What goes through the models: calibration windows, int64 (N, L), and those that the whole model is trained on;
-    evaluation windows; zero-shot tasks."""
+    """What goes through the models: calibration windows, int64 (N, L); those that the whole model is trained on, and
+    held out of that; evaluation windows; zero-shot tasks."""
 
     windows_NL: Tensor | None
     training_NL: Tensor | None
+    held_NL: Tensor | None
     evaluation: Windows | None
     tasks: Tasks | None
 

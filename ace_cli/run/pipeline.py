@@ -20,6 +20,7 @@ from ace_cli.core.registry import name_of
 from ace_cli.core.steps import Steps
 from ace_cli.core.timing import Clock, MemorySampler, Phases
 from ace_cli.core.workers import ONE, Workers
+from ace_cli.data.documents import TooFewWindows
 from ace_cli.evaluation.base import Evaluation
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.zero_shot import harness
@@ -253,7 +254,7 @@ def _plan(
     if config.bench is not None:
         check_bench(config.bench, model.checkpoint)
     check_room(plan, config.output_dir)
-    check_training(config, plan, model.device)
+    check_training(config, plan, model)
     check_gradients(config, dense, plan)
     if sparse := already_sparse(model, config.pattern):
         terminal.say(f"Warning: {sparse}.", "yellow")
@@ -291,7 +292,7 @@ def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal
     """All that will be read, before hours of pruning: a missing evaluation text is found now."""
     with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}") as steps:
         windows_NL = config.calib.windows(source, str(device), steps) if config.needs_data else None
-        training_NL, few = _for_training(config, windows_NL, source, device, steps)
+        training_NL, held_NL, few = _for_training(config, windows_NL, source, device, steps)
     if few:
         terminal.say(f"Warning: {few}.", "yellow")
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}") as steps:
@@ -299,23 +300,26 @@ def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal
         evaluation = texts.windows(source, str(device), steps) if texts is not None else None
     with phases("evaluate"), terminal.waiting("data of the zero-shot tasks") as steps:
         tasks = harness.load(config.eval, source, steps)
-    return Texts(windows_NL, training_NL, evaluation, tasks)
+    return Texts(windows_NL, training_NL, held_NL, evaluation, tasks)
 
 
 def _for_training(
     config: RunConfig, windows_NL: Tensor | None, source: Checkpoint, device: torch.device, steps: Steps
-) -> tuple[Tensor | None, str]:
-    """Windows for a training of the whole model, if there is one; and what to say where the text has few."""
+) -> tuple[Tensor | None, Tensor | None, str]:
+    """Windows to train the whole model on and those held out, if it is; and what to say where the text has few."""
     recovery = config.recover
     if windows_NL is None or not (recovery.acts and recovery.whole):
-        return None, ""
-    count = recovery.trained_on(config.calib.n_samples)
+        return None, None, ""
+    trained, held = recovery.trained_on(len(windows_NL))
+    few = ""
     try:
-        return config.calib.more(windows_NL, count, source, str(device), steps), ""
-    except AceError:
+        all_NL = config.calib.more(windows_NL, trained + held, source, str(device), steps)
+    except TooFewWindows:
         if recovery.insists:
             raise
-        return windows_NL, "the text has no more windows: those held out of training are some that pruning sees"
+        few = "the text has no more windows: those held out of training are some that pruning sees"
+        all_NL, trained = windows_NL, max(1, len(windows_NL) - held)
+    return all_NL[:trained], all_NL[min(trained, len(all_NL) - 1) :], few
 
 
 def _stage_bytes(config: RunConfig, source: Checkpoint) -> int:

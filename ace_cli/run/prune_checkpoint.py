@@ -79,7 +79,7 @@ def identity_of(config: RunConfig, model: StreamedModel, texts: Texts) -> dict[s
         "slots": hashlib.sha256("\n".join(slot.name for b in model.blocks for slot in b.slots).encode()).hexdigest(),
         "experts": [config.calib.experts.value, config.calib.min_tokens],
         "calibration": _named(texts.windows_NL),
-        "trained on": _named(texts.training_NL),
+        **({} if texts.training_NL is None else {"trained on": [_named(texts.training_NL), _named(texts.held_NL)]}),
         "device": _device(config, model.device),
         **({"workers": f"{group.size()}, each with its own windows"} if is_split(config, group.size()) else {}),
         "dtype": str(model.dtype),
@@ -120,8 +120,8 @@ def prune_checkpoint(run: RunContext, work: Work) -> None:
         return
     if run.slicer is None and not run.config.unit.ranks:
         (_prune if run.cutting is None else _cut)(run, work)
-    if (windows_NL := run.texts.training_NL) is not None:
-        help_training(run, work, windows_NL)
+    if run.texts.training_NL is not None:
+        help_training(run, work)
     run.workers.await_first(f"pruned {run.folder}")
 
 
@@ -168,9 +168,9 @@ def _prune(run: RunContext, work: Work) -> None:
             zeros = written.zeros()
     recovered = recorded(work)
     _describe(run, work, pruned, patterns, zeros, recovered)
-    if (windows_NL := run.texts.training_NL) is not None:
+    if run.texts.training_NL is not None:
         with clock("recover"):
-            recovered = recover_checkpoint(run, work, windows_NL)
+            recovered = recover_checkpoint(run, work)
         with clock("verify"), run.terminal.waiting(VERIFYING):
             zeros = count_zeros(Checkpoint(work.partial), pruned)
         _describe(run, work, pruned, patterns, zeros, recovered)
@@ -217,9 +217,9 @@ def _cut(run: RunContext, work: Work) -> None:
         return
     _stream(run, work, done, batches, recipe, writer, compared, recovering, beside, workers=run.workers)
     _describe_cut(run, work, writer.entries, recorded(work))
-    if (windows_NL := run.texts.training_NL) is not None:
+    if run.texts.training_NL is not None:
         with clock("recover"):
-            recovered = recover_checkpoint(run, work, windows_NL)
+            recovered = recover_checkpoint(run, work)
         _describe_cut(run, work, writer.entries, recovered)
         forget_training(work)
 

@@ -7,8 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-from torch import Tensor
-
 from ace_cli.core.json_reader import read_object
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import MANIFEST, RECOVERED
@@ -18,7 +16,7 @@ from ace_cli.run.context import RunContext
 from ace_cli.run.journal import TRAINED, Work
 
 
-def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> RecoveryFacts:
+def recover_checkpoint(run: RunContext, work: Work) -> RecoveryFacts:
     """Replace the weight files of the finished ``checkpoint.partial`` by trained ones; what the training did.
 
     Trained files go to ``checkpoint.training``, with the state of the training after every epoch. When all are there, a
@@ -28,7 +26,7 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
     run.workers.done(_blocks_done(run))
     if run.workers.from_first(lambda: before is None and not done.is_file()):
         work.training.mkdir(exist_ok=True)
-        write_whole(done, json.dumps(dataclasses.asdict(_train(run, work, windows_NL))))
+        write_whole(done, json.dumps(dataclasses.asdict(_train(run, work))))
     if before is not None:
         return before
     weights = {entry.file.name for entry in Checkpoint(work.partial).tensors.values()}
@@ -39,16 +37,19 @@ def recover_checkpoint(run: RunContext, work: Work, windows_NL: Tensor) -> Recov
     return RecoveryFacts(**read_object(done))
 
 
-def help_training(run: RunContext, work: Work, windows_NL: Tensor) -> None:
+def help_training(run: RunContext, work: Work) -> None:
     """What a worker does that is not the first one, when that one is in ``recover_checkpoint``."""
     run.workers.await_first(_blocks_done(run))
     if run.workers.from_first(lambda: False):
-        _train(run, work, windows_NL)
+        _train(run, work)
 
 
-def _train(run: RunContext, work: Work, windows_NL: Tensor) -> RecoveryFacts:
-    pruned, progress = Checkpoint(work.partial), run.terminal.progress
-    return run.config.recover.recover_model(run.model, pruned, windows_NL, work.training, progress, run.workers)
+def _train(run: RunContext, work: Work) -> RecoveryFacts:
+    texts, pruned, progress = run.texts, Checkpoint(work.partial), run.terminal.progress
+    assert texts.training_NL is not None and texts.held_NL is not None
+    return run.config.recover.recover_model(
+        run.model, pruned, texts.training_NL, texts.held_NL, work.training, progress, run.workers
+    )
 
 
 def _blocks_done(run: RunContext) -> str:
