@@ -51,7 +51,8 @@ def main(words: list[str]) -> str:
     told, options = parser.parse_known_args(words)
     recovery = next((each for each in options if each.startswith("recover=")), "recover=distill")
     options = [each for each in options if each != recovery]
-    config = configuration([*options, "recover=none", f"output_dir={told.out / 'pruned'}"])
+    unrecovered = [each for each in options if not each.startswith("recover.")]
+    config = configuration([*unrecovered, "recover=none", f"output_dir={told.out / 'pruned'}"])
     pruned = ace_prune(config)
     recovered = ace_prune(configuration([*options, recovery, f"output_dir={told.out / 'recovered'}"]))
     dense, plain, trained = pruned["perplexity"]["dense"], pruned["perplexity"]["pruned"], recovered["perplexity"]

@@ -21,7 +21,9 @@ def test_one_table_of_perplexities(llama: Path, documents: Path, tmp_path: Path)
         "calib.n_samples=16", "calib.seq_len=16", "eval=text", f"eval.path={documents}", "eval.seq_len=16",
         "eval.max_windows=4", "device=cpu", "samples.prompts=[]", "html=false",
     )  # fmt: skip
-    shown = script.main([str(tmp_path / "out"), "--seconds", "0.1", "--lr", "1e-2", "recover=distill", *options])
+    shown = script.main(
+        [str(tmp_path / "out"), "--seconds", "0.1", "--lr", "1e-2", "recover=distill", "recover.epochs=1", *options]
+    )
     rows = [line.strip("| ").split(" | ") for line in shown.splitlines()[2:]]
     found = {name: (float(value), share) for name, value, _, share in rows}
     pruned = load_report(tmp_path / "out" / "pruned")
