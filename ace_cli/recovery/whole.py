@@ -73,13 +73,14 @@ def shared_steps(
 class WholeModel(Recovery):
     """What a training of the whole model is told.
 
-    ``epochs`` over the calibration windows but for the ``held_out`` share of them, in steps of ``batch`` tokens, with
-    the learning rate ``lr`` after a tenth of the steps, then down a cosine to a tenth of it. ``seed`` orders the steps.
-    What is kept is the epoch that is best on the windows held out.
+    ``epochs`` over the windows that train, in steps of ``batch`` tokens, with the learning rate ``lr`` after a tenth of
+    the steps, then down a cosine to a tenth of it. ``seed`` orders the steps. A share ``held_out`` of all its windows
+    trains nothing: what is kept is the epoch that is best on those.
 
     ``windows`` of the calibration text, held out or not: those that pruning saw, then the ones that follow. By default
     those that pruning saw are trained on, and the ones held out follow: a model looks better than it is on windows that
     weights were refitted to.
+
     ``spread``: the model lies on all GPUs of this machine, some blocks on each, so that it need not fit on one.
     """
 
