@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import composed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import make
 
@@ -398,3 +401,51 @@ def test_a_lowered_rate_outlives_an_interruption(
     again = prune_here(llama, tmp_path / "stopped", *options)
     assert again.recovery == straight.recovery
     assert digest(tmp_path / "stopped") == digest(tmp_path / "straight")
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recover", ["recover=distill", "recover=both"])
+def test_what_training_keeps_on_disk_is_asked_for_before_work(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch, recover: str
+) -> None:
+    """Twice 16 bytes for each weight that is trained, and the files once more."""
+    room, usage = [0], shutil.disk_usage
+
+    def free(path: Any) -> Any:
+        found = usage(path)
+        return type(found)(found.total, found.used, room[0])
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    stored = load_file(llama / "model.safetensors")
+    trained = sum(weight.numel() for name, weight in stored.items() if "_proj" in name)
+    more = 32 * trained + sum(weight.nbytes for weight in stored.values())
+    plain = sum(weight.nbytes for weight in stored.values())
+    room[0] = round(1.01 * (plain + more)) + 50_000
+    prune_here(llama, tmp_path / "enough", "metric=wanda", recover, "recover.epochs=1")
+    room[0] = plain + more - 50_000
+    with pytest.raises(AceError, match=r"needs .* GB of disk"):
+        prune_here(llama, tmp_path / "less", "metric=wanda", recover)
+
+
+def test_a_disk_that_is_full_meanwhile_loses_nothing(
+    llama: Path, tmp_path: Path, prune_here: Prune, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = prune_here(llama, tmp_path / "straight", *TAUGHT)
+    save, left = safetensors.torch.save_file, [1]
+
+    def full(tensors: Any, file: Path, words: Any) -> None:
+        save(tensors, file, words)
+        left[0] -= 1
+        if left[0] < 0:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(AceError, match="No space left on device: .*repeat the command"):
+        prune_here(llama, tmp_path / "full", *TAUGHT)
+    monkeypatch.undo()
+    assert not list(tmp_path.glob("full/**/*.partial"))[1:]  # the folder of the checkpoint alone
+    again = prune_here(llama, tmp_path / "full", *TAUGHT)
+    assert again.recovery == straight.recovery
+    assert digest(tmp_path / "full") == digest(tmp_path / "straight")

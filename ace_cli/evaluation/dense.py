@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,9 +98,6 @@ def _read(file: Path) -> tuple[Any, list[Tensor]] | None:
 
 
 def _write(file: Path, facts: Any, tensors: list[Tensor]) -> None:
-    from safetensors.torch import save_file
+    from ace_cli.model.states import write_state
 
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    named = {str(number): tensor.contiguous() for number, tensor in enumerate(tensors)}
-    save_file(named, partial, {"facts": json.dumps(facts)})
-    partial.replace(file)
+    write_state(file, {str(number): tensor for number, tensor in enumerate(tensors)}, {"facts": json.dumps(facts)})

@@ -104,6 +104,10 @@ class Recovery:
         """
         return 0
 
+    def disk_bytes(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        """Of a recovery of the whole model: what its state takes on the disk; arguments as for ``whole_bytes``."""
+        return 0
+
     def recover_model(
         self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,
         progress: Progress, workers: Workers = ONE,

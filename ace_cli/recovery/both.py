@@ -73,6 +73,9 @@ class Both(Recovery):
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
         return self._distill.whole_bytes(parameters, trained, shapes)
 
+    def disk_bytes(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        return self._distill.disk_bytes(trained, shapes)
+
     def recover(
         self, model: StreamedModel, index: int, batches: Sequence[Batch | None], targets: Sequence[Tensor | None],
         keep: Mapping[str, Tensor], workers: Workers = ONE,

@@ -118,8 +118,11 @@ class Lora(WholeModel):
     def forwards(self, share: float = 1.0) -> float:
         return super().forwards(share) + share * (self.init is Init.svd)
 
+    def trained_numbers(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        return self.rank * sum(rows + columns for rows, columns in shapes)
+
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
-        factors = self.rank * sum(rows + columns for rows, columns in shapes)
+        factors = self.trained_numbers(trained, shapes)
         largest = max((rows * columns for rows, columns in shapes), default=0)
         return 4 * parameters + (4 + 4 + 8 + 4) * factors + 3 * 4 * largest + 6 * LOGITS
 

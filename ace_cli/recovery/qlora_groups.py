@@ -81,8 +81,11 @@ class QloraGroups(WholeModel):
             ]
         return []
 
+    def trained_numbers(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        return sum(self.rank * (rows + -(-columns // self.group)) for rows, columns in shapes)
+
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
-        factors = sum(self.rank * (rows + -(-columns // self.group)) for rows, columns in shapes)
+        factors = self.trained_numbers(trained, shapes)
         grids = sum(2 * 4 * rows * -(-columns // self.group) for rows, columns in shapes)
         return 4 * parameters + trained + (4 + 4 + 8 + 4) * factors + grids + 6 * LOGITS
 

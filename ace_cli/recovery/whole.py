@@ -28,7 +28,7 @@ from ace_cli.recovery.training import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -111,6 +111,14 @@ class WholeModel(Recovery):
             return windows, min(windows, math.ceil(windows * self.held_out / (1 - self.held_out)))
         held = min(self.windows - 1, max(1, round(self.windows * self.held_out)))
         return self.windows - held, held
+
+    def trained_numbers(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        """Of so many weights, in matrices of these shapes: how many numbers it trains."""
+        return trained
+
+    def disk_bytes(self, trained: int, shapes: Collection[tuple[int, int]]) -> int:
+        # weight, best and two moments in float32; the next state is written before the last one goes
+        return 2 * (4 + 4 + 8) * self.trained_numbers(trained, shapes)
 
     def forwards(self, share: float = 1.0) -> float:
         return share * training_forwards(self.epochs, self.held_out)
@@ -373,7 +381,7 @@ class Fit:
 
     def _save(self) -> None:
         """After an epoch: what the next one needs. Renamed into place, so that it is whole or not there."""
-        from safetensors.torch import save_file
+        from ace_cli.model.states import write_state
 
         self._file.parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {}
@@ -383,10 +391,7 @@ class Fit:
                         f"first {name}": moments["exp_avg"], f"second {name}": moments["exp_avg_sq"],
                         f"step {name}": moments["step"]}  # fmt: skip
         content = {"done": self._done, "errors": self._errors, "lowered": self._lowered}
-        partial, final = (self._file.with_suffix(end) for end in (".partial", ".safetensors"))
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial,
-                  {"state": json.dumps(content)})  # fmt: skip
-        partial.replace(final)
+        write_state(self._file.with_suffix(".safetensors"), tensors, {"state": json.dumps(content)})
 
     def _load(self) -> None:
         import torch

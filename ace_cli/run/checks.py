@@ -97,8 +97,7 @@ def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
     recovery.check_installed()
     if not (recovery.acts and recovery.whole):
         return
-    trained = plan.parameters if config.unit.cuts else plan.slot_weights
-    needed = recovery.whole_bytes(plan.parameters, trained, list(plan.shapes.values()))
+    needed = recovery.whole_bytes(plan.parameters, _trained(config, plan), list(plan.shapes.values()))
     rows = sum(recovery.trained_on(max(1, config.calib.tokens // config.calib.length)))
     states = rows * config.calib.length * plan.token_bytes  # of the dense model, on the host
     others = with_others(model.device)[1:] if size() == 1 else []
@@ -119,6 +118,18 @@ def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
             f"recover={name} needs {needed / 1e9:.1f} GB of memory{where}, {room / 1e9:.1f} GB may be used.",
             f"Use recover=blocks, which trains one block at a time{more}.",
         )
+
+
+def disk_of_training(config: RunConfig, plan: Plan) -> int:
+    """Bytes that a training of the whole model has beside the checkpoint: its state, and the files it ends with."""
+    if not (config.recover.acts and config.recover.whole):
+        return 0
+    return plan.bytes_source + config.recover.disk_bytes(_trained(config, plan), list(plan.shapes.values()))
+
+
+def _trained(config: RunConfig, plan: Plan) -> int:
+    """Weights that a training of the whole model may change, at most."""
+    return plan.parameters if config.unit.cuts else plan.slot_weights
 
 
 def _devices_to_spread_over(others: Sequence[torch.device], plan: Plan) -> int:

@@ -48,6 +48,7 @@ from ace_cli.run.checks import (
     check_length,
     check_tokens,
     check_training,
+    disk_of_training,
     loops_of,
     memory_budget,
     pruned_by_rows,
@@ -228,7 +229,8 @@ def _plan(
         plan = plan.smaller(slicer.entries(), f"{slicer.width} of {slicer.hidden} directions stay", True)
     if config.quantize.acts:
         plan = dataclasses.replace(plan, rounds=rounded(config.quantize, model))
-    plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + _stage_bytes(config, model.checkpoint))
+    more = _stage_bytes(config, model.checkpoint) + disk_of_training(config, plan)
+    plan = dataclasses.replace(plan, disk_bytes=plan.disk_bytes + more)
     check_length(model, config, tokens > 0)
     check_inputs_stay(model.checkpoint, config)
     largest = max(rows * columns for rows, columns in plan.shapes.values())
