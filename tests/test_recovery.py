@@ -442,7 +442,7 @@ def test_a_disk_that_is_full_meanwhile_loses_nothing(
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(AceError, match="No space left on device: .*repeat the command"):
+    with pytest.raises(AceError, match=r"No space left on device: .*repeat the command"):
         prune_here(llama, tmp_path / "full", *TAUGHT)
     monkeypatch.undo()
     assert not list(tmp_path.glob("full/**/*.partial"))[1:]  # the folder of the checkpoint alone
