@@ -26,11 +26,10 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ace_cli.data.generation import whole_model
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.evaluation.perplexity import perplexity, window_losses
-from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint
-from ace_cli.model.loading import class_that_loads
 from ace_cli.model.pruned import count_zeros, read_manifest
 from ace_cli.model.source import open_model
 from ace_cli.model.streamed import StreamedModel
@@ -110,8 +109,7 @@ class Masked(TrainerCallback):
 
 def train(source: Path, target: Path, windows_NL: Tensor, lr: float, seconds: float) -> float:
     """Trainer as one would call it, with a constant rate after 10 steps, as nobody knows how many there will be."""
-    config = transformers_config(source)
-    model = class_that_loads(config).from_pretrained(source, config=config, dtype=torch.float32)
+    model = whole_model(Checkpoint(source), torch.float32, "cpu", "The pruned model must load for Trainer.")
     arguments = TrainingArguments(
         str(target), per_device_train_batch_size=max(1, BATCH // windows_NL.shape[1]), learning_rate=lr,
         lr_scheduler_type="constant_with_warmup", warmup_steps=10, max_steps=10**6, save_strategy="no",

@@ -24,10 +24,10 @@ from ace_cli.evaluation.speed.engines import no_llama_cpp
 from ace_cli.export.gguf import FILE, Gguf, fault
 from ace_cli.export.gguf_families import NoForm, frequency_factors
 from ace_cli.export.gguf_tokenizer import vocabulary_of
+from ace_cli.model.loading import class_that_loads
 from ace_cli.model.packed import PackedCheckpoint
 from ace_cli.model.quantised import QuantisedCheckpoint
 from ace_cli.model.source import open_model
-from ace_cli.model.uneven import class_of
 
 #: What transformers takes for granted when it reads a file of the family, and the tiny models have otherwise.
 SIX = ["sliding_attention"] * 5 + ["full_attention"]
@@ -318,7 +318,7 @@ def test_llama_cpp_computes_with_uneven_widths(tmp_path: Path, prune_here: Any) 
     asked = {"prompt": ids, "max_tokens": 12, "temperature": 0, "top_k": 1, "ignore_eos": True}
     told = xllamacpp.Server(params).handle_completions(asked)
     config = AutoConfig.from_pretrained(out / "checkpoint", trust_remote_code=False)
-    model = class_of(config).from_pretrained(out / "checkpoint", config=config, dtype=torch.float32)
+    model = class_that_loads(config).from_pretrained(out / "checkpoint", config=config, dtype=torch.float32)
     wanted = model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False, suppress_tokens=[1])[0, len(ids) :]
     assert told["choices"][0]["text"] == AutoTokenizer.from_pretrained(out / "checkpoint").decode(wanted)
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from tiny_models import make
 
 from ace_cli.core.errors import AceError
-from ace_cli.core.steps import NOBODY
 from ace_cli.kernels.divergence import divergence
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.recovery.base import RecoveryFacts
@@ -338,7 +337,7 @@ def test_windows_that_follow_are_made_like_those_before(documents: Path, llama: 
     config = composed("model=custom", f"model.path={llama}", *options)
     source = Checkpoint(llama)
     windows_NL = config.calib.windows(source, "cpu")
-    more_NL = config.calib.more(windows_NL, len(windows_NL) + 2, source, "cpu", NOBODY)
+    more_NL = config.calib.windows(source, "cpu", more=2)
     assert len(more_NL) == len(windows_NL) + 2
     assert torch.equal(more_NL[: len(windows_NL)], windows_NL)
     assert more_NL.unique(dim=0).shape == more_NL.shape

@@ -73,39 +73,33 @@ class Calibration(FromSource):
         return self.pack or self.continue_to or self.seq_len
 
     @property
+    def rows(self) -> int:
+        """Rows that go through the model."""
+        return self.tokens // self.length
+
+    @property
     def length_option(self) -> str:
         """The option that decides ``length``."""
         return f"calib.{'pack' if self.pack else 'continue_to' if self.continue_to else 'seq_len'}"
 
-    def windows(self, checkpoint: Checkpoint, device: str, steps: Steps = NOBODY) -> Tensor:
+    def windows(self, checkpoint: Checkpoint, device: str, steps: Steps = NOBODY, more: int = 0) -> Tensor:
         """Token ids, int64 (rows, ``length``), on the CPU. Raises AceError when the source cannot give them.
 
-        ``steps`` hears how far it is.
-        """
-        return self._drawn(checkpoint, self.n_samples, 0, device, steps)
-
-    def more(self, windows_NL: Tensor, rows: int, checkpoint: Checkpoint, device: str, steps: Steps) -> Tensor:
-        """The rows of ``length`` that ``windows`` gave and those that follow them, so many in all.
-
-        Raises TooFewWindows when the source has not so many.
+        ``steps`` hears how far it is. ``more``: so many rows that follow, too; TooFewWindows where there are fewer.
         """
         import torch
 
-        if rows <= len(windows_NL):
-            return windows_NL[:rows]
-        further = math.ceil((rows - len(windows_NL)) * self.n_samples / len(windows_NL))
-        return torch.cat([windows_NL, self._drawn(checkpoint, further, self.n_samples, device, steps)])
-
-    def _drawn(self, checkpoint: Checkpoint, count: int, skip: int, device: str, steps: Steps) -> Tensor:
-        source = self.source
-        ids_NL = source.draw(checkpoint, count, self.seq_len, self.seed, device, steps, skip)
+        source, further = self.source, math.ceil(more * self.n_samples / self.rows)
+        ids_NL = source.draw(checkpoint, self.n_samples, self.seq_len, self.seed, device, steps, further)
         if self.start_token:
             ids_NL = source.begin(ids_NL, checkpoint)
-        if self.continue_to:
-            longer, seed, purpose = self.continue_to, self.seed, TRAINING if skip else CALIBRATION
-            ids_NL = continue_windows(checkpoint, ids_NL, longer, seed, purpose, device, steps)
-        whole = ids_NL.numel() // self.length
-        return ids_NL.flatten()[: whole * self.length].reshape(-1, self.length)
+        if longer := self.continue_to:
+            parts = zip((ids_NL[: self.n_samples], ids_NL[self.n_samples :]), (CALIBRATION, TRAINING), strict=True)
+            ids_NL = torch.cat([
+                continue_windows(checkpoint, part, longer, self.seed, purpose, device, steps)
+                for part, purpose in parts if len(part)
+            ])  # fmt: skip
+        return ids_NL.flatten()[: (self.rows + more) * self.length].reshape(-1, self.length)
 
 
 offer("calib", Calibration)

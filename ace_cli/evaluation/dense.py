@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,4 +101,6 @@ def _read(file: Path) -> tuple[Any, list[Tensor]] | None:
 def _write(file: Path, facts: Any, tensors: list[Tensor]) -> None:
     from ace_cli.model.states import write_state
 
-    write_state(file, {str(number): tensor for number, tensor in enumerate(tensors)}, {"facts": json.dumps(facts)})
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")  # jobs of a sweep may write the same one
+    named = {str(number): tensor for number, tensor in enumerate(tensors)}
+    write_state(partial, file, named, {"facts": json.dumps(facts)})

@@ -7,7 +7,15 @@ from typing import Any
 from ace_cli.model.auto import auto_class
 from ace_cli.model.factored import factor, ranks_of
 from ace_cli.model.sliced import add_shortcuts, shortcuts_of
-from ace_cli.model.uneven import class_of, shapes_of
+from ace_cli.model.transformers_api import class_for
+from ace_cli.model.uneven import resize, shapes_of
+
+
+def shape(model: Any, config: Any) -> None:
+    """Give a stock model, its weights not yet read, the widths, changes of basis and products that ``config`` has."""
+    resize(model, shapes_of(config))
+    add_shortcuts(model, shortcuts_of(config))
+    factor(model, ranks_of(config))
 
 
 def class_that_loads(config: Any) -> Any:
@@ -18,9 +26,11 @@ def class_that_loads(config: Any) -> Any:
     """
     if not (shapes_of(config) or shortcuts_of(config) or ranks_of(config)):
         return auto_class(config)
+    stock: Any = class_for(auto_class(config), config)
 
-    def change(model: Any, config: Any) -> None:
-        add_shortcuts(model, shortcuts_of(config))
-        factor(model, ranks_of(config))
+    class Shaped(stock):  # type: ignore[misc]
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            shape(self, config)
 
-    return class_of(config, change)
+    return Shaped

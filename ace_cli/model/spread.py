@@ -55,8 +55,8 @@ def _parts(model: nn.Module, beside: float) -> dict[str, int]:
 
     A head that is the embedding lies with it, and comes first: its bytes count once.
     """
-    whole, found, seen = block_classes(model), dict[str, int](), set[int]()
-    inside = ""
+    whole, seen, inside = block_classes(model), set[int](), ""
+    tied, found = dict[str, int](), dict[str, int]()
     for path, module in model.named_modules():
         if inside and path.startswith(inside):
             continue
@@ -65,8 +65,7 @@ def _parts(model: nn.Module, beside: float) -> dict[str, int]:
             continue
         inside = f"{path}." if block else ""
         own = {id(each): each.nbytes for each in module.parameters()}
-        tied = bool(own) and own.keys() <= seen
         size = sum(nbytes for key, nbytes in own.items() if key not in seen)
+        (tied if own and not size else found)[path] = round(size * (1 + beside * block))
         seen |= own.keys()
-        found = {path: 0, **found} if tied else {**found, path: round(size * (1 + beside * block))}
-    return found
+    return tied | found

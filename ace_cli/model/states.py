@@ -13,13 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_state(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
-    """Written beside ``file`` and renamed into place. Raises OSError where the system refuses, as when a disk is full;
-    then nothing is left beside it."""
+def write_state(partial: Path, file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+    """Written to ``partial`` and renamed into place. Raises OSError where the system refuses, as when a disk is full;
+    then nothing is left there."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, partial, dict(words))
     except SafetensorError as fault:  # it hides the system's number among its words

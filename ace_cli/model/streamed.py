@@ -24,14 +24,12 @@ from ace_cli.model.auto import LargeOnMeta, auto_class, decoder_of, other_models
 from ace_cli.model.completeness import check_complete
 from ace_cli.model.configuration import check_config, not_understood, transformers_config
 from ace_cli.model.experts import Experts
-from ace_cli.model.factored import factor, ranks_of
 from ace_cli.model.files import Checkpoint
+from ace_cli.model.loading import shape
 from ace_cli.model.mapping import Conversion, Mapping
-from ace_cli.model.sliced import add_shortcuts, shortcuts_of
 from ace_cli.model.slots import Left, Part, Slot, SlotFilter, View, find_slots
 from ace_cli.model.ties import resolved, same_values
 from ace_cli.model.transformers_api import block_classes, kept_in_float32, tied_weights
-from ace_cli.model.uneven import resize, shapes_of
 
 #: Tokens that go through a block at once: at most BATCH_TOKENS, and so many that four activations of a block's widest
 #: weight take BATCH_BYTES in float32, but 2,048 (the usual 128 x 16) in any case. Constants, so that results do not
@@ -486,9 +484,7 @@ def skeleton_of(checkpoint: Checkpoint, dtype: torch.dtype = torch.float32) -> A
     try:
         with off_the_heap(), init_empty_weights(include_buffers=False), LargeOnMeta(len(checkpoint.tensors)):
             model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
-            resize(model, shapes_of(config))
-            add_shortcuts(model, shortcuts_of(config))
-            factor(model, ranks_of(config))
+            shape(model, config)
             return model
     except Exception as fault:  # a damaged config.json fails in as many ways as there are model classes
         raise not_understood(checkpoint.folder, fault) from fault

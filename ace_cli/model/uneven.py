@@ -7,14 +7,10 @@ it resizes them, for transformers with ``trust_remote_code``; here they are resi
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-
-from ace_cli.model.auto import auto_class
-from ace_cli.model.transformers_api import class_for
 
 #: In the "pruning" entry of config.json: parameter -> shape.
 RESIZED = "resized"
@@ -41,19 +37,6 @@ def shapes_of(config: Any) -> dict[str, list[int]]:
     found = getattr(config, "pruning", None)
     shapes: dict[str, list[int]] = found.get(RESIZED, {}) if isinstance(found, dict) else {}
     return shapes
-
-
-def class_of(config: Any, more: Callable[[nn.Module, Any], object] = lambda model, config: None) -> Any:
-    """The stock class of a configuration, resized as it says; ``more(model, config)`` is done to it after that."""
-    stock: Any = class_for(auto_class(config), config)
-
-    class Resized(stock):  # type: ignore[misc]
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            resize(self, shapes_of(config))
-            more(self, config)
-
-    return Resized
 
 
 def source_of(stock: str) -> str:

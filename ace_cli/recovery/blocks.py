@@ -27,8 +27,8 @@ from ace_cli.recovery.training import (
     adam,
     copies,
     half_precision,
+    pace,
     put_back,
-    rate,
     sizes,
     split,
     training_faults,
@@ -92,36 +92,36 @@ class Blocks(Recovery):
         masters = _masters(module, keep)
         step = _Step(model, index, batches, targets, workers)
         before = best = step.error(held)
-        kept, epochs, lowered = copies(masters), 0, 0
-        while True:
-            for epoch in self._epochs(index, step, masters, keep, training, LOWER**lowered):
+        kept, epochs, own = copies(masters), 0, sizes(masters, keep)
+        for lowered in range(LOWERINGS + 1):
+            rates = [self.lr * LOWER**lowered * size for size in own]
+            for epoch in self._epochs(index, step, masters, keep, training, rates):
                 error = step.error(held)
                 if error < best:  # false for NaN: a block that diverged keeps what it had
                     best, epochs, kept = error, epoch, copies(masters)
                 elif epoch == 1 and lowered < LOWERINGS:
+                    put_back(masters, kept)
                     break
-            if epochs or lowered == LOWERINGS:
+            else:
                 break
-            lowered += 1
-            put_back(masters, kept)
         better = {name: weight.masked_fill_(~keep[name], 0) for name, weight in kept.items()} if epochs else {}
         _put(module, {**loaded, **better})
         return RecoveryFacts(before, best, epochs, lowered)
 
     def _epochs(
         self, index: int, step: _Step, masters: Mapping[str, nn.Parameter], keep: Mapping[str, Tensor],
-        training: Sequence[int], share: float,
+        training: Sequence[int], rates: Sequence[float],
     ) -> Iterator[int]:  # fmt: skip
-        """Trains ``masters`` for another epoch at each turn, at this share of the rate; its number, from 1."""
+        """Trains ``masters``, each at its rate, for another epoch at each turn; its number, from 1."""
         import torch
 
-        rates = [self.lr * share * size for size in sizes(masters, keep)]
         optimiser = adam(masters.values(), rates, step.device)
         steps = self.epochs * len(training)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda done: rate(done, steps))
         generator = torch.Generator().manual_seed(self.seed + index)
         for epoch in range(1, self.epochs + 1):
-            for number in torch.randperm(len(training), generator=generator).tolist():
+            order = torch.randperm(len(training), generator=generator).tolist()
+            for done, number in enumerate(order, (epoch - 1) * len(training)):
+                pace(optimiser, done, steps)
                 step.backward(training[number])
                 with_gradients_of(masters.values(), step.workers)
                 for name, master in masters.items():
@@ -129,7 +129,6 @@ class Blocks(Recovery):
                     master.grad.mul_(keep[name])  # a fifth of the time of masked_fill_
                 optimiser.step()
                 optimiser.zero_grad()
-                schedule.step()
             yield epoch
 
 

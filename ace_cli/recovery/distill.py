@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from ace_cli.model.streamed import StreamedModel
 
 
+#: Bytes beside each weight that is trained: gradient, two moments, the best so far; what may change.
+BESIDE = 4 + 8 + 4 + 1
+
+
 @register("recover", "distill")
 @dataclass
 class Distill(WholeModel):
@@ -51,10 +55,10 @@ class Distill(WholeModel):
     lr: float = 1.5e-3
 
     relative = True
-    beside = (4 + 8 + 4 + 1) / 4
+    beside = BESIDE / 4
 
     def whole_bytes(self, parameters: int, trained: int, shapes: Collection[tuple[int, int]]) -> int:
-        return 4 * parameters + (4 + 8 + 4 + 1) * trained + 6 * LOGITS
+        return 4 * parameters + BESIDE * trained + 6 * LOGITS
 
     def recover_model(
         self, dense: StreamedModel, pruned: Checkpoint, windows_NL: Tensor, held_NL: Tensor, target: Path,

@@ -29,7 +29,7 @@ from ace_cli.methods.angles import angular_distance
 from ace_cli.model.adapted import ADAPTER, ADAPTER_FILES, peft
 from ace_cli.recovery.adapters import Adapters, adapted_paths, adapter_faults
 from ace_cli.recovery.base import RecoveryFacts
-from ace_cli.recovery.training import training_faults
+from ace_cli.recovery.training import put_back, training_faults
 from ace_cli.recovery.whole import (
     LOGITS,
     STATE,
@@ -40,7 +40,6 @@ from ace_cli.recovery.whole import (
     last_states,
     loaded,
     shared_steps,
-    window_faults,
     write_weights,
 )
 
@@ -94,8 +93,9 @@ class Lora(WholeModel):
 
     def faults(self) -> list[str]:
         alone = self.init is Init.svd and self.epochs == 0  # the closed form, and no training
-        faults = training_faults(1 if alone else self.epochs, self.lr, self.batch, self.held_out, self.seed)
-        faults += adapter_faults(self.rank, self.alpha) + window_faults(self.windows)
+        epochs = 1 if alone else self.epochs
+        faults = training_faults(epochs, self.lr, self.batch, self.held_out, self.seed, self.windows)
+        faults += adapter_faults(self.rank, self.alpha)
         if self.init is Init.svd and self.merge:
             faults.append(
                 "recover.init=svd stands for the weights that went, where a merge keeps zeros: add recover.merge=false"
@@ -153,9 +153,7 @@ class Lora(WholeModel):
         facts = fit.run(progress)
         if not (facts.after < facts.before and workers.first):
             return facts
-        with torch.no_grad():
-            for name, weight in adapters.weights.items():
-                weight.copy_(fit.best[name])
+        put_back(adapters.weights, fit.best)
         if self.merge:
             write_weights(streamed, pruned, adapters.merged(), target)
         else:

@@ -25,6 +25,7 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.model.transformers_api import is_transposed
 from ace_cli.recovery.adapters import adapted_paths, adapter_faults
 from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.recovery.training import put_back
 from ace_cli.recovery.whole import (
     LOGITS,
     STATE,
@@ -107,9 +108,7 @@ class QloraGroups(WholeModel):
         predictions = DensePredictions(dense, student, own_NL, states_NLH)
         fit = Fit(self, weights, predictions, (steps, held), target / STATE, workers)
         facts = fit.run(progress)
-        with torch.no_grad():
-            for name, weight in weights.items():
-                weight.copy_(fit.best[name])
+        put_back(weights, fit.best)
         merged = {f"{path}.weight": layer.merged_into(student.get_submodule(path)) for path, layer in layers.items()}
         if workers.first:
             write_weights(streamed, pruned, merged, target)

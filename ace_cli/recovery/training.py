@@ -19,12 +19,13 @@ if TYPE_CHECKING:
 #: training begins again with this share of it, so many times at most. Norms, units that were cut, and families differ.
 LOWER, LOWERINGS = 1 / 3, 3
 
-
 #: Adafactor's: a weight of zeros moves, too.
 SMALL = 1e-3
 
 
-def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: int) -> list[str]:
+def training_faults(
+    epochs: int, lr: float, batch: int, held_out: float, seed: int, windows: int | None = None
+) -> list[str]:
     """What is wrong with the knobs that all of them share, one line each."""
     faults = []
     if epochs < 1:
@@ -37,6 +38,8 @@ def training_faults(epochs: int, lr: float, batch: int, held_out: float, seed: i
         faults.append(f"recover.held_out={held_out}: must be a share between 0 and 1, like 0.1")
     if not 0 <= seed < 2**63:
         faults.append(f"recover.seed={seed}: must be between 0 and 2^63")
+    if windows is not None and windows < 2:
+        faults.append(f"recover.windows={windows}: must be at least 2, one held out")
     return faults
 
 
@@ -49,10 +52,10 @@ def training_forwards(epochs: int, held_out: float) -> float:
 
 
 def adam(weights: Iterable[Tensor], rates: Iterable[float], device: torch.device) -> torch.optim.Adam:
-    """With a learning rate for each weight; in one pass over a weight where torch has that."""
+    """With a learning rate for each weight, which ``pace`` follows; in one pass over a weight where torch has that."""
     import torch
 
-    groups = [{"params": [weight], "lr": lr} for weight, lr in zip(weights, rates, strict=True)]
+    groups = [{"params": [weight], "lr": lr, "rate": lr} for weight, lr in zip(weights, rates, strict=True)]
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
 
 
@@ -116,6 +119,12 @@ def rate(done: int, steps: int) -> float:
     if done < warm:
         return (done + 1) / warm
     return 0.55 + 0.45 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
+
+
+def pace(optimiser: torch.optim.Adam, done: int, steps: int) -> None:
+    """Give the weights of ``adam`` the learning rates of the step after ``done`` of ``steps``."""
+    for group in optimiser.param_groups:
+        group["lr"] = group["rate"] * rate(done, steps)
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -18,8 +18,8 @@ from ace_cli.recovery.training import (
     adam,
     copies,
     half_precision,
+    pace,
     put_back,
-    rate,
     sizes,
     training_faults,
     training_forwards,
@@ -100,7 +100,7 @@ class WholeModel(Recovery):
     beside = 0.0
 
     def faults(self) -> list[str]:
-        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed) + window_faults(self.windows)
+        return training_faults(self.epochs, self.lr, self.batch, self.held_out, self.seed, self.windows)
 
     @property
     def insists(self) -> bool:
@@ -122,11 +122,6 @@ class WholeModel(Recovery):
 
     def forwards(self, share: float = 1.0) -> float:
         return share * training_forwards(self.epochs, self.held_out)
-
-
-def window_faults(windows: int | None) -> list[str]:
-    """What is wrong with the number of windows, one line."""
-    return [] if windows is None or windows >= 2 else [f"recover.windows={windows}: must be at least 2, one held out"]
 
 
 def loaded(pruned: Checkpoint, device: torch.device, knobs: WholeModel) -> Any:
@@ -290,8 +285,8 @@ class Fit:
         self._weights = {name: weight.requires_grad_(True) for name, weight in weights.items()}
         self._sizes = sizes(weights, self._keep) if knobs.relative else [1.0] * len(weights)
         self._training, self._held = steps
-        self._optimiser = self._adam()
         self._done = self._lowered = 0
+        self._optimiser = self._adam()
         self._errors: list[float] = []
         #: Name of each weight -> its values when the held-out windows were predicted best.
         self.best: dict[str, Tensor] = {}
@@ -338,18 +333,16 @@ class Fit:
         self._optimiser = self._adam()
 
     def _adam(self) -> torch.optim.Adam:
-        weights = self._weights.values()
-        return adam(weights, self._sizes, next(iter(weights)).device)
+        weights, lr = self._weights.values(), self._knobs.lr * LOWER**self._lowered
+        return adam(weights, [lr * size for size in self._sizes], next(iter(weights)).device)
 
     def _epoch(self, step: Callable[[], None]) -> None:
         import torch
 
         steps, knobs = len(self._training), self._knobs
-        lr = knobs.lr * LOWER**self._lowered
         generator = torch.Generator().manual_seed(knobs.seed + self._done)
         for done, number in enumerate(torch.randperm(steps, generator=generator).tolist(), self._done * steps):
-            for group, size in zip(self._optimiser.param_groups, self._sizes, strict=True):
-                group["lr"] = size * lr * rate(done, knobs.epochs * steps)
+            pace(self._optimiser, done, knobs.epochs * steps)
             self._objective.share(self._training[number], backward=True)
             with_gradients_of(self._weights.values(), self._workers)
             for name, keep in self._keep.items():
@@ -391,7 +384,8 @@ class Fit:
                         f"first {name}": moments["exp_avg"], f"second {name}": moments["exp_avg_sq"],
                         f"step {name}": moments["step"]}  # fmt: skip
         content = {"done": self._done, "errors": self._errors, "lowered": self._lowered}
-        write_state(self._file.with_suffix(".safetensors"), tensors, {"state": json.dumps(content)})
+        partial, final = (self._file.with_suffix(end) for end in (".partial", ".safetensors"))
+        write_state(partial, final, tensors, {"state": json.dumps(content)})
 
     def _load(self) -> None:
         import torch
@@ -403,6 +397,7 @@ class Fit:
         with safe_open(file, "pt") as stored:
             content = json.loads(stored.metadata()["state"])
             self._done, self._errors, self._lowered = content["done"], content["errors"], content.get("lowered", 0)
+            self._optimiser = self._adam()  # at the rate that it had
             with torch.no_grad():
                 for name, weight in self._weights.items():
                     weight.copy_(stored.get_tensor(f"weight {name}"))

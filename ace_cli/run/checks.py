@@ -95,11 +95,9 @@ def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
     """AceError if the memory has no room for a whole model in training, or a package is missing for it."""
     recovery = config.recover
     recovery.check_installed()
-    if not (recovery.acts and recovery.whole):
+    if not recovery.whole:
         return
     needed = recovery.whole_bytes(plan.parameters, _trained(config, plan), list(plan.shapes.values()))
-    rows = sum(recovery.trained_on(max(1, config.calib.tokens // config.calib.length)))
-    states = rows * config.calib.length * plan.token_bytes  # of the dense model, on the host
     others = with_others(model.device)[1:] if size() == 1 else []
     places = _devices_to_spread_over(others, plan) if recovery.spread else 1
     if places > 1:
@@ -108,7 +106,8 @@ def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
         outside = 4 * (plan.parameters - plan.slot_weights)
         needed = needed // places + max(outside, (4 + 17) * plan.slot_weights // plan.blocks)
     elif model.device.type == "cpu":
-        needed += 2 * states
+        tokens = sum(recovery.trained_on(config.calib.rows)) * config.calib.length
+        needed += 2 * tokens * plan.token_bytes  # states of the dense model, on the host
     room = min(memory_budget(config.memory_gb, each) for each in (model.device, *others[: places - 1]))
     if needed > room:
         name = name_of("recover", recovery)
@@ -122,7 +121,7 @@ def check_training(config: RunConfig, plan: Plan, model: StreamedModel) -> None:
 
 def disk_of_training(config: RunConfig, plan: Plan) -> int:
     """Bytes that a training of the whole model has beside the checkpoint: its state, and the files it ends with."""
-    if not (config.recover.acts and config.recover.whole):
+    if not config.recover.whole:
         return 0
     return plan.bytes_source + config.recover.disk_bytes(_trained(config, plan), list(plan.shapes.values()))
 

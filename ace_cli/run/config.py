@@ -149,7 +149,7 @@ class RunConfig:
     @property
     def forwards_of_training(self) -> float:
         """Forwards of all calibration tokens that the recovery costs."""
-        rows = max(1, self.calib.tokens // self.calib.length)
+        rows = self.calib.rows
         return self.recover.forwards(sum(self.recover.trained_on(rows)) / rows)
 
     @property

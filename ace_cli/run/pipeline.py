@@ -293,8 +293,7 @@ def _instead(config: RunConfig, plan: Plan, limit: Limit) -> str:
 def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal: Terminal, phases: Phases) -> Texts:
     """All that will be read, before hours of pruning: a missing evaluation text is found now."""
     with phases("calibrate"), terminal.waiting(f"calibration windows from {name_of('calib', config.calib)}") as steps:
-        windows_NL = config.calib.windows(source, str(device), steps) if config.needs_data else None
-        training_NL, held_NL, few = _for_training(config, windows_NL, source, device, steps)
+        windows_NL, training_NL, held_NL, few = _calibration(config, source, str(device), steps)
     if few:
         terminal.say(f"Warning: {few}.", "yellow")
     with phases("evaluate"), terminal.waiting(f"evaluation windows from {name_of('eval', config.eval)}") as steps:
@@ -305,23 +304,26 @@ def _texts(config: RunConfig, source: Checkpoint, device: torch.device, terminal
     return Texts(windows_NL, training_NL, held_NL, evaluation, tasks)
 
 
-def _for_training(
-    config: RunConfig, windows_NL: Tensor | None, source: Checkpoint, device: torch.device, steps: Steps
-) -> tuple[Tensor | None, Tensor | None, str]:
-    """Windows to train the whole model on and those held out, if it is; and what to say where the text has few."""
-    recovery = config.recover
-    if windows_NL is None or not (recovery.acts and recovery.whole):
-        return None, None, ""
-    trained, held = recovery.trained_on(len(windows_NL))
-    few = ""
+def _calibration(
+    config: RunConfig, source: Checkpoint, device: str, steps: Steps
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, str]:
+    """Windows that prune; to train the whole model on, and held out, if it is; what to say where a text has few."""
+    calib, recovery = config.calib, config.recover
+    if not config.needs_data:
+        return None, None, None, ""
+    if not recovery.whole:
+        return calib.windows(source, device, steps), None, None, ""
+    trained, held = recovery.trained_on(calib.rows)
     try:
-        all_NL = config.calib.more(windows_NL, trained + held, source, str(device), steps)
+        all_NL = calib.windows(source, device, steps, more=max(0, trained + held - calib.rows))
+        return all_NL[: calib.rows], all_NL[:trained], all_NL[trained : trained + held], ""
     except TooFewWindows:
         if recovery.insists:
             raise
-        few = "the text has no more windows: those held out of training are some that pruning sees"
-        all_NL, trained = windows_NL, max(1, len(windows_NL) - held)
-    return all_NL[:trained], all_NL[min(trained, len(all_NL) - 1) :], few
+    windows_NL = calib.windows(source, device, steps)
+    trained = max(1, len(windows_NL) - held)
+    few = "the text has no more windows: those held out of training are some that pruning sees"
+    return windows_NL, windows_NL[:trained], windows_NL[min(trained, len(windows_NL) - 1) :], few
 
 
 def _stage_bytes(config: RunConfig, source: Checkpoint) -> int:

@@ -38,11 +38,11 @@ class TextSource:
 
     def draw(
         self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
-        skip: int = 0,
+        further: int = 0,
     ) -> Tensor:  # fmt: skip
         """Windows to calibrate on, int64 (count, length), on the CPU. Raises AceError when there are not so many.
 
-        ``steps`` hears how far it is. ``skip``: those that come after so many of the same seed.
+        ``steps`` hears how far it is. ``further``: so many more that follow; the first ones are the same without.
         """
         raise NotImplementedError
 
@@ -69,9 +69,9 @@ class DocumentSource(TextSource):
 
     def draw(
         self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
-        skip: int = 0,
+        further: int = 0,
     ) -> Tensor:  # fmt: skip
-        return random_windows(self.documents(), load_tokenizer(checkpoint), skip + count, length, seed, steps)[skip:]
+        return random_windows(self.documents(), load_tokenizer(checkpoint), count + further, length, seed, steps)
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         if (start := text_start(checkpoint)) is not None:

@@ -33,9 +33,14 @@ class SelfWritten(TextSource):
 
     def draw(
         self, checkpoint: Checkpoint, count: int, length: int, seed: int, device: str, steps: Steps = NOBODY,
-        skip: int = 0,
+        further: int = 0,
     ) -> Tensor:  # fmt: skip
-        return sample_windows(checkpoint, count, length, seed, TRAINING if skip else CALIBRATION, device, steps)
+        import torch
+
+        ids_NL = sample_windows(checkpoint, count, length, seed, CALIBRATION, device, steps)
+        if not further:
+            return ids_NL
+        return torch.cat([ids_NL, sample_windows(checkpoint, further, length, seed, TRAINING, device, steps)])
 
     def begin(self, ids_NL: Tensor, checkpoint: Checkpoint) -> Tensor:
         """As they are: the start token is what they were sampled from."""
