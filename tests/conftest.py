@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # before any library reads them: no network, and no thread storm on a shared machine
@@ -39,6 +39,7 @@ from tiny_models import add_tokenizer, make, write_documents
 
 from ace_cli.cli.prune import main
 from ace_cli.core import registry
+from ace_cli.core.cache import cache_folder
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report import plots
 from ace_cli.report.facts import Report
@@ -53,6 +54,7 @@ def pytest_collection_finish() -> None:
     garbage.begin()
 
 
+_CACHE = os.environ.get("ACE_PRUNE_CACHE")
 #: Tests of what pictures show, by name of their modules; for all others a picture is a file or an element.
 _OF_PICTURES = {"test_html", "test_overview", "test_report", "test_readme"}
 
@@ -63,6 +65,28 @@ def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     if request.module.__name__ not in _OF_PICTURES:
         monkeypatch.setattr(plots, "svg", lambda name, draw, height=2.5: f'<svg class="plot" aria-label="{name}"/>')
         monkeypatch.setattr(plots, "png", lambda file, draw, height=4.0: file.write_bytes(b""))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_trace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Imports of tiny models are not left in the user's cache. Compiled kernels are the user's: the same for all."""
+    users, own = cache_folder(), tmp_path_factory.mktemp("cache")
+    (users / "kernels").mkdir(parents=True, exist_ok=True)
+    (own / "kernels").symlink_to(users / "kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACE_PRUNE_CACHE", str(own))
+        yield
+
+
+@pytest.fixture(scope="module")
+def users_cache(no_trace: None) -> Iterator[None]:
+    """For the real model, whose import takes seconds and is the same each time."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _CACHE is None:
+            patch.delenv("ACE_PRUNE_CACHE")
+        else:
+            patch.setenv("ACE_PRUNE_CACHE", _CACHE)
+        yield
 
 
 @pytest.fixture(scope="session")

