@@ -16,11 +16,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ace_cli.model.blocks import Block
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import DTYPES, TensorEntry
 from ace_cli.model.links import Link
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Block
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
+from ace_cli.model.blocks import Block
 from ace_cli.model.cuts import Axis, Coupling
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.links import LinkFinder
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Block
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ace_cli.core.torch_api import own_parameters
 from ace_cli.methods.patterns import NofM
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 
 #: One sequence of so many tokens tells heads apart and proves a link; so many single tokens probe a slot's outputs.
 _LENGTH, _PROBES = 16, 256

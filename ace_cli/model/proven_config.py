@@ -101,7 +101,7 @@ def leaves(config: Mapping[str, Any], above: Place = ()) -> Iterator[tuple[Place
 
 def _says(config: Mapping[str, Any], cut: Sliced, right: Callable[[Checkpoint], bool]) -> bool:
     """Whether the stock class, of this configuration, has a place of the right shape for every tensor, and computes."""
-    from ace_cli.model.streamed import skeleton_of
+    from ace_cli.model.skeleton import skeleton_of
 
     described = copy.copy(cut)
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ace_cli.model.streamed import Batch
+from ace_cli.model.calls import Batch
 
 
 class Spill:

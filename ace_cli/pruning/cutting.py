@@ -12,13 +12,15 @@ from torch import Tensor
 
 from ace_cli.core.errors import AceError
 from ace_cli.methods.units import Units, equal_width, kept_width
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.cuts import Coupling, Cut, Grown, Sliced, coupling, rows_of
 from ace_cli.model.expert_links import ExpertLink
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.links import LinkFinder
 from ace_cli.model.proven_config import Place, proven_changes
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.facts import BlockFacts
 
 if TYPE_CHECKING:

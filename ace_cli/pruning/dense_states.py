@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.errors import AceError
+from ace_cli.model.calls import Batch
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.observer import hooked
 
 

@@ -22,13 +22,14 @@ from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.repair.base import Repaired
 from ace_cli.methods.statistics import Gram
 from ace_cli.methods.units import equal_width
+from ace_cli.model.calls import Batch
 from ace_cli.model.cuts import Numbered, Renamed, renumbered
 from ace_cli.model.depth_config import depth_changes, numbered_blocks
 from ace_cli.model.files import Checkpoint, hash_of_tensor
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import Place
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting, kind_of
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.pruning.observer import hooked

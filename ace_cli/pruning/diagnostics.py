@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ace_cli.core.workers import Workers
-    from ace_cli.model.streamed import Batch, StreamedModel
+    from ace_cli.model.calls import Batch
+    from ace_cli.model.streamed import StreamedModel
 
 
 @dataclass

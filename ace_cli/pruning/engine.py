@@ -25,9 +25,11 @@ from ace_cli.core.memory import Trimmer
 from ace_cli.core.timing import Clock
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import FiniteChecks
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.files import CheckpointWriter
 from ace_cli.model.links import LinkFinder
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.diagnostics import BlockComparison
 from ace_cli.pruning.facts import BlockFacts

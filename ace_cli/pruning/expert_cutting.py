@@ -19,12 +19,14 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.methods.units import Units
 from ace_cli.model.alike import differs
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.cuts import Axis, Coupling, Cut, Numbered, Sliced
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import Checkpoint, hash_of_tensor
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.slots import Slot, routers
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting, kind_of
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.pruning.observer import reached

@@ -16,8 +16,9 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.methods.gradients import Backward, Source
 from ace_cli.methods.statistics import Seen, Statistic
+from ace_cli.model.calls import Batch
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.observer import hooked
 
 #: Bytes of the logits of one backward through the whole model, in float32.

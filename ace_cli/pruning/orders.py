@@ -13,9 +13,11 @@ from torch import Tensor
 from ace_cli.core.timing import Clock
 from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.methods.statistics import Seen, Statistic
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached

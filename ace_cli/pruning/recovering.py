@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ace_cli.core.workers import ONE, Workers
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.calls import Batch
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.dense_states import DenseStates, through
 from ace_cli.pruning.slot_pruner import SlotPruner
 from ace_cli.recovery.base import Recovery, RecoveryFacts

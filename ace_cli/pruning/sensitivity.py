@@ -12,8 +12,9 @@ from torch import Tensor
 from ace_cli.core.errors import AceError
 from ace_cli.methods.low_rank import Factorisation, rank_of
 from ace_cli.methods.statistics import Seen
+from ace_cli.model.calls import Batch
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.observer import Observer, hooked
 
 

@@ -20,7 +20,7 @@ from ace_cli.model.files import hash_of_tensor
 from ace_cli.model.slots import Slot
 
 if TYPE_CHECKING:
-    from ace_cli.model.streamed import Batch
+    from ace_cli.model.calls import Batch
 
 #: What a piece tells beside its weights: both losses, how many were swapped, notes; JSON.
 _Told = tuple[float | None, float | None, int | None, list[str]]

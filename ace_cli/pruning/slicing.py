@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from ace_cli.core.errors import AceError
 from ace_cli.kernels.finite_checks import check_finite
+from ace_cli.model.calls import Batch
 from ace_cli.model.header import DTYPES, TensorEntry
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.observer import hooked
 
 #: Tensor of the new files -> what it holds, float64, a block's or the stem's.

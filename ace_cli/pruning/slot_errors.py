@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ace_cli.model.blocks import Block
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Block
 from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.observer import hooked, reached
 

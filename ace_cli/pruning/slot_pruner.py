@@ -29,10 +29,11 @@ from ace_cli.methods.repair.base import Repaired
 from ace_cli.methods.repair.least_squares import factors_of
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
 from ace_cli.methods.statistics import Gram, Seen
+from ace_cli.model.blocks import Block
 from ace_cli.model.header import DTYPES
 from ace_cli.model.links import Link, reorder
 from ace_cli.model.slots import Slot, View
-from ace_cli.model.streamed import Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.permutation import best_order, kept_score

@@ -17,9 +17,11 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import check_finite
 from ace_cli.methods.allocation.base import Allocation
 from ace_cli.methods.statistics import Seen, Statistic
+from ace_cli.model.blocks import Block
+from ace_cli.model.calls import Batch
 from ace_cli.model.experts import ExpertCall
 from ace_cli.model.slots import Slot
-from ace_cli.model.streamed import Batch, Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.gradients import gradients_of
 from ace_cli.pruning.observer import Observer, hooked, observe_expert, reached
 

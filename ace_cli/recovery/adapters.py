@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ace_cli.model.streamed import Block, StreamedModel
+    from ace_cli.model.blocks import Block
+    from ace_cli.model.streamed import StreamedModel
 
 _NAME = "default"  # peft's for the only one
 

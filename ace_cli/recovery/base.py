@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ace_cli.core.stage import Progress
+    from ace_cli.model.calls import Batch
     from ace_cli.model.files import Checkpoint
-    from ace_cli.model.streamed import Batch, StreamedModel
+    from ace_cli.model.streamed import StreamedModel
 
 
 @dataclass(frozen=True)

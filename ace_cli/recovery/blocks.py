@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from ace_cli.model.streamed import Batch, StreamedModel
+    from ace_cli.model.calls import Batch
+    from ace_cli.model.streamed import StreamedModel
 
 
 class Target(Enum):

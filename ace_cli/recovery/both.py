@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from ace_cli.model.streamed import Batch, StreamedModel
+    from ace_cli.model.calls import Batch
+    from ace_cli.model.streamed import StreamedModel
     from ace_cli.recovery.base import RecoveryFacts
 
 

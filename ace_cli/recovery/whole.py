@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
     from ace_cli.core.stage import Progress
     from ace_cli.core.workers import Workers
+    from ace_cli.model.blocks import Block
     from ace_cli.model.files import Checkpoint
-    from ace_cli.model.streamed import Block, StreamedModel
+    from ace_cli.model.streamed import StreamedModel
 
 #: Bytes of one forward's logits in float32; a step of more tokens is taken in several forwards.
 LOGITS = 256 << 20

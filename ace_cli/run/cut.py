@@ -20,12 +20,13 @@ from ace_cli.methods.statistics import Seen
 from ace_cli.methods.units import uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
+from ace_cli.model.blocks import Block
 from ace_cli.model.cuts import Cut
 from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import changed
 from ace_cli.model.pruned import Smaller
-from ace_cli.model.streamed import Block, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting
 from ace_cli.pruning.depth import DepthCutting, least_important
 from ace_cli.pruning.survey import UnitScores, survey

@@ -17,9 +17,10 @@ from ace_cli.run.machine_limit import Limit, Rates, existing
 if TYPE_CHECKING:
     from ace_cli.methods.patterns import Pattern
     from ace_cli.methods.statistics import Statistic
+    from ace_cli.model.blocks import Block
     from ace_cli.model.header import TensorEntry
     from ace_cli.model.slots import Slot
-    from ace_cli.model.streamed import Block, StreamedModel
+    from ace_cli.model.streamed import StreamedModel
 
 #: Below this share of the block weights a "pruned" model would be mostly dense: stop instead.
 MINIMUM_COVERAGE = 0.9

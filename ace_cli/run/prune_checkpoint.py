@@ -22,6 +22,7 @@ from ace_cli.methods.gradients import Source
 from ace_cli.methods.low_rank import Factorisation
 from ace_cli.methods.patterns import Pattern
 from ace_cli.methods.statistics import Seen
+from ace_cli.model.calls import Batch
 from ace_cli.model.files import Checkpoint, CheckpointWriter, NoWriter
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.pruned import (
@@ -35,7 +36,7 @@ from ace_cli.model.pruned import (
     write_metadata,
 )
 from ace_cli.model.spill import Spill, kept
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.dense_states import DenseInputs
 from ace_cli.pruning.engine import prune, replay
 from ace_cli.pruning.facts import BlockFacts

@@ -13,12 +13,13 @@ from ace_cli.methods.metrics.slicegpt import SliceGPT
 from ace_cli.methods.patterns import Ratio
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
+from ace_cli.model.calls import Batch
 from ace_cli.model.configuration import transformers_config
 from ace_cli.model.files import Checkpoint, CheckpointWriter, shard_plan
 from ace_cli.model.header import DTYPES
 from ace_cli.model.pruned import Smaller
 from ace_cli.model.sliced import SHORTCUTS, source_of
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.slicing import Slicer
 
 if TYPE_CHECKING:

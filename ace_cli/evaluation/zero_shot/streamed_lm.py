@@ -17,7 +17,8 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.data.documents import load_tokenizer
 from ace_cli.data.token_ids import check_ids
 from ace_cli.evaluation.zero_shot.lm_eval_api import Request, TokenModel
-from ace_cli.model.streamed import Batch, StreamedModel
+from ace_cli.model.calls import Batch
+from ace_cli.model.streamed import StreamedModel
 
 #: Hidden states held at once: a bound that does not depend on the number of items; the blocks are read anew for each
 #: such part.
