@@ -19,7 +19,7 @@ from ace_cli.model import expert_links
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import verify
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.cutting import Cutting
+from ace_cli.pruning.unit_cutting import UnitCutting
 from ace_cli.pruning.units.channel import Channel
 
 RUN = ("unit=channel", "unit.multiple=8", "sparsity=25%", "calib.seq_len=16")
@@ -194,4 +194,4 @@ def test_experts_that_are_not_laid_out_alike_are_refused(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(expert_links, "_layouts", wrong)
     with pytest.raises(AceError, match=r"gate_up_proj.0: how channels lie inside GptOssExperts was not found"):
-        Cutting(model, Channel(), "channel")
+        UnitCutting(model, Channel(), "channel")

@@ -18,9 +18,9 @@ from ace_cli.methods.low_rank import correction
 from ace_cli.model.adapted import with_adapter
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.recovery.fit import Fit
 from ace_cli.recovery.lora import guided_ranks
 from ace_cli.recovery.qlora_groups import GroupedLayer, Groups, pooled
-from ace_cli.recovery.whole import Fit
 from ace_cli.report.facts import Report
 from ace_cli.report.markdown import recovery_line
 

@@ -23,8 +23,8 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.recovery.base import RecoveryFacts
 from ace_cli.recovery.blocks import relative_error
 from ace_cli.recovery.distill import Distill
+from ace_cli.recovery.fit import Fit
 from ace_cli.recovery.training import LOWER, split
-from ace_cli.recovery.whole import Fit
 from ace_cli.report.facts import Report
 
 Prune = Callable[..., Report]

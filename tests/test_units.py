@@ -36,10 +36,10 @@ from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.pruned import Violation, verify, write_metadata
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.model.uneven import FILE
-from ace_cli.pruning.cutting import Cutting
 from ace_cli.pruning.engine import prune
 from ace_cli.pruning.facts import BlockFacts
 from ace_cli.pruning.recipe import Propagate, Recipe
+from ace_cli.pruning.unit_cutting import UnitCutting
 from ace_cli.pruning.units.base import Unit
 from ace_cli.pruning.units.channel import Channel
 from ace_cli.pruning.units.head import Head, Heads
@@ -59,10 +59,10 @@ FEW = ["llama", "phi3", "opt", "gpt2", "qwen3", "gemma2"]
 def cut_into(
     folder: Path, out: Path, stay: Callable[[int], int], metric: Metric | None = None, repair: Repair | None = None,
     unit: Unit | None = None,
-) -> tuple[Cutting, dict[str, Tensor], list[BlockFacts]]:  # fmt: skip
+) -> tuple[UnitCutting, dict[str, Tensor], list[BlockFacts]]:  # fmt: skip
     """Cut a model; ``stay``: index of a block -> how many units it keeps. What was cut, and which units were kept."""
     model = StreamedModel(Checkpoint(folder), CPU, torch.float32)
-    cutting = Cutting(model, unit or Channel(), "unit")
+    cutting = UnitCutting(model, unit or Channel(), "unit")
     cutting.stay = {each.name: stay(index) for index, block in enumerate(cutting.couplings) for each in block}
     out.mkdir()
     writer = CheckpointWriter(model.checkpoint, out, cutting.cut().entries(model.checkpoint))
@@ -93,7 +93,7 @@ def streamed_logits(folder: Path) -> Tensor:
         return model.logits(ids, batches[0].hidden_BLH)
 
 
-def zeroed(folder: Path, cutting: Cutting, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+def zeroed(folder: Path, cutting: UnitCutting, kept: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights that read units, with zeros for those that went, by their names in the files."""
     found = weights(folder)
     for each in (each for block in cutting.couplings for each in block):
@@ -149,7 +149,7 @@ def test_widths_of_their_own_load_with_the_modelling_file(family: str, tmp_path:
 def test_what_later_blocks_see_is_what_is_written(propagate: Propagate, llama: Path, tmp_path: Path) -> None:
     """With a refit: the hidden states after the stream are those of the written model."""
     model = StreamedModel(Checkpoint(llama), CPU, torch.float32)
-    cutting = Cutting(model, Channel(), "channel")
+    cutting = UnitCutting(model, Channel(), "channel")
     cutting.stay = dict.fromkeys(cutting.stay, 64)
     writer = CheckpointWriter(model.checkpoint, tmp_path, cutting.cut().entries(model.checkpoint))
     batches = list(model.batches(WINDOWS))
@@ -172,14 +172,14 @@ def test_what_later_blocks_see_is_what_is_written(propagate: Propagate, llama: P
 def test_the_key_is_found_where_another_holds_the_same_number(tmp_path: Path) -> None:
     """intermediate_size equals hidden_size, and the vocabulary has as many tokens."""
     folder = make(tmp_path / "dense", "llama", intermediate_size=64, vocab_size=64)
-    cutting = Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
+    cutting = UnitCutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
     cutting.stay = dict.fromkeys(cutting.stay, 32)
     assert cutting.changes() == {("intermediate_size",): 32}
 
 
 def test_a_key_that_holds_nothing_is_filled_in(tmp_path: Path) -> None:
     folder = make(tmp_path / "dense", "gpt2", n_inner=None)
-    cutting = Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
+    cutting = UnitCutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Channel(), "channel")
     cutting.stay = dict.fromkeys(cutting.stay, 64)
     assert cutting.changes() == {("n_inner",): 64}
 
@@ -565,4 +565,4 @@ def test_heads_that_are_not_alike_stay(family: str, tmp_path: Path) -> None:
     """Their biases of positions, or norms over all heads together, tell heads apart."""
     folder = make(tmp_path / "dense", family)
     with pytest.raises(AceError, match="no heads were found"):
-        Cutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Head(), "head")
+        UnitCutting(StreamedModel(Checkpoint(folder), CPU, torch.float32), Head(), "head")

@@ -40,7 +40,7 @@ CPU_TOKENS = 1024
 class StreamedModel:
     """A checkpoint whose blocks are run one at a time on ``device`` in ``dtype``.
 
-    Raises AceError when the class is unknown or its blocks cannot be found; ``check_complete`` tells of missing weights.
+    Raises AceError when the class is unknown or its blocks cannot be found; ``check_complete`` looks for weights.
     """
 
     def __init__(

@@ -101,6 +101,9 @@ class DepthCutting(Cutting):
         first = stay - stay // 2
         self.keep([*range(first), *range(first + count - stay, count)])
 
+    def described(self, on_average: bool) -> str:
+        return self.words()
+
     def words(self) -> str:
         return f"{len(self.kept)} of {len(self.model.blocks)} blocks stay"
 
@@ -119,16 +122,18 @@ class DepthCutting(Cutting):
         end = next((kept for kept in self.kept if kept > index), len(self.model.blocks))
         return list(range(index + 1, end))
 
+    def choose(self, batches: list[Batch], metric: Metric, on_block: Callable[[int], None]) -> list[int]:
+        assert isinstance(self.unit, Depth)
+        goes = least_important(self.model, batches, metric, len(self.goes), self.unit.choose, on_block)
+        self.keep([index for index in range(len(self.model.blocks)) if index not in goes])
+        return goes
+
     def runs(self, index: int) -> bool:
         return index in self.kept
 
     def taught(self, index: int, of_model: bool) -> list[int] | None:
         gap = self.gap_behind(index)
         return gap if index in self.kept and (gap or of_model) else None
-
-    @property
-    def uneven(self) -> bool:
-        return False
 
     def entries(self) -> dict[str, TensorEntry]:
         return renumbered(self.model.checkpoint, self.numbered, self.kept).tensors
@@ -232,13 +237,11 @@ class DepthPruner(SlotPruner):
     def put(self, slot: Slot, repaired: Repaired) -> None:
         """The weight has new values, rounded as the file will have them."""
         check_finite(repaired.weight_OI, f"the refit of {slot.name}")
-        new_OI = repaired.weight_OI.to(self._stored_dtype(slot))
-        slot.put(new_OI)
-        self._store(slot, new_OI)
+        self.new.put(slot, repaired.weight_OI.to(self.new.dtype(slot.key)))
 
     def weight(self, slot: Slot) -> Tensor:
         """As the file has it, float32 (O, I)."""
-        return self._stored_weight(slot).to(self._model.device, torch.float32)
+        return self.new.dense(slot).to(self._model.device, torch.float32)
 
     def take_weights(self) -> dict[str, Tensor]:
         cutting = self.cutting

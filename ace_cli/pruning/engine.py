@@ -114,7 +114,7 @@ def prune(
                 with clock("compare"):
                     moved = recipe.propagate is not Propagate.dense and not last
                     output = comparison.after(index, batches[0].hidden_BLH if moved and batches else None)
-                    if not pruner.orders:  # what a weight reads would have to be reordered as it was
+                    if not pruner.orders.found:  # what a weight reads would have to be reordered as it was
                         pruner.facts = errors.told(pruner.facts)
                 del errors
             with clock("write"):

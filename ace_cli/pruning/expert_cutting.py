@@ -21,22 +21,23 @@ from ace_cli.methods.units import Units
 from ace_cli.model.alike import differs
 from ace_cli.model.blocks import Block
 from ace_cli.model.calls import Batch
-from ace_cli.model.cuts import Axis, Coupling, Cut, Numbered, Sliced
+from ace_cli.model.cuts import Axis, Coupling, Numbered, Sliced
 from ace_cli.model.experts import ExpertCall, Experts
 from ace_cli.model.files import Checkpoint, hash_of_tensor
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.slots import Slot, routers
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning.cutting import Cutting, kind_of
+from ace_cli.pruning.cutting import kind_of
 from ace_cli.pruning.facts import BlockFacts, SlotFacts
 from ace_cli.pruning.observer import reached
 from ace_cli.pruning.orders import Order
 from ace_cli.pruning.recipe import Propagate
 from ace_cli.pruning.slot_pruner import SlotPruner
+from ace_cli.pruning.width_cutting import WidthCutting
 
 
 @dataclass
-class ExpertCutting(Cutting):
+class ExpertCutting(WidthCutting):
     """Experts of ``model``. ``chosen``: router's name -> which stay, bool (E,); the first, until they are scored."""
 
     by_slots = False
@@ -46,14 +47,14 @@ class ExpertCutting(Cutting):
     narrow: StreamedModel | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        model, kind = self.model, type(self.model.skeleton).__name__
+        model = self.model
         config = model.skeleton.config.get_text_config()
         self._groups = getattr(config, "n_group", None) or 1
         self._group_choices = getattr(config, "topk_group", None) or self._groups
         self._routed = getattr(config, "num_experts_per_tok", None) or 1
         found = [_coupling(block, self._groups) for block in model.blocks]
         self.couplings = tuple(() if each is None else (each,) for each in found)
-        self._take_all(kind)
+        self._take_all()
 
     @property
     def order(self) -> type[Order]:  # type: ignore[override]
@@ -100,9 +101,6 @@ class ExpertCutting(Cutting):
     @property
     def sizes(self) -> dict[int, int]:
         return {each.regions * each.width: each.regions * self.stay[each.name] for b in self.couplings for each in b}
-
-    def cut(self) -> Cut:
-        return Cut(self.couplings, self.stay)
 
     def computes(self, sliced: Checkpoint) -> bool:
         """Whether every block is the old one in all its settings but the number of experts, and runs."""

@@ -191,7 +191,7 @@ class Sublayer(Order):
                 self._note(slot, x)
                 self._prune([slot])
                 done([slot])
-            order_I = self.pruner.orders.get(slot.name)  # what made this input ran before it was reordered
+            order_I = self.pruner.orders.found.get(slot.name)  # what made this input ran before it was reordered
             return None if order_I is None else x[..., order_I]
 
         def prune_experts_now(experts: Experts, call: ExpertCall) -> None:

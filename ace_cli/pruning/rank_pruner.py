@@ -26,12 +26,10 @@ class RankPruner(SlotPruner):
 
     def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
         start = time.perf_counter()
-        tokens = max((statistic.tokens for statistic in seen), default=0)
-        if not tokens:
-            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows.")
+        tokens = self._tokens(slot, seen)
         metric, rank = self._recipe.metric, self._recipe.ranks[slot.name]
         assert isinstance(metric, Factorisation)
-        dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+        dense_OI = self.new.dense(slot).to(self._model.device, torch.float32).contiguous()
         check_finite(dense_OI, slot.name)
         try:
             with self._clock("score"):
@@ -41,12 +39,10 @@ class RankPruner(SlotPruner):
         except ArithmeticError as fault:
             raise AceError(f"{slot.name}: {fault}", "Use more windows, or metric=asvd.") from fault
         with self._clock("mask"):
-            new_OI = (up_OR @ down_RI).to(self._stored_dtype(slot))
+            new_OI = (up_OR @ down_RI).to(self.new.dtype(slot.key))
             self._finite.expect(new_OI, f"the product for {slot.name}")
-            slot.put(new_OI)
-            self._store(slot, new_OI)
-        if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
-            self._activations[slot.name] = seen[self._looked_at]
+            self.new.put(slot, new_OI)
+        self._look(slot, seen)
         off = float((new_OI.float() - dense_OI).norm() / dense_OI.norm().clamp(min=1e-30))
         words, seconds = f"rank {rank} of {min(slot.shape)}", time.perf_counter() - start
         kept = list(range(rank))

@@ -81,7 +81,7 @@ class Recovering:
             keep = trainable(self._model, index)
             facts = self._recovery.recover(self._model, index, self._steps, self._targets, keep, self._workers)
             if facts.epochs:
-                pruner.take_loaded(keep)
+                pruner.new.take_loaded(keep)
         for batch, hidden_BLH in zip(batches, self._inputs, strict=True):
             batch.hidden_BLH = hidden_BLH
         self._inputs, self._targets = [], []

@@ -13,30 +13,27 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ace_cli.core.device import brought_back
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.core.torch_api import own_parameters
 from ace_cli.core.typed_json import typed
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.kernels.finite_checks import FiniteChecks
 from ace_cli.methods.catch_up import caught_up
 from ace_cli.methods.metrics.base import Metric, scored
-from ace_cli.methods.patterns import NofM
 from ace_cli.methods.repair.base import Repaired
 from ace_cli.methods.repair.least_squares import factors_of
 from ace_cli.methods.row_pruning import by_rows, masked, prune_rows
 from ace_cli.methods.statistics import Gram, Seen
 from ace_cli.model.blocks import Block
-from ace_cli.model.header import DTYPES
-from ace_cli.model.links import Link, reorder
-from ace_cli.model.slots import Slot, View
+from ace_cli.model.links import Link
+from ace_cli.model.slots import Slot
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.diagnostics import Activations
 from ace_cli.pruning.facts import SlotFacts
-from ace_cli.pruning.permutation import best_order, kept_score
+from ace_cli.pruning.input_orders import InputOrders
+from ace_cli.pruning.new_weights import NewWeights
 from ace_cli.pruning.recipe import Recipe
 from ace_cli.pruning.shares import by_pieces
 
@@ -52,8 +49,10 @@ class SlotPruner:
         links: list[Link], workers: Workers = ONE,
     ) -> None:  # fmt: skip
         self.facts: list[SlotFacts] = []
-        #: Slot name -> the order its inputs were put in; the tensor that is fed to it has not been reordered.
-        self.orders: dict[str, Tensor] = {}
+        #: The block's tensors as they will be written.
+        self.new = NewWeights(model, block)
+        #: The orders that inputs were put in.
+        self.orders = InputOrders(block, links, recipe.patterns, self.new)
         #: Slot name -> its statistics of gradients, of the dense block.
         self.gradients: Mapping[str, Seen] = {}
         #: Tensor of the block -> its name in the new files, empty if it is gone; where that is not its own.
@@ -65,10 +64,8 @@ class SlotPruner:
         self._finite = finite
         #: Who shares what is observed and done now.
         self.workers = workers
-        self._links = self._permutable(links)
         self._looked_at = Activations(recipe.observed_tokens) if recipe.observed_tokens else None
         self._activations: dict[str, Activations] = {}
-        self._written: dict[str, Tensor] = {}  # file tensor -> its new content
 
     def prune(self, slots: list[Slot], seen: MutableMapping[str, Seen], routed: int | None = None) -> None:
         """Prune ``slots`` from what each of them has ``seen``, which is let go of: one slot's may be gigabytes.
@@ -77,8 +74,9 @@ class SlotPruner:
         """
         self.facts += [self._told(slot, self._gathered(slot, seen.pop(slot.name)), routed) for slot in slots]
         for slot in slots:  # only now: a producer may be pruned after its consumer
-            if slot.name in self.orders:
-                self._reorder_producers(self._links[slot.name], self.orders[slot.name])
+            if slot.name in self.orders.found:
+                with self._clock("permute"):
+                    self.orders.reorder_producers(slot)
 
     @contextmanager
     def dealt(self, parts: list[list[Slot]]) -> Iterator[Iterable[int]]:
@@ -87,7 +85,7 @@ class SlotPruner:
         Where there are fewer parts than workers, everyone is to prune all of them, and rows are shared; so it is where
         units are cut, of which more comes than weights, and where each worker has seen some of every part's tokens.
         """
-        linked = any(slot.name in self._links for slots in parts for slot in slots)
+        linked = any(slot.name in self.orders for slots in parts for slot in slots)
         together = len(parts) < self.workers.size or linked or self._recipe.cutting is not None or self.workers.apart
         if not self.workers.several or together:
             yield range(len(parts))
@@ -104,21 +102,7 @@ class SlotPruner:
         """
         self._finite.settle()
         self.facts = [self._settled(fact) for fact in self.facts]
-        weights, self._written = self._written, {}
-        return brought_back(weights)
-
-    def take_loaded(self, names: Iterable[str]) -> None:
-        """The loaded parameters of these names are what will be written, rounded to the files' dtypes."""
-        parameters = dict(self._block.module.named_parameters())
-        for name in names:
-            owner, _, leaf = name.rpartition(".")
-            new = parameters[name].detach()
-            for part in self._block.parts[name]:
-                place = part.place(new)
-                self._written[part.key] = place.to(self._file_dtype(part.key)).clone()
-                place.copy_(self._written[part.key])
-            rounded = new.to(self._model.dtype_of(f"{self._block.name}.{name}"))
-            own_parameters(self._block.module.get_submodule(owner))[leaf] = nn.Parameter(rounded, requires_grad=False)
+        return self.new.hand_over()
 
     # --- one slot ------------------------------------------------------------------------------------------------
 
@@ -131,17 +115,26 @@ class SlotPruner:
     def _prune(self, slot: Slot, seen: Seen, routed: int | None) -> SlotFacts:
         start = time.perf_counter()
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
-        tokens = max((statistic.tokens for statistic in seen), default=0)
-        if metric.needs() and not tokens:
-            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+        tokens = self._tokens(slot, seen)
         weight_OI = slot.weight_OI
         zeros_before = weight_OI.numel() - weight_OI.count_nonzero()  # a tensor: read when the block is done
         diagnosis: dict[str, Any] = {**metric.diagnose(seen), "zeros_before": zeros_before}
         notes = self._by_rows(slot, seen) if self._goes_by_rows(slot) else self._whole(slot, seen, diagnosis)
         seconds = time.perf_counter() - start
+        self._look(slot, seen)
+        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, notes, seconds, routed)
+
+    def _tokens(self, slot: Slot, seen: Seen) -> int:
+        """How many tokens the slot has seen. AceError for none, where the metric needs some."""
+        tokens = max((statistic.tokens for statistic in seen), default=0)
+        if self._recipe.metric.needs() and not tokens:
+            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+        return tokens
+
+    def _look(self, slot: Slot, seen: Seen) -> None:
+        """Keep the picture of its activations, where one is wanted."""
         if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
             self._activations[slot.name] = seen[self._looked_at]
-        return SlotFacts(slot.name, slot.shape, str(pattern), tokens, diagnosis, notes, seconds, routed)
 
     def _gathered(self, slot: Slot, seen: Seen) -> Seen:
         """With what other workers computed of it, as far as it is needed here."""
@@ -160,20 +153,20 @@ class SlotPruner:
 
     def _goes_by_rows(self, slot: Slot) -> bool:
         """Whether the choices, the device and the slot's links let every row be pruned before the next is scored."""
-        whole = slot.name in self._links or self._model.device.type != "cpu" or self._recipe.catch_up > 0
+        whole = slot.name in self.orders or self._model.device.type != "cpu" or self._recipe.catch_up > 0
         return not whole and by_rows(self._recipe.metric, self._recipe.patterns[slot.name], self._recipe.repair)
 
     def _by_rows(self, slot: Slot, seen: Seen) -> list[str]:
         """Prune without anything of the weight's size beside it."""
         metric, pattern = self._recipe.metric, self._recipe.patterns[slot.name]
         with self._clock("score"):
-            weight_OI = self._stored_weight(slot)
+            weight_OI = self.new.dense(slot)
             scores = metric.scores_of_rows(weight_OI, seen)
         with self._clock("mask"):
             prune_rows(weight_OI, scores, pattern, f"{slot.name} or the score of its weights")
-            if not self._exact(slot):
+            if not self.new.exact(slot):
                 slot.put(weight_OI)
-            self._store(slot, weight_OI.to(self._stored_dtype(slot)))
+            self.new.store(slot, weight_OI.to(self.new.dtype(slot.key)))
         return []
 
     def _whole(self, slot: Slot, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
@@ -186,13 +179,9 @@ class SlotPruner:
             score_OI = metric.score(dense_OI, seen)
             self._finite.expect(score_OI, f"{slot.name} or the score of its weights")
         with self._clock("permute"):
-            order_I = self._better_order(slot, score_OI)
-            if order_I is not None:
-                self.orders[slot.name] = order_I
-                assert isinstance(pattern, NofM)
-                as_it_was = kept_score(score_OI, pattern)
+            if (chosen := self.orders.choose(slot, score_OI)) is not None:
+                order_I, diagnosis["permutation_gain"] = chosen
                 dense_OI, score_OI, seen = dense_OI[:, order_I], score_OI[:, order_I], seen.reordered(order_I)
-                diagnosis["permutation_gain"] = kept_score(score_OI, pattern) / as_it_was - 1
         with self._clock("select"):
             keep_OI = pattern.keep(score_OI)
         del score_OI
@@ -200,7 +189,7 @@ class SlotPruner:
             return self._refined_in_pieces(slot, dense_OI, seen, diagnosis, lambda rows: keep_OI[rows])
         repaired = self._refined(slot, dense_OI, keep_OI, seen)
         with self._clock("mask"):
-            self._take(slot, masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot)))
+            self.new.put(slot, masked(repaired.weight_OI, repaired.keep_OI, self.new.dtype(slot.key)))
         diagnosis |= repaired.diagnosis
         return repaired.notes
 
@@ -210,7 +199,7 @@ class SlotPruner:
         ``diagnosis`` hears how far it was moved, relative to its size. AceError where the statistics do not allow it.
         """
         with self._clock("score"):
-            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+            dense_OI = self.new.dense(slot).to(self._model.device, torch.float32).contiguous()
         if not self._recipe.catch_up:
             return dense_OI
         with self._clock("catch up"):
@@ -233,11 +222,6 @@ class SlotPruner:
             hint = "Use more windows, or repair=none and a metric that looks at single weights."
             raise AceError(f"{slot.name}: {fault}", hint) from fault
 
-    def _take(self, slot: Slot, new_OI: Tensor) -> None:
-        """``new_OI``, in the file's dtype, is what becomes of the slot."""
-        slot.put(new_OI)
-        self._store(slot, new_OI)
-
     # --- rows, in pieces that workers share ------------------------------------------------------------------------
 
     def _rows_apart(self, slot: Slot) -> bool:
@@ -249,7 +233,7 @@ class SlotPruner:
     def _goes_in_pieces(self, slot: Slot) -> bool:
         """Whether scores and selection can be done some rows at a time, too."""
         by_formula = type(self._recipe.metric).score is Metric.score and self._recipe.patterns[slot.name].by_rows
-        return self._rows_apart(slot) and by_formula and slot.name not in self._links
+        return self._rows_apart(slot) and by_formula and slot.name not in self.orders
 
     def _in_pieces(self, slot: Slot, dense_OI: Tensor, seen: Seen, diagnosis: dict[str, Any]) -> list[str]:
         """Score, select, refine, repair and mask some rows, then the next ones; what the repair noted."""
@@ -269,7 +253,7 @@ class SlotPruner:
     def _refined_in_pieces(
         self, slot: Slot, dense_OI: Tensor, seen: Seen, diagnosis: dict[str, Any], keep: Callable[[slice], Tensor]
     ) -> list[str]:
-        dtype = self._stored_dtype(slot)
+        dtype = self.new.dtype(slot.key)
 
         def work(rows: slice) -> tuple[Tensor, Repaired]:
             repaired = self._refined(slot, dense_OI[rows], keep(rows), seen)
@@ -280,7 +264,7 @@ class SlotPruner:
             new_OI = torch.empty(slot.shape, dtype=dtype, device=dense_OI.device)
         told = by_pieces(self.workers, new_OI, work)
         with self._clock("mask"):
-            self._take(slot, new_OI)
+            self.new.put(slot, new_OI)
         diagnosis |= told.diagnosis
         return told.notes
 
@@ -294,14 +278,14 @@ class SlotPruner:
             owner, weights = number % self.workers.size, list[Tensor]()
             for slot in slots:
                 if owner == self.workers.rank:
-                    weights.append(slot.in_file(self._written[slot.key]).contiguous())
+                    weights.append(self.new.of_slot(slot).contiguous())
                 else:
-                    dtype, device = self._stored_dtype(slot), self._model.device
+                    dtype, device = self.new.dtype(slot.key), self._model.device
                     weights.append(torch.empty(slot.shape, dtype=dtype, device=device))
             self.workers.spread([(weight_OI, owner) for weight_OI in weights])
             if owner != self.workers.rank:
                 for slot, weight_OI in zip(slots, weights, strict=True):
-                    self._take(slot, weight_OI)
+                    self.new.put(slot, weight_OI)
         return [facts[slot.name] for slots in parts for slot in slots]
 
     def _settled(self, fact: SlotFacts) -> SlotFacts:
@@ -309,61 +293,3 @@ class SlotPruner:
         seen = self._activations.get(fact.name)
         diagnosis = {name: float(value) for name, value in fact.diagnosis.items()}
         return replace(fact, diagnosis=diagnosis, activations=fact.activations if seen is None else seen.facts())
-
-    # --- permutation ---------------------------------------------------------------------------------------------
-
-    def _permutable(self, links: list[Link]) -> dict[str, Link]:
-        """Consumer's slot -> its link, where the consumer's pattern is N:M and fits the link's regions."""
-        found = {}
-        for link in links:
-            name = self._block.parts[f"{link.consumer}.weight"][0].key
-            pattern = self._recipe.patterns[name]
-            if isinstance(pattern, NofM) and link.misfit(pattern) is None:
-                found[name] = link
-        return found
-
-    def _better_order(self, slot: Slot, score_OI: Tensor) -> Tensor | None:
-        """The order of the inputs that keeps more of the score; None to leave them as they are."""
-        pattern = self._recipe.patterns[slot.name]
-        if slot.name not in self._links or not isinstance(pattern, NofM):
-            return None
-        order_I = best_order(score_OI, self._links[slot.name].channels_RWC, pattern)
-        return None if torch.equal(order_I, order_I.sort().values) else order_I
-
-    def _reorder_producers(self, link: Link, order_I: Tensor) -> None:
-        """The rows of the producers, loaded and as they will be written; biases are written because of this."""
-        with self._clock("permute"):
-            slots = {slot.name: slot for slot in self._block.slots}
-            for name, order_O in reorder(self._block, link, order_I, columns=False).items():
-                key = self._block.parts[name][0].key
-                rows = slots[key].in_file(self._stored(key)) if key in slots else self._stored(key)
-                rows.copy_(rows[order_O])
-
-    # --- as the files have it --------------------------------------------------------------------------------------
-
-    def _stored(self, key: str) -> Tensor:
-        """A tensor of the files that will be written anew, as far as it is known."""
-        if key not in self._written:
-            self._written[key] = self._model.checkpoint.read(key).to(self._model.device)
-        return self._written[key]
-
-    def _store(self, slot: Slot, new_OI: Tensor) -> None:
-        if slot.in_file == View():
-            self._written[slot.key] = new_OI
-        else:
-            slot.in_file(self._stored(slot.key)).copy_(new_OI)
-
-    def _stored_dtype(self, slot: Slot) -> torch.dtype:
-        return self._file_dtype(slot.key)
-
-    def _file_dtype(self, key: str) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, DTYPES[self._model.checkpoint.tensors[key].dtype][0])
-        return dtype
-
-    def _stored_weight(self, slot: Slot) -> Tensor:
-        """The slot's weight as the file has it, (O, I): read again where the compute dtype has fewer digits."""
-        return slot.weight_OI if self._exact(slot) else slot.in_file(self._stored(slot.key))
-
-    def _exact(self, slot: Slot) -> bool:
-        """Whether the loaded weight has all digits of the file's."""
-        return self._model.dtype in (torch.float32, self._stored_dtype(slot))

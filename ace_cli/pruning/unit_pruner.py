@@ -22,9 +22,9 @@ from ace_cli.methods.units import Units
 from ace_cli.model.cuts import Coupling
 from ace_cli.model.files import hash_of_tensor
 from ace_cli.model.slots import Slot
-from ace_cli.pruning.cutting import Cutting
 from ace_cli.pruning.facts import SlotFacts
 from ace_cli.pruning.slot_pruner import SlotPruner
+from ace_cli.pruning.unit_cutting import UnitCutting
 
 
 def unit_scores(metric: Metric, weight_OI: Tensor, seen: Seen, units: Units, what: str) -> Tensor:
@@ -50,14 +50,11 @@ class UnitPruner(SlotPruner):
         start = time.perf_counter()
         cutting = self._cutting
         each = self._couplings[slot.name]
-        tokens = max((statistic.tokens for statistic in seen), default=0)
-        if self._recipe.metric.needs() and not tokens:
-            raise AceError(f"No calibration token reached {slot.name}.", "Use more windows, or metric=magnitude.")
+        tokens = self._tokens(slot, seen)
         diagnosis: dict[str, Any] = {**self._recipe.metric.diagnose(seen)}
         keep_U, notes = self._cut(slot, seen, each, diagnosis)
         self._keep(slot.name, keep_U)
-        if self._looked_at is not None and self._recipe.wanted and seen[self._looked_at].tokens:
-            self._activations[slot.name] = seen[self._looked_at]
+        self._look(slot, seen)
         words, seconds = f"{cutting.stay[each.name]} of {each.width} {cutting.name}s", time.perf_counter() - start
         kept = keep_U.nonzero().flatten().tolist()
         return SlotFacts(slot.name, slot.shape, words, tokens, diagnosis, notes, seconds, routed, kept=kept)
@@ -66,7 +63,7 @@ class UnitPruner(SlotPruner):
         """Of all tensors that hold the units of ``name`` these are to stay."""
         self._kept[name] = keep_U
         for axis in self._couplings[name].axes:
-            self._stored(axis.key)
+            self.new.of_file(axis.key)
 
     def _exchanged(self, parts: list[list[Slot]], mine: list[SlotFacts]) -> list[SlotFacts]:
         facts = super()._exchanged(parts, mine)
@@ -78,15 +75,15 @@ class UnitPruner(SlotPruner):
         return facts
 
     @property
-    def _cutting(self) -> Cutting:
-        assert self._recipe.cutting is not None
+    def _cutting(self) -> UnitCutting:
+        assert isinstance(self._recipe.cutting, UnitCutting)
         return self._recipe.cutting
 
     def _cut(self, slot: Slot, seen: Seen, each: Coupling, diagnosis: dict[str, Any]) -> tuple[Tensor, list[str]]:
         """Score, select, repair and zero; which units stay, bool (U,), and what the repair noted."""
         units = self._cutting.units(self._block.name, each, self.gradients)
         with self._clock("score"):
-            dense_OI = self._stored_weight(slot).to(self._model.device, torch.float32).contiguous()
+            dense_OI = self.new.dense(slot).to(self._model.device, torch.float32).contiguous()
             score_U = unit_scores(self._recipe.metric, dense_OI, seen, units, slot.name)
         with self._clock("select"):
             keep_U = units.best(score_U, self._cutting.stay[each.name])
@@ -96,9 +93,7 @@ class UnitPruner(SlotPruner):
         except ArithmeticError as fault:
             raise AceError(f"{slot.name}: {fault}", "Use more windows, or repair=none.") from fault
         with self._clock("mask"):
-            new_OI = masked(repaired.weight_OI, repaired.keep_OI, self._stored_dtype(slot))
-            slot.put(new_OI)
-            self._store(slot, new_OI)
+            self.new.put(slot, masked(repaired.weight_OI, repaired.keep_OI, self.new.dtype(slot.key)))
         diagnosis |= repaired.diagnosis
         stays_I = repaired.keep_OI[0]
         return stays_I[units.columns_RWC[..., 0].flatten().to(stays_I.device)], repaired.notes

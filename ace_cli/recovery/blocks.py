@@ -27,13 +27,12 @@ from ace_cli.recovery.training import (
     adam,
     copies,
     half_precision,
-    pace,
     put_back,
     sizes,
     split,
+    train,
     training_faults,
     training_forwards,
-    with_gradients_of,
 )
 
 if TYPE_CHECKING:
@@ -116,20 +115,13 @@ class Blocks(Recovery):
         """Trains ``masters``, each at its rate, for another epoch at each turn; its number, from 1."""
         import torch
 
-        optimiser = adam(masters.values(), rates, step.device)
-        steps = self.epochs * len(training)
+        optimiser, count = adam(masters.values(), rates, step.device), len(training)
         generator = torch.Generator().manual_seed(self.seed + index)
         for epoch in range(1, self.epochs + 1):
-            order = torch.randperm(len(training), generator=generator).tolist()
-            for done, number in enumerate(order, (epoch - 1) * len(training)):
-                pace(optimiser, done, steps)
-                step.backward(training[number])
-                with_gradients_of(masters.values(), step.workers)
-                for name, master in masters.items():
-                    assert master.grad is not None
-                    master.grad.mul_(keep[name])  # a fifth of the time of masked_fill_
-                optimiser.step()
-                optimiser.zero_grad()
+            order = [training[number] for number in torch.randperm(count, generator=generator).tolist()]
+            done, steps = (epoch - 1) * count, self.epochs * count
+            for _ in train(optimiser, masters, keep, step.backward, order, done, steps, step.workers):
+                pass
             yield epoch
 
 

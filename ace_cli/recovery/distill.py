@@ -16,18 +16,9 @@ from typing import TYPE_CHECKING
 from ace_cli.core.registry import register
 from ace_cli.core.workers import ONE, Workers
 from ace_cli.recovery.base import RecoveryFacts
-from ace_cli.recovery.whole import (
-    LOGITS,
-    STATE,
-    DensePredictions,
-    Fit,
-    WholeModel,
-    last_states,
-    loaded,
-    shared_steps,
-    slot_parameters,
-    write_weights,
-)
+from ace_cli.recovery.fit import Fit
+from ace_cli.recovery.objectives import LOGITS, DensePredictions, shared_steps
+from ace_cli.recovery.whole import STATE, WholeModel, last_states, loaded, slot_parameters, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Collection

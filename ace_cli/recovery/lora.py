@@ -29,19 +29,10 @@ from ace_cli.methods.angles import angular_distance
 from ace_cli.model.adapted import ADAPTER, ADAPTER_FILES, peft
 from ace_cli.recovery.adapters import Adapters, adapted_paths, adapter_faults
 from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.recovery.fit import Fit
+from ace_cli.recovery.objectives import LOGITS, DensePredictions, NextTokens, shared_steps
 from ace_cli.recovery.training import put_back, training_faults
-from ace_cli.recovery.whole import (
-    LOGITS,
-    STATE,
-    DensePredictions,
-    Fit,
-    NextTokens,
-    WholeModel,
-    last_states,
-    loaded,
-    shared_steps,
-    write_weights,
-)
+from ace_cli.recovery.whole import STATE, WholeModel, last_states, loaded, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

@@ -25,18 +25,10 @@ from ace_cli.core.workers import ONE, Workers
 from ace_cli.model.transformers_api import is_transposed
 from ace_cli.recovery.adapters import adapted_paths, adapter_faults
 from ace_cli.recovery.base import RecoveryFacts
+from ace_cli.recovery.fit import Fit
+from ace_cli.recovery.objectives import LOGITS, DensePredictions, shared_steps
 from ace_cli.recovery.training import put_back
-from ace_cli.recovery.whole import (
-    LOGITS,
-    STATE,
-    DensePredictions,
-    Fit,
-    WholeModel,
-    last_states,
-    loaded,
-    shared_steps,
-    write_weights,
-)
+from ace_cli.recovery.whole import STATE, WholeModel, last_states, loaded, write_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     import torch
     from torch import Tensor
 
     from ace_cli.core.workers import Workers
+
+    Backward = Callable[[int], object]
 
 
 #: A learning rate with which the first epoch makes the held-out windows worse is too high for these weights: the
@@ -52,7 +54,7 @@ def training_forwards(epochs: int, held_out: float) -> float:
 
 
 def adam(weights: Iterable[Tensor], rates: Iterable[float], device: torch.device) -> torch.optim.Adam:
-    """With a learning rate for each weight, which ``pace`` follows; in one pass over a weight where torch has that."""
+    """With a learning rate for each weight, which ``train`` paces; in one pass over a weight where torch has that."""
     import torch
 
     groups = [{"params": [weight], "lr": lr, "rate": lr} for weight, lr in zip(weights, rates, strict=True)]
@@ -72,19 +74,6 @@ def sizes(weights: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> list[flo
         mean = float((weight.detach() * kept).square().sum()) / max(1, int(kept.sum()))
         found.append(max(math.sqrt(mean), SMALL))
     return found
-
-
-def with_gradients_of(weights: Iterable[Tensor], workers: Workers) -> None:
-    """The gradient of each weight becomes the sum of all workers'; of one that had no windows it is 0."""
-    import torch
-
-    if not workers.several:
-        return
-    gradients = []
-    for weight in weights:
-        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-        gradients.append(weight.grad)
-    workers.add_up(gradients)
 
 
 def copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -121,10 +110,36 @@ def rate(done: int, steps: int) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * (done - warm) / max(1, steps - warm))
 
 
-def pace(optimiser: torch.optim.Adam, done: int, steps: int) -> None:
-    """Give the weights of ``adam`` the learning rates of the step after ``done`` of ``steps``."""
-    for group in optimiser.param_groups:
-        group["lr"] = group["rate"] * rate(done, steps)
+def train(
+    optimiser: torch.optim.Adam, weights: Mapping[str, Tensor], keep: Mapping[str, Tensor], backward: Backward,
+    order: Sequence[int], done: int, steps: int, workers: Workers,
+) -> Iterator[None]:  # fmt: skip
+    """Take the steps ``order``, of which ``backward`` adds the gradients, of ``adam``'s ``weights``; a turn for each.
+
+    ``done`` of ``steps`` were taken before: where on the cosine they are. ``keep``: of some weights what may change.
+    ``workers`` train together.
+    """
+    for place, number in enumerate(order, done):
+        for group in optimiser.param_groups:
+            group["lr"] = group["rate"] * rate(place, steps)
+        backward(number)
+        if workers.several:
+            workers.add_up([_gradient(weight) for weight in weights.values()])
+        for name, kept in keep.items():
+            if (gradient := weights[name].grad) is not None:
+                gradient.mul_(kept)  # a fifth of the time of masked_fill_
+        optimiser.step()
+        optimiser.zero_grad()
+        yield
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Of a worker that had no windows zeros."""
+    import torch
+
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    return weight.grad
 
 
 def half_precision(device: torch.device) -> AbstractContextManager[object]:

@@ -21,17 +21,14 @@ from ace_cli.methods.units import uneven_widths
 from ace_cli.model import uneven
 from ace_cli.model.auto import auto_class
 from ace_cli.model.blocks import Block
-from ace_cli.model.cuts import Cut
 from ace_cli.model.files import Checkpoint, hash_of_tensor, shard_plan
 from ace_cli.model.header import TensorEntry
 from ace_cli.model.proven_config import changed
 from ace_cli.model.pruned import Smaller
 from ace_cli.model.streamed import StreamedModel
 from ace_cli.pruning.cutting import Cutting
-from ace_cli.pruning.depth import DepthCutting, least_important
 from ace_cli.pruning.survey import UnitScores, survey
 from ace_cli.pruning.unit_pruner import unit_scores
-from ace_cli.pruning.units.block import Depth
 
 if TYPE_CHECKING:
     from ace_cli.run.config import RunConfig
@@ -69,28 +66,23 @@ def _check_said(cutting: Cutting) -> None:
 
 def describe(cutting: Cutting, config: RunConfig) -> str:
     """What is cut, in words: "1216 of 1536 channels stay in 30 blocks, each"."""
-    if isinstance(cutting, DepthCutting):
-        return cutting.words()
-    return f"{cutting.words()}, {'on average' if config.unit.uneven and config.allocation.surveys else 'each'}"
+    return cutting.described(on_average=config.unit.uneven and config.allocation.surveys)
 
 
 def settle(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Mapping[str, Seen]) -> None:
     """Find what is to be known before the first block is cut: widths of their own, or which blocks go."""
-    if isinstance(cutting, DepthCutting):
+    if cutting.looks:
         _choose_blocks(run, cutting, batches)
     elif run.config.allocation.surveys:
         cutting.stay = widths(run, cutting, batches, gradients)
 
 
-def _choose_blocks(run: RunContext, cutting: DepthCutting, batches: list[Any]) -> None:
-    assert isinstance(run.config.unit, Depth)
-    count, blocks = len(cutting.goes), len(run.model.blocks)
-    steps = sum(blocks - look for look in range(cutting.looks))
+def _choose_blocks(run: RunContext, cutting: Cutting, batches: list[Any]) -> None:
+    steps = sum(len(run.model.blocks) - look for look in range(cutting.looks))
     with run.inner("survey"), run.terminal.progress("surveying", steps) as step:
-        goes = least_important(run.model, batches, run.config.metric, count, run.config.unit.choose, lambda _: step())
-    cutting.keep([index for index in range(blocks) if index not in goes])
+        goes = cutting.choose(batches, run.config.metric, lambda _: step())
     _check_said(cutting)
-    run.terminal.say(f"{'goes':12} {'block' if count == 1 else 'blocks'} {', '.join(map(str, goes))}")
+    run.terminal.say(f"{'goes':12} {'block' if len(goes) == 1 else 'blocks'} {', '.join(map(str, goes))}")
 
 
 def widths(run: RunContext, cutting: Cutting, batches: list[Any], gradients: Mapping[str, Seen]) -> dict[str, int]:
@@ -140,7 +132,7 @@ def smaller(cutting: Cutting, entries: Mapping[str, TensorEntry], manifest: list
     kind, auto = type(model.skeleton), auto_class(model.skeleton.config).__name__
     config = {**raw, "auto_map": {auto: f"{Path(uneven.FILE).stem}.{uneven.CLASS}"}}
     files = {uneven.FILE: uneven.source_of(kind.__name__)}
-    return Smaller(entries, config, {uneven.RESIZED: _resized(model, cutting.cut(), entries)}, files, manifest)
+    return Smaller(entries, config, {uneven.RESIZED: _resized(model, cutting.resized(), entries)}, files, manifest)
 
 
 def own_files(cutting: Cutting) -> list[str]:
@@ -192,9 +184,8 @@ def _scorer(config: RunConfig, cutting: Cutting) -> Any:
     return score
 
 
-def _resized(model: StreamedModel, cut: Cut, entries: Mapping[str, TensorEntry]) -> dict[str, list[int]]:
+def _resized(model: StreamedModel, keys: set[str], entries: Mapping[str, TensorEntry]) -> dict[str, list[int]]:
     """Parameter -> shape, of those that are not as the stock class builds them."""
-    keys = cut.keys
     return {
         f"{block.name}.{inner}": list(entries[parts[0].key].shape)
         for block in model.blocks

@@ -54,9 +54,9 @@ class Unit:
 
     def cutting(self, model: StreamedModel, name: str) -> Cutting:
         """What takes these units, called ``name`` by the user, out of ``model``. AceError if it has none."""
-        from ace_cli.pruning.cutting import Cutting
+        from ace_cli.pruning.unit_cutting import UnitCutting
 
-        return Cutting(model, self, name)
+        return UnitCutting(model, self, name)
 
     def links(self, finder: LinkFinder, index: int) -> list[Link]:
         """The units of loaded block ``index``: one link for each weight that reads some, proven with its weights."""
