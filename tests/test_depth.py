@@ -78,7 +78,7 @@ def test_the_others_move_up_and_the_folder_loads_anywhere(
 ) -> None:
     options, goes = FAMILIES[family]
     folder, out = add_tokenizer(make(tmp_path / "dense", family, **options)), tmp_path / "run"
-    monkeypatch.setattr("ace_cli.run.cut.least_important", lambda *_: goes)
+    monkeypatch.setattr("ace_cli.pruning.depth.least_important", lambda *_: goes)
     blocks = len(StreamedModel(Checkpoint(folder), CPU, torch.float32).blocks)
     run(prune_here, folder, out, f"keep={blocks - len(goes)}", "repair=none")
     assert torch.equal(logits(out / "checkpoint"), without(folder, goes))
@@ -220,7 +220,7 @@ BRIEFLY = ("calib.n_samples=32", "recover.batch=32", "recover.epochs=1", "recove
 
 
 def goes(monkeypatch: pytest.MonkeyPatch, *blocks: int) -> None:
-    monkeypatch.setattr("ace_cli.run.cut.least_important", lambda *_: list(blocks))
+    monkeypatch.setattr("ace_cli.pruning.depth.least_important", lambda *_: list(blocks))
 
 
 @pytest.mark.parametrize("repair", ["none", "lstsq"])

@@ -18,7 +18,9 @@ from transformers import LlamaConfig
 
 from ace_cli.core import memory
 from ace_cli.core.memory import Trimmer
+from ace_cli.model.calls import BlockCalls
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.model.weights import Weights
 
 WIDTH, INNER, VOCABULARY, N_SAMPLES, SEQ_LEN = 384, 1024, 512, 16, 16
 MEGABYTE = 1_000_000
@@ -142,14 +144,19 @@ ON_CPU = (cpu_lack, "This machine has no memory left: 14411518")
 
 
 @pytest.mark.parametrize(  # what lacks it is told apart in one place, wherever it lacks
-    ("where", "lack", "said"),
-    [("_capture", *ON_GPU), ("forward", *ON_CPU), ("_fill", *ON_GPU), ("logits", *ON_CPU)],
+    ("kind", "where", "lack", "said"),
+    [
+        (BlockCalls, "capture", *ON_GPU),
+        (StreamedModel, "forward", *ON_CPU),
+        (Weights, "fill", *ON_GPU),
+        (StreamedModel, "logits", *ON_CPU),
+    ],
 )
 def test_too_little_memory_is_one_line_that_says_what_to_lower(
     here: Callable[..., subprocess.CompletedProcess[str]], llama: Path, documents: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, where: str, lack: Callable[..., None], said: str,
+    monkeypatch: pytest.MonkeyPatch, kind: type, where: str, lack: Callable[..., None], said: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(StreamedModel, where, lack)
+    monkeypatch.setattr(kind, where, lack)
     options = [f"model.path={llama}", "calib=self", "calib.n_samples=2", "eval=text", f"eval.path={documents}"]
     done = here(*options, "eval.seq_len=32", f"output_dir={tmp_path / 'out'}", "device=cpu")
     assert done.returncode == 2

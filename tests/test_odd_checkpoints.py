@@ -259,14 +259,14 @@ def test_blocks_that_cannot_be_told_are_refused_with_the_lists_found(
 ) -> None:
     from ace_cli.model import streamed as module
 
-    build = module._build_skeleton
+    build = module.checked_skeleton
 
     def unannotated(*args: Any) -> Any:
         skeleton = build(*args)
         skeleton._no_split_modules = set()
         return skeleton
 
-    monkeypatch.setattr(module, "_build_skeleton", unannotated)
+    monkeypatch.setattr(module, "checked_skeleton", unannotated)
     with pytest.raises(AceError) as caught:
         streamed(make(tmp_path / "m", "llama"))
     assert "LlamaForCausalLM" in str(caught.value)

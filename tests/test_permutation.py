@@ -29,7 +29,7 @@ from ace_cli.model import streamed
 from ace_cli.model.files import Checkpoint, CheckpointWriter
 from ace_cli.model.links import Link, LinkFinder, Producer, reorder
 from ace_cli.model.streamed import StreamedModel
-from ace_cli.pruning import permutation, slot_pruner
+from ace_cli.pruning import input_orders, permutation
 from ace_cli.pruning.engine import prune, replay
 from ace_cli.pruning.permutation import assign, best_order, kept_score, serpentine
 from ace_cli.pruning.recipe import Propagate, Recipe
@@ -346,7 +346,7 @@ def test_logits_are_those_of_the_masked_model(
         orders.append(some_order(Link("", (), channels_RWC), len(orders)))
         return orders[-1]
 
-    monkeypatch.setattr(slot_pruner, "best_order", choose)
+    monkeypatch.setattr(input_orders, "best_order", choose)
     folder, pattern = model_of(family), NofM(2, 4)
     run_engine(folder, tmp_path / "out", Magnitude(), pattern, Propagate.block)
     reference, plain = load(folder), load(folder)
