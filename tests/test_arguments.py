@@ -14,8 +14,8 @@ from pathlib import Path
 
 import programs
 import pytest
-from conftest import composed
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from running import composed
 from tiny_models import add_tokenizer, make
 
 from ace_cli.cli import bench, evaluate, prune, report, verify

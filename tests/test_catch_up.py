@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
 from faults import stopped_before
+from running import composed
 from tiny_models import add_tokenizer, load, make, token_windows
 from torch import Tensor
 

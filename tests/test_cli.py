@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed
+from running import composed
 from safetensors.torch import load_file
 from tiny_models import edit, make, write_documents
 

@@ -125,7 +125,7 @@ def test_what_cannot_work_is_refused_before_any_model(
     ],
 )
 def test_what_tests_compose_is_what_hydra_does(overrides: tuple[str, ...]) -> None:
-    from conftest import _composed
+    from running import _composed
 
     store_schemas()
     GlobalHydra.instance().clear()

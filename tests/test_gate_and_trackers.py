@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Terminal, composed, run
+from running import Terminal, composed, run
 from tiny_models import load
 
 from ace_cli.core.errors import AceError

@@ -11,8 +11,8 @@ from typing import Any
 import numpy
 import pytest
 import torch
-from conftest import composed
 from gguf import GGUFReader, dequantize
+from running import composed
 from safetensors.torch import save_file
 from test_packed import make_sparse
 from tiny_models import load, make, weights

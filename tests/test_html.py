@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from browser import browser, look
-from conftest import Terminal, composed, run
+from running import Terminal, composed, run
 
 from ace_cli.evaluation.dense import DenseCache
 from ace_cli.report.facts import Perplexity

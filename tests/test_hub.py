@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import composed
+from running import composed
 
 from ace_cli.core.errors import AceError
 from ace_cli.report.facts import Report

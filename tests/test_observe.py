@@ -199,7 +199,7 @@ def test_fidelity_is_that_of_the_whole_models(llama: Path, tmp_path: Path, prune
 
 
 def test_a_sweep_measures_dense_once_and_fidelity_every_time(llama: Path, documents: Path, tmp_path: Path) -> None:
-    from conftest import Terminal, composed, run
+    from running import Terminal, composed, run
 
     reports = []
     cache = DenseCache(tmp_path / "dense")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 from browser import browser, look
-from conftest import Terminal, composed, run
 from matplotlib.text import Text
 from omegaconf import OmegaConf
+from running import Terminal, composed, run
 
 from ace_cli.cli import report as overview
 from ace_cli.evaluation.dense import DenseCache

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import composed
+from running import composed
 
 import ace_cli
 from ace_cli.cli import bench, evaluate, report, verify

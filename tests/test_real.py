@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import composed
+from running import composed
 from tiny_models import load
 
 from ace_cli.data.documents import consecutive_windows, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from conftest import composed
+from running import composed
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny_models import make

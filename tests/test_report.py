@@ -23,7 +23,7 @@ Prune = Callable[..., Report]
 @pytest.fixture(scope="module")
 def finished(llama: Path, tmp_path_factory: pytest.TempPathFactory, documents: Path) -> tuple[Report, Path]:
     """One evaluated run, shared by the tests here."""
-    from conftest import composed
+    from running import composed
 
     from ace_cli.report.terminal import Terminal
     from ace_cli.run.pipeline import run

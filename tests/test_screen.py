@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
 from rich.console import Console
+from running import composed
 from safetensors.torch import load_file
 
 from ace_cli.cli.completion import script

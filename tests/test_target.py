@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import composed
+from running import composed
 from tiny_models import add_tokenizer, make
 
 from ace_cli.core.errors import AceError

@@ -18,7 +18,7 @@ import programs
 import pytest
 import torch
 import working
-from conftest import composed
+from running import composed
 from safetensors.torch import load_file
 from tiny_models import add_tokenizer, make
 
