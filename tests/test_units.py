@@ -18,7 +18,7 @@ from torch import Tensor
 from ace_cli.core import registry
 from ace_cli.core.errors import AceError
 from ace_cli.core.timing import Clock
-from ace_cli.methods.allocation.angular import Angular
+from ace_cli.methods.allocation.angular import Angular, Full
 from ace_cli.methods.allocation.flap import Flap
 from ace_cli.methods.metrics.base import Metric
 from ace_cli.methods.metrics.cfsp import CFSP, Form
@@ -342,9 +342,18 @@ def test_angular_shares_are_the_papers() -> None:
     s = [1 / (1 + 2.718281828459045 ** (-13.1072 * (m - middle))) for m in measures]
     expected = [1 - (1 - p) * each / (sum(s) / 4) for each in s]
     assert Angular().sparsities(p, [1] * 4, measures) == pytest.approx(expected)
-    drawn = Angular().sparsities(0.1, [1] * 4, measures)
+    drawn = Angular(full=Full.draw).sparsities(0.1, [1] * 4, measures)
     assert max(1 - each for each in drawn) == pytest.approx(0.9 + 0.1 / 1.05)
     assert sum(drawn) / 4 == pytest.approx(0.1)
+
+
+def test_angular_blocks_that_would_keep_more_than_all_keep_all() -> None:
+    measures, p = [0.30, 0.10, 0.12, 0.20], 0.2
+    raw = Angular(full=Full.keep).sparsities(p, [1] * 4, measures)
+    assert raw[0] < 0 < raw[3] and sum(raw) / 4 == pytest.approx(p)
+    shares = Angular(full=Full.keep).shares(p, [1] * 4, measures, 0.99)
+    assert shares[0] == shares[3] == 0 and sum(shares) / 4 == pytest.approx(p)
+    assert shares[1] - shares[2] == pytest.approx(raw[1] - raw[2])
 
 
 def test_angular_measures_the_angle() -> None:
