@@ -380,6 +380,14 @@ def test_a_run_says_a_line_before_and_the_verdict_after(here: Command, llama: Pa
     assert lines[-1] == f'Load     AutoModelForCausalLM.from_pretrained("{tmp_path / "out" / "checkpoint"}")'
 
 
+def test_a_run_whose_folder_holds_code_says_how_to_load_it(here: Command, llama: Path, tmp_path: Path) -> None:
+    options = ["unit=channel", "unit.multiple=8", "unit.uneven=true", "allocation=angular", "sparsity=40%",
+               "calib=self", "calib.seq_len=8", "calib.n_samples=4", "eval=none", "samples.prompts=[]"]  # fmt: skip
+    done = here(f"model.path={llama}", *options, f"output_dir={tmp_path / 'out'}")
+    folder = tmp_path / "out" / "checkpoint"
+    assert f'from_pretrained("{folder}", trust_remote_code=True)' in done.stdout.splitlines()[-1]
+
+
 def test_in_a_notebook_a_log_is_a_log_and_quiet_is_quiet(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

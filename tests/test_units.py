@@ -43,6 +43,7 @@ from ace_cli.pruning.unit_cutting import UnitCutting
 from ace_cli.pruning.units.base import Unit
 from ace_cli.pruning.units.channel import Channel
 from ace_cli.pruning.units.head import Head, Heads
+from ace_cli.report.card import loading
 from ace_cli.report.collect import find
 from ace_cli.report.html import render as page
 from ace_cli.run.cut import smaller
@@ -388,6 +389,8 @@ def test_a_run_tells_what_got_smaller(options: tuple[str, ...], llama: Path, tmp
     report = prune_here(llama, tmp_path / "run", *options)
     folder = tmp_path / "run" / "checkpoint"
     before, after = (sum(t.numel() for t in weights(each).values()) for each in (llama, folder))
+    assert report.own_code == (folder / FILE).is_file()
+    assert report.own_code or options is not UNEVEN
     assert report.size is not None
     assert report.size.parameters == {"dense": before, "pruned": after}
     assert report.sparsity.achieved == pytest.approx(1 - after / before)
@@ -395,7 +398,8 @@ def test_a_run_tells_what_got_smaller(options: tuple[str, ...], llama: Path, tmp
     manifest = json.loads((folder / "pruning.json").read_text())
     assert [len(cut["kept"]) for cut in manifest["cuts"]] == list(report.size.stay.values())
     assert "parameters fewer" in (tmp_path / "run" / "report.md").read_text()
-    shown = page(dataclasses.asdict(report))
+    shown, words = page(dataclasses.asdict(report)), "trust_remote_code=True"
+    assert (words in shown) == (words in loading("x", report.own_code)) == report.own_code
     assert "of the parameters are gone (channels, 0.4)" in shown
     assert "Zeros are stored" not in shown
     (row,) = find([tmp_path / "run"])

@@ -42,6 +42,11 @@ def _loading(summary: Mapping[str, Any]) -> str:
     )
 
 
+def loading(name: str, own_code: bool) -> str:
+    """How transformers loads a folder or a model on the hub; ``own_code``: whether that runs code of its own."""
+    return f'AutoModelForCausalLM.from_pretrained("{name}"{", trust_remote_code=True" if own_code else ""})'
+
+
 def card_of(folder: Path) -> str:
     """The text of README.md in ``folder``; empty if there is none that can be read."""
     try:

@@ -276,6 +276,8 @@ class Report:
     recovery: dict[str, Any] | None = None
     size: Size | None = None
     target: TargetFacts | None = None
+    #: Whether transformers runs code of the checkpoint to load it.
+    own_code: bool = False
     schema_version: int = SCHEMA_VERSION
 
 

@@ -17,6 +17,7 @@ from rich.text import Text
 from ace_cli.core.console import unwritten
 from ace_cli.core.steps import Steps
 from ace_cli.report.bars import live
+from ace_cli.report.card import loading
 from ace_cli.report.fitting import fitting
 from ace_cli.report.markdown import (
     fidelity_line,
@@ -210,7 +211,7 @@ class Terminal:
             self.place("Try", next_step)
         self.place("Report", str(folder / ("report.html" if page else "report.md")))
         if Path(report.checkpoint).is_dir():
-            self.place("Load", f'AutoModelForCausalLM.from_pretrained("{report.checkpoint}")')
+            self.place("Load", loading(report.checkpoint, report.own_code))
 
     def _numbers(self, report: Report, verbose: bool) -> None:
         head = ["model", "perplexity", "ratio", share_name(report), "on disk"]

@@ -24,6 +24,7 @@ from ace_cli.data.calibration import ExpertTokens
 from ace_cli.data.documents import fingerprint
 from ace_cli.evaluation.base import Windows
 from ace_cli.methods.patterns import Ratio
+from ace_cli.model import uneven
 from ace_cli.model.files import Checkpoint
 from ace_cli.model.pruned import MANIFEST, RECOVERED, Manifest, read_manifest
 from ace_cli.model.streamed import StreamedModel
@@ -86,6 +87,7 @@ def make_report(run: RunContext, work: Work, measured: Measured, stages: dict[st
         timeline=_timeline(run.phases),
         bytes_on_disk={"dense": model.checkpoint.file_bytes, "pruned": written.file_bytes},
         checkpoint=str(work.final),
+        own_code=(work.final / uneven.FILE).is_file(),
         slots=[_slot(slot, zeros.get(slot.name, 0)) for slot in slots],
         blocks=[_block(block) for block in work.finished],
         samples=measured.samples,

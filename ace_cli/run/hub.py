@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ace_cli.core.errors import AceError, TransientError, first_line
-from ace_cli.report.card import card_of
+from ace_cli.report.card import card_of, loading
 from ace_cli.report.verdict import sentence
 
 if TYPE_CHECKING:
@@ -66,13 +66,13 @@ def hub_card(name: str, card: str, report: Report) -> str:
     if results:
         data["model-index"] = [{"name": name.partition("/")[2], "results": results}]
     told = dataclasses.asdict(dataclasses.replace(report, slots=[], blocks=[]))
-    loading = (
+    example = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
+        f"model = {loading(name, report.own_code)}\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
     shown = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{shown}---\n{text.rstrip()}\n\n{sentence(told)}\n\n{loading}\n"
+    return f"---\n{shown}---\n{text.rstrip()}\n\n{sentence(told)}\n\n{example}\n"
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
