@@ -25,8 +25,10 @@ from ace_cli.core.locks import locked_new_folder, remove_unlocked
 from ace_cli.core.typed_json import typed
 from ace_cli.model.files import Stamps, stamps_of
 
-#: In every import: its files and their sizes, and what it was made from. When it was last used is its time of change.
+#: In every import: its files and their sizes. When it was last used is its time of change.
 _RECORD = ".import.json"
+#: And what it was made from. A file of its own: an older version of this program takes a record for what it knows.
+_SOURCES = ".sources.json"
 _UNUSED_SECONDS = 24 * 3600
 _FINISHED = re.compile(r".+-[0-9a-f]{16}")
 _BEGUN = re.compile(r".+-[0-9a-f]{16}\..+")
@@ -49,9 +51,10 @@ def imported(name: str, files: Mapping[str, Path], options: str, make: Callable[
         make(work)
         if changed := [name for name, stamp in stamps_of(files).items() if stamp != before[name]]:
             raise TransientError(f"{files[changed[0]]} was changed while it was imported.", "Repeat the command.")
-        sizes = {file.relative_to(work).as_posix(): file.stat().st_size for file in work.rglob("*") if file.is_file()}
         sources = {str(file.resolve()): before[name] for name, file in files.items()}
-        (work / _RECORD).write_text(json.dumps({"files": sizes, "sources": sources}), encoding="utf-8")
+        (work / _SOURCES).write_text(json.dumps(sources), encoding="utf-8")
+        sizes = {file.relative_to(work).as_posix(): file.stat().st_size for file in work.rglob("*") if file.is_file()}
+        (work / _RECORD).write_text(json.dumps(sizes), encoding="utf-8")
         if final.is_dir() and not _is_whole(final):
             shutil.rmtree(final)
         with contextlib.suppress(OSError):  # another process may have finished the same import first
@@ -70,7 +73,7 @@ def _key(name: str, files: Mapping[str, Path], stamps: Stamps, options: str) -> 
 def _is_whole(folder: Path) -> bool:
     """Whether an import has all its files, in their sizes."""
     try:
-        sizes = typed(dict[str, int], read_object(folder / _RECORD).get("files"), "files")
+        sizes = typed(dict[str, int], read_object(folder / _RECORD), _RECORD)
         return bool(sizes) and all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (AceError, ValueError, OSError):
         return False
@@ -89,7 +92,7 @@ def _is_stale(folder: Path) -> bool:
     try:
         if time.time() - (folder / _RECORD).stat().st_mtime < _UNUSED_SECONDS:
             return False
-        sources = typed(dict[str, list[int]], read_object(folder / _RECORD).get("sources"), "sources")
+        sources = typed(dict[str, list[int]], read_object(folder / _SOURCES), _SOURCES)
     except (AceError, ValueError, OSError):  # not one of ours
         return False
     return stamps_of({name: Path(name) for name in sources}) != sources
