@@ -24,7 +24,7 @@ from ace_cli.model.files import Checkpoint
 from ace_cli.model.loading import class_that_loads
 from ace_cli.model.opening import open_folder
 from ace_cli.model.packed import is_packed
-from ace_cli.model.pruned import MANIFEST
+from ace_cli.model.pruned import MANIFEST, read_manifest
 from ace_cli.model.quantised import is_quantised
 
 #: Multiples of (rows, columns) that a 2:4 product of a GPU takes, of its two libraries the larger.
@@ -149,7 +149,7 @@ def subjects(name: str, path: Path, device: torch.device, dtype: torch.dtype | N
     if is_quantised(path):
         return [Subject(name, f"quantised, {kind}", size, lambda: _Transformers(_plain(path, device, dtype)))]
     found = [Subject(name, f"transformers, {kind}", size, lambda: _Transformers(_plain(path, device, dtype)))]
-    pruned = (path / MANIFEST).is_file()
+    pruned = (path / MANIFEST).is_file() and bool(read_manifest(path).slots)  # of units that were cut no zeros are left
     if pruned and device.type == "cpu" and not why_slow(dtype):
         found.append(packed)
     if pruned and not no_semi_structured(device, dtype) and _is_2_of_4(checkpoint):
