@@ -54,24 +54,24 @@ class Weights:
         state = self.state()
         for name in names:
             if name in self.tied:
-                _assign(self._skeleton, name, state[self.tied[name]])
+                assign(self._skeleton, name, state[self.tied[name]])
 
     def fill(self, name: str, parts: list[Part], tensors: dict[str, Tensor]) -> None:
         """Put a parameter together; empties ``tensors`` of what it takes."""
         if parts[0].place == View():
-            _assign(self._skeleton, name, self._cast(name, tensors.pop(parts[0].key)))
+            assign(self._skeleton, name, self._cast(name, tensors.pop(parts[0].key)))
             return
         shape = self._skeleton.get_parameter(name).shape
         whole = torch.empty(shape, dtype=self.dtype_of(name), device=self._device)
         for part in parts:
             part.place(whole).copy_(tensors.pop(part.key), non_blocking=True)
-        _assign(self._skeleton, name, whole)
+        assign(self._skeleton, name, whole)
 
     def convert(self, conversions: Iterable[Conversion], tensors: dict[str, Tensor]) -> None:
         """Put in what transformers makes of several tensors of the files, or several of one."""
         for conversion in conversions:
             for name, tensor in conversion.run(self._skeleton, tensors).items():
-                _assign(self._skeleton, name, self._cast(name, tensor))
+                assign(self._skeleton, name, self._cast(name, tensor))
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.to(self._device, non_blocking=True)
@@ -89,10 +89,11 @@ def empty(root: nn.Module, names: Iterable[str]) -> None:
     """Replace parameters and buffers of ``root`` by ones on the meta device."""
     state = dict(root.state_dict(keep_vars=True))
     for name in names:
-        _assign(root, name, torch.empty_like(state[name], device="meta"))
+        assign(root, name, torch.empty_like(state[name], device="meta"))
 
 
-def _assign(root: nn.Module, name: str, tensor: Tensor) -> None:
+def assign(root: nn.Module, name: str, tensor: Tensor) -> None:
+    """``tensor`` becomes the parameter, without gradients, or buffer of this name."""
     path, _, leaf = name.rpartition(".")
     module = root.get_submodule(path)
     if leaf in own_buffers(module):

@@ -104,10 +104,6 @@ class Cutting:
         """
         raise NotImplementedError
 
-    def proven(self, block: str) -> dict[str, Coupling]:
-        """The couplings of this loaded block by name; AceError if its weights do not hang together so."""
-        raise NotImplementedError
-
     def runs(self, index: int) -> bool:
         """Whether block ``index`` is part of the smaller model."""
         return True

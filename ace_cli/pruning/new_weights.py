@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ace_cli.core.device import brought_back
-from ace_cli.core.torch_api import own_parameters
 from ace_cli.model.blocks import Block
 from ace_cli.model.header import DTYPES
 from ace_cli.model.slots import Slot, View
 from ace_cli.model.streamed import StreamedModel
+from ace_cli.model.weights import assign
 
 
 class NewWeights:
@@ -62,14 +62,12 @@ class NewWeights:
         """The loaded parameters of these names are what will be written, rounded to the files' dtypes."""
         parameters = dict(self._block.module.named_parameters())
         for name in names:
-            owner, _, leaf = name.rpartition(".")
             new = parameters[name].detach()
             for part in self._block.parts[name]:
                 place = part.place(new)
                 self._new[part.key] = place.to(self.dtype(part.key)).clone()
                 place.copy_(self._new[part.key])
-            rounded = new.to(self._model.dtype_of(f"{self._block.name}.{name}"))
-            own_parameters(self._block.module.get_submodule(owner))[leaf] = nn.Parameter(rounded, requires_grad=False)
+            assign(self._block.module, name, new.to(self._model.dtype_of(f"{self._block.name}.{name}")))
 
     def hand_over(self) -> dict[str, Tensor]:
         """All of it, on the CPU; once."""

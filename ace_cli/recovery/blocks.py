@@ -202,8 +202,7 @@ def _masters(module: nn.Module, keep: Mapping[str, Tensor]) -> dict[str, nn.Para
 
 def _put(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Give the block these parameters, without gradients."""
-    from torch import nn
+    from ace_cli.model.weights import assign
 
     for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        own_parameters(module.get_submodule(owner))[leaf] = nn.Parameter(weight, requires_grad=False)
+        assign(module, name, weight)
